@@ -1,0 +1,1 @@
+//! runc bundles, root file system, namespaces, the shim.

@@ -1,0 +1,1 @@
+//! Speaks CRIU: command line, image files, page-server and lazy-pages protocols.

@@ -1,0 +1,1 @@
+//! The restore pipeline: a snapshot into running replicas.

@@ -1,0 +1,1 @@
+//! The dump pipeline: a running server into a store.

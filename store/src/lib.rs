@@ -1,0 +1,1 @@
+//! The snapshot format and where it lies: chunk, pack, index, manifest, tags.

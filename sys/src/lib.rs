@@ -1,0 +1,1 @@
+//! The Linux calls that the other crates need, made safe.
