@@ -1,0 +1,38 @@
+# What a person types. Each target installs or builds what it lacks, into the cache folder that setup/prelude.sh names.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := build
+.PHONY: setup build demo check test bench soak clean help
+
+# A test whose need is missing fails when the need stands here, instead of saying `skipped`.
+NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,torch
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: ## install or build CRIU, Garage, azurite, Python and Debian packages
+	@setup/all
+
+build: ## build the `rewarm` program: target/release/rewarm
+	cargo build --release --package rewarm-cli
+
+demo: setup build ## snapshot a real model server, stop it, bring it back three times
+	@setup/demo
+
+check: ## formatting, lints and documentation, with warnings as errors
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --release -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --release
+
+test: setup check build ## what continuous integration does
+	REWARM_TEST_NEEDS=$(NEEDS) cargo test --workspace --release
+
+bench: setup build ## the measured table of the README
+	@setup/bench
+
+soak: setup build ## long proofs: faults and repeated snapshots for hours
+	@setup/soak
+
+clean: ## remove what was built here; the cache folder stays
+	cargo clean
