@@ -87,22 +87,43 @@ pub struct Clock {
     began: Instant,
     timings: Arc<Mutex<Vec<Timing>>>,
     progress: Arc<dyn Progress>,
+    pause_at: Option<Stage>,
 }
+
+/// How long an operation that was told to pause waits at its stage.
+const PAUSE: Duration = Duration::from_secs(30);
 
 impl Clock {
     /// Starts the clock of an operation and tells `progress` of each stage.
     #[must_use]
     pub fn start(progress: Arc<dyn Progress>) -> Self {
-        Self { began: Instant::now(), timings: Arc::default(), progress }
+        Self { began: Instant::now(), timings: Arc::default(), progress, pause_at: None }
+    }
+
+    /// Makes the operation wait for half a minute at the beginning of `stage`, and say so first. This is how the fault
+    /// tests kill a command at every stage.
+    #[must_use]
+    pub fn pausing_at(mut self, stage: Option<Stage>) -> Self {
+        self.pause_at = stage;
+        self
     }
 
     /// Runs `work` as `stage`, and records how long it took whether it succeeded or not.
     pub async fn stage<T>(&self, stage: Stage, work: impl Future<Output = T>) -> T {
+        self.pause(stage).await;
         let start = Instant::now();
         self.progress.started(stage);
         let value = work.await;
         self.record(stage, start, start.elapsed());
         value
+    }
+
+    /// Waits if the operation was told to pause at this stage.
+    async fn pause(&self, stage: Stage) {
+        if self.pause_at == Some(stage) {
+            self.progress.warning(&format!("paused at {stage}"));
+            tokio::time::sleep(PAUSE).await;
+        }
     }
 
     /// Records a stage that was measured elsewhere, for one that runs inside another process.
