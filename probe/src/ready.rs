@@ -8,7 +8,7 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::dial::Dial;
-use crate::error::{Error, Result};
+use crate::error::{Error, RequestError, Result};
 use crate::http::{Call, call};
 use crate::json::cut;
 use crate::limits::{READY_ATTEMPT_TIMEOUT, READY_COMMAND_PAUSE_MAX, READY_PAUSE_MAX, READY_PAUSE_MIN};
@@ -80,6 +80,8 @@ async fn http(dial: &dyn Dial, target: &Target, port: Option<u16>, timeout: Dura
             reply.status.as_u16(),
             said(String::from_utf8_lossy(&reply.body).trim())
         )),
+        // The limit of an attempt is what was left of the whole time: a number of no interest.
+        Err(RequestError::TimedOut { port, .. }) => Err(format!("port {port} gave no whole answer")),
         Err(error) => {
             let mut text = error.to_string();
             let mut source = std::error::Error::source(&error);
@@ -130,15 +132,14 @@ async fn attempts(
     timeout: Duration,
 ) -> Result<(), String> {
     let mut pause = READY_PAUSE_MIN;
-    let mut last = "no attempt was possible".to_owned();
+    let mut last = None;
     loop {
         let left = timeout.saturating_sub(start.elapsed());
-        if left.is_zero() {
-            return Err(last);
-        }
         match ready.attempt(dial, port, left.min(READY_ATTEMPT_TIMEOUT)).await {
             Ok(()) => return Ok(()),
-            Err(seen) => last = seen,
+            // The end of the whole time cuts the last attempt short: what the one before saw says more.
+            Err(seen) if start.elapsed() >= timeout => return Err(last.unwrap_or(seen)),
+            Err(seen) => last = Some(seen),
         }
         tokio::time::sleep(pause.min(timeout.saturating_sub(start.elapsed()))).await;
         pause = (pause * 2).min(ready.pause_max());

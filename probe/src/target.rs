@@ -22,7 +22,8 @@ impl Target {
         let authority = uri.authority()?;
         let port = match authority.port() {
             Some(port) => Some(port.as_u16()),
-            None if authority.as_str().ends_with(':') => return None,
+            // `Authority` says "no port" of `h:` and of `h:99999` alike; only a bare host has none.
+            None if authority.as_str() != authority.host() => return None,
             None => None,
         };
         let path = uri.path_and_query().map_or("/", |p| p.as_str());
