@@ -18,6 +18,8 @@ from contextlib import asynccontextmanager
 # The model is here; a hub that is asked all the same costs seconds where there is no network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Replicas share processors: a worker that waits should sleep, not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # oneDNN would use AMX tiles where a processor has them, and CRIU does not carry these; and so the answers are the same
 # inside a replica, where Rewarm denies the tiles, and outside.
 os.environ.setdefault("DNNL_MAX_CPU_ISA", "AVX512_CORE_BF16")
