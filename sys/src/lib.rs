@@ -3,6 +3,11 @@
 #![allow(unsafe_code)]
 
 mod abi;
+pub mod fdpass;
 pub mod machine;
+pub mod mount;
+pub mod netns;
+pub mod pidfd;
+pub mod process;
 pub mod procmem;
 pub mod uffd;

@@ -71,7 +71,9 @@ mod tests {
 
     #[test]
     fn the_first_processor_speaks_for_all() {
-        let cpu = parse_cpuinfo("processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t: fpu\n");
+        let cpu = parse_cpuinfo(
+            "processor\t: 0\nvendor_id\t: AuthenticAMD\nmodel name\t: EPYC\nflags\t\t: fpu avx2\n\nprocessor\t: 1\nflags\t: fpu\n",
+        );
         assert_eq!(cpu.vendor, "AuthenticAMD");
         assert_eq!(cpu.model, "EPYC");
         assert_eq!(cpu.features.into_iter().collect::<Vec<_>>(), ["avx2", "fpu"]);

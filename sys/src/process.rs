@@ -1,0 +1,265 @@
+//! Processes: what a child inherits, who reaps whom, who dies first when memory runs out.
+
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::Duration;
+
+use nix::errno::Errno;
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::signal::{SigSet, Signal};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::Pid;
+
+/// How a process ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It returned this code.
+    Code(i32),
+    /// This signal killed it.
+    Signal(i32),
+}
+
+/// Makes this process the one to which orphans among its descendants are given.
+///
+/// # Errors
+/// Those of `prctl(2)`.
+pub fn become_subreaper() -> io::Result<()> {
+    nix::sys::prctl::set_child_subreaper(true).map_err(io::Error::from)
+}
+
+/// Sets how early the kernel kills this process when memory runs out: -1000 never, 1000 first. Children inherit it.
+///
+/// # Errors
+/// `PermissionDenied` for a value below the present one without `CAP_SYS_RESOURCE`.
+pub fn set_oom_score_adj(value: i32) -> io::Result<()> {
+    std::fs::write("/proc/self/oom_score_adj", value.to_string())
+}
+
+/// Sets or clears close-on-exec.
+///
+/// # Errors
+/// Those of `fcntl(2)`.
+pub fn set_close_on_exec(fd: impl AsFd, on: bool) -> io::Result<()> {
+    let flags = if on { FdFlag::FD_CLOEXEC } else { FdFlag::empty() };
+    fcntl(fd, FcntlArg::F_SETFD(flags))?;
+    Ok(())
+}
+
+/// Takes over a descriptor that the parent left under an agreed number, and makes it close-on-exec.
+///
+/// Call it once for each number and before anything else opens files: from then on the returned value is its owner.
+///
+/// # Errors
+/// `EBADF` if the parent left nothing there.
+pub fn take_inherited(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: F_GETFD touches no memory; whether the number is open is exactly what it tells.
+    if unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the number is open, and by the agreement with the parent nothing else in this process owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(number) };
+    set_close_on_exec(&fd, true)?;
+    Ok(fd)
+}
+
+/// Lets the child have each descriptor under the number beside it (3 or above). The descriptors are closed here when
+/// `command` is dropped.
+///
+/// # Errors
+/// `InvalidInput` for a number below 3, used twice, or for more than 64 descriptors.
+pub fn inherit(command: &mut Command, fds: Vec<(OwnedFd, RawFd)>) -> io::Result<()> {
+    const FDS_MAX: usize = 64;
+    let distinct: std::collections::BTreeSet<RawFd> = fds.iter().map(|(_, number)| *number).collect();
+    if fds.len() > FDS_MAX || distinct.len() != fds.len() || distinct.first().is_some_and(|n| *n < 3) {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            "descriptors for a child need distinct numbers from 3 up",
+        ));
+    }
+    let Some(highest) = distinct.last().copied() else { return Ok(()) };
+    // `Command` reports a failed exec through a pipe that it makes at spawn. A placeholder on each wanted number keeps
+    // that pipe from being put where the child's copy goes.
+    let mut placeholders = Vec::new();
+    for (fd, number) in &fds {
+        // SAFETY: F_DUPFD_CLOEXEC makes a new descriptor; the result is checked below.
+        let raw = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, *number) };
+        if raw < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: just made, owned by nobody else.
+        let copy = unsafe { OwnedFd::from_raw_fd(raw) };
+        if raw == *number {
+            placeholders.push(copy);
+        }
+    }
+    let work = move || {
+        let _keep = &placeholders;
+        let mut moved = [-1; FDS_MAX];
+        // Out of the way first, so that no copy lands on a source that is still needed.
+        for (slot, (fd, _)) in moved.iter_mut().zip(&fds) {
+            // SAFETY: async-signal-safe call on a descriptor that the closure owns.
+            *slot = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_DUPFD_CLOEXEC, highest + 1) };
+            if *slot < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        for (slot, (_, number)) in moved.iter().zip(&fds) {
+            // SAFETY: async-signal-safe call; dup2 clears close-on-exec on the copy.
+            if unsafe { libc::dup2(*slot, *number) } < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        Ok(())
+    };
+    // SAFETY: the closure only makes async-signal-safe calls and allocates nothing.
+    unsafe { command.pre_exec(work) };
+    Ok(())
+}
+
+/// Puts the child into a session of its own: signals for the parent's terminal and process group do not reach it.
+pub fn new_session(command: &mut Command) {
+    let work = || {
+        // SAFETY: async-signal-safe call without arguments.
+        if unsafe { libc::setsid() } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: see the closure.
+    unsafe { command.pre_exec(work) };
+}
+
+/// Starts the child, and all that descend from it, without address space randomisation.
+pub fn fixed_addresses(command: &mut Command) {
+    let work = || {
+        // SAFETY: async-signal-safe call with a plain number.
+        let result = unsafe { libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: see the closure.
+    unsafe { command.pre_exec(work) };
+}
+
+/// Kills the child when the thread that started it ends.
+pub fn die_with_parent(command: &mut Command) {
+    let work = || {
+        // SAFETY: async-signal-safe call with plain numbers.
+        let result = unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: see the closure.
+    unsafe { command.pre_exec(work) };
+}
+
+/// Waits for a child (one that was given to this process as a subreaper included), reaps it and says how it ended.
+///
+/// # Errors
+/// `ECHILD` if it is no child of this process.
+pub fn wait(pid: u32) -> io::Result<Ended> {
+    loop {
+        match waitid(Id::Pid(to_pid(pid)), WaitPidFlag::WEXITED) {
+            Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Code(code)),
+            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(signal as i32)),
+            Ok(_) | Err(Errno::EINTR) => {}
+            Err(errno) => return Err(errno.into()),
+        }
+    }
+}
+
+/// Reaps every ended child that was inherited from a dead descendant and that `owned` does not claim. A container's
+/// init cannot end while a process of its namespace waits to be reaped from outside, so this must not be slow.
+pub fn reap_orphans(owned: impl Fn(u32) -> bool) {
+    let Ok(tasks) = std::fs::read_dir("/proc/self/task") else { return };
+    for task in tasks.flatten() {
+        let Ok(children) = std::fs::read_to_string(task.path().join("children")) else { continue };
+        for pid in children.split_whitespace().filter_map(|pid| pid.parse::<u32>().ok()) {
+            if !owned(pid) {
+                // Not ended yet, or reaped by another: both are fine.
+                let _ = waitid(Id::Pid(to_pid(pid)), WaitPidFlag::WEXITED | WaitPidFlag::WNOHANG);
+            }
+        }
+    }
+}
+
+/// Blocks SIGCHLD in this thread and those that it starts, so that [`child_ended`] can wait for it. `Command` unblocks
+/// all signals in its children.
+///
+/// # Errors
+/// Those of `pthread_sigmask(3)`.
+pub fn block_child_signal() -> io::Result<()> {
+    let mut set = SigSet::empty();
+    set.add(Signal::SIGCHLD);
+    set.thread_block().map_err(io::Error::from)
+}
+
+/// Waits until some child has ended, or for `timeout`.
+pub fn child_ended(timeout: Duration) -> bool {
+    // SAFETY: all-zero is a valid signal set; sigemptyset and sigaddset write only into it.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `set` is ours.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    // SAFETY: `set` is ours and SIGCHLD a valid number.
+    unsafe { libc::sigaddset(&raw mut set, libc::SIGCHLD) };
+    let timeout = libc::timespec {
+        tv_sec: i64::try_from(timeout.as_secs()).unwrap_or(i64::MAX),
+        tv_nsec: timeout.subsec_nanos().into(),
+    };
+    // SAFETY: both structs live until the call returns; a null siginfo is allowed.
+    unsafe { libc::sigtimedwait(&raw const set, std::ptr::null_mut(), &raw const timeout) > 0 }
+}
+
+fn to_pid(pid: u32) -> Pid {
+    Pid::from_raw(i32::try_from(pid).expect("the kernel's process numbers end at 4194304"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+    use std::os::unix::net::UnixStream;
+
+    #[test]
+    fn a_child_finds_its_descriptor_under_the_agreed_number() {
+        let (mut ours, theirs) = UnixStream::pair().expect("pair");
+        let mut command = Command::new("bash");
+        command.args(["-c", "echo hello >&20"]);
+        inherit(&mut command, vec![(theirs.into(), 20)]).expect("inherit");
+        assert!(command.status().expect("run").success());
+        drop(command);
+        let mut text = String::new();
+        ours.read_to_string(&mut text).expect("ends, because no copy is left");
+        assert_eq!(text, "hello\n");
+    }
+
+    #[test]
+    fn two_descriptors_may_swap_numbers() {
+        let (mut a, to_a) = UnixStream::pair().expect("pair");
+        let (mut b, to_b) = UnixStream::pair().expect("pair");
+        let (x, y) = (to_a.as_raw_fd(), to_b.as_raw_fd());
+        let mut command = Command::new("bash");
+        command.args(["-c", &format!("echo a >&{y}; echo b >&{x}")]);
+        inherit(&mut command, vec![(to_a.into(), y), (to_b.into(), x)]).expect("inherit");
+        assert!(command.status().expect("run").success());
+        drop(command);
+        let mut text = String::new();
+        a.read_to_string(&mut text).expect("read");
+        b.read_to_string(&mut text).expect("read");
+        assert_eq!(text, "a\nb\n");
+    }
+
+    #[test]
+    fn a_missing_program_is_reported_although_descriptors_are_passed() {
+        let (_a, b) = UnixStream::pair().expect("pair");
+        let mut command = Command::new("/no/such/program");
+        inherit(&mut command, vec![(b.into(), 7)]).expect("inherit");
+        assert_eq!(command.spawn().expect_err("missing").kind(), io::ErrorKind::NotFound);
+    }
+
+    #[expect(clippy::zombie_processes, reason = "waiting by number is what is tested")]
+    #[test]
+    fn the_end_of_a_child_is_told_by_code_or_signal() {
+        let child = Command::new("sh").args(["-c", "exit 7"]).spawn().expect("sh");
+        assert_eq!(wait(child.id()).expect("wait"), Ended::Code(7));
+        let child = Command::new("sh").args(["-c", "kill -9 $$"]).spawn().expect("sh");
+        assert_eq!(wait(child.id()).expect("wait"), Ended::Signal(9));
+    }
+}
