@@ -7,9 +7,9 @@ from dataclasses import asdict, dataclass
 
 WEIGHTS_BYTES_MIN = 200 << 20
 WEIGHTS_BYTES_MAX = 8 << 30
-# Every byte is a token, and then two more.
-VOCABULARY = 258
-BEGIN, END = 256, 257
+# Every byte is a token, and one more begins a text. None ends it: weights that mean nothing cannot choose it well.
+VOCABULARY = 257
+BEGIN = 256
 HEAD = 64
 # A format rule of safetensors: the header's length is a multiple of 8.
 ALIGNMENT = 8

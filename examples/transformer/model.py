@@ -80,15 +80,13 @@ class Transformer:
         tokens, log_probabilities = [], []
         position = 0
         step = context
-        while len(tokens) < tokens_max:
+        for _ in range(tokens_max):
             logits = self.forward(torch.tensor(step), position, cache)
             position += len(step)
-            scores = torch.log_softmax(logits, dim=0)
+            scores = torch.log_softmax(logits[: layout.BEGIN], dim=0)
             token = int(scores.argmax())
             tokens.append(token)
             log_probabilities.append(float(scores[token]))
-            if token == layout.END:
-                break
             step = [token]
         return tokens, log_probabilities
 

@@ -68,7 +68,7 @@ def create_app(weights: pathlib.Path, sparse: bool) -> fastapi.FastAPI:
     @app.post("/generate")
     async def generate(question: Question) -> Answer:
         tokens, log_probabilities = await computed(app.state.transformer.generate, question.prompt, question.max_tokens)
-        text = bytes(token for token in tokens if token < model.layout.BEGIN).decode(errors="replace")
+        text = bytes(tokens).decode(errors="replace")
         return Answer(tokens=tokens, log_probabilities=log_probabilities, text=text)
 
     @app.get("/state_digest")
