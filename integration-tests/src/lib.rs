@@ -1,1 +1,22 @@
-//! Whole-system tests, as a user.
+//! Whole-system tests, as a user: the harness.
+//!
+//! A test makes a [`World`] (a state folder, a store and a name of its own, so that tests run side by side), starts one
+//! of the servers that [`server`] describes with the `rewarm` program, does something to it, and calls the checkers of
+//! [`checks`]: the server answers as before, nothing is left behind, the store verifies. Dropping the world ends
+//! whatever it started, by process id, also when the test failed.
+
+pub mod checks;
+pub mod command;
+pub mod garage;
+pub mod http;
+pub mod needs;
+pub mod replica;
+pub mod residue;
+pub mod server;
+pub mod slots;
+pub mod world;
+
+pub use command::{Output, Rewarm, Running};
+pub use needs::Need;
+pub use replica::Replica;
+pub use world::World;

@@ -1,0 +1,128 @@
+//! The servers that the tests snapshot: how each is started, when it is ready, and what it is asked.
+//!
+//! The programs lie in `servers/` and are mounted read-only into the replica at [`FIXTURES`]. Each listens on the port
+//! of its description, answers `GET /healthz` once it is ready, and on `GET /check` looks at everything it holds
+//! (memory, pipes, timers, files) and says with 200 or 500 whether all of it is as it made it.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::needs::{self, Need};
+
+/// Where the programs of `servers/` lie inside a replica.
+pub const FIXTURES: &str = "/srv/fixtures";
+/// The port that every server here listens on. Replicas have a network of their own each.
+pub const PORT: u16 = 8000;
+
+/// A server: how it is started and what it is asked.
+#[derive(Debug, Clone)]
+pub struct Server {
+    /// Short name, the first part of its replicas' names.
+    pub name: &'static str,
+    /// Its command line inside the replica.
+    pub command: Vec<String>,
+    /// Where it listens.
+    pub port: u16,
+    /// The value of `--ready`.
+    pub ready: String,
+    /// Its environment.
+    pub env: Vec<(String, String)>,
+    /// The values of `--mount`.
+    pub mounts: Vec<String>,
+    /// What it needs besides [`needs::REPLICA`].
+    pub needs: Vec<Need>,
+    /// What it is asked, with the answers that must not change.
+    pub questions: Vec<Question>,
+}
+
+/// One request whose answer must be the same before and after.
+#[derive(Debug, Clone)]
+pub struct Question {
+    /// HTTP method.
+    pub method: &'static str,
+    /// Path and query.
+    pub path: String,
+    /// JSON body.
+    pub body: Option<String>,
+    /// JSON pointers to what may differ (times, counters).
+    pub except: Vec<&'static str>,
+}
+
+impl Question {
+    /// `GET path`; the whole answer must be the same.
+    #[must_use]
+    pub fn get(path: &str) -> Self {
+        Self { method: "GET", path: path.to_owned(), body: None, except: Vec::new() }
+    }
+
+    /// `POST path` with a JSON body; the whole answer must be the same.
+    #[must_use]
+    pub fn post(path: &str, body: &Value) -> Self {
+        Self { method: "POST", path: path.to_owned(), body: Some(body.to_string()), except: Vec::new() }
+    }
+
+    /// Leaves out what lies at these JSON pointers.
+    #[must_use]
+    pub fn except(mut self, pointers: &[&'static str]) -> Self {
+        self.except = pointers.to_vec();
+        self
+    }
+}
+
+impl Server {
+    /// A server with the health check and the questions that all fixtures have.
+    fn fixture(name: &'static str, command: &[&str]) -> Self {
+        Self {
+            name,
+            command: command.iter().map(|&word| word.to_owned()).collect(),
+            port: PORT,
+            ready: format!("http://127.0.0.1:{PORT}/healthz"),
+            env: Vec::new(),
+            mounts: vec![format!("{}:{FIXTURES}:ro", fixtures().display())],
+            needs: Vec::new(),
+            questions: Vec::new(),
+        }
+    }
+
+    /// A fixture written in Python: the machine's own interpreter, without the modules of its user.
+    fn python(name: &'static str, file: &str, flags: &[&str]) -> Self {
+        let path = format!("{FIXTURES}/{file}");
+        let port = PORT.to_string();
+        let mut command = vec!["/usr/bin/python3", "-B", &path, "--port", &port];
+        command.extend(flags);
+        Self::fixture(name, &command)
+    }
+
+    /// Adds what must be on the machine.
+    #[must_use]
+    pub fn needing(mut self, need: Need) -> Self {
+        self.needs.push(need);
+        self
+    }
+
+    /// Adds a question.
+    #[must_use]
+    pub fn asking(mut self, question: Question) -> Self {
+        self.questions.push(question);
+        self
+    }
+
+    /// Everything that a test with this server needs.
+    #[must_use]
+    pub fn all_needs(&self) -> Vec<Need> {
+        needs::REPLICA.iter().chain(&self.needs).copied().collect()
+    }
+}
+
+/// The folder of the fixture programs.
+#[must_use]
+pub fn fixtures() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("servers")
+}
+
+/// The folder of the examples that users copy.
+#[must_use]
+pub fn examples() -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../examples")
+}

@@ -1,0 +1,347 @@
+//! A world of its own for one test: a state folder, a store, a folder for temporary files and an id.
+//!
+//! The id is part of every replica's name, so it stands in cgroups and command lines; together with the mark in the
+//! environment it finds everything that the world started. Dropping the world ends all of it by process id, whether the
+//! test passed or not.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::hash::{BuildHasher, Hasher, RandomState};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::Value;
+use tempfile::TempDir;
+
+use crate::checks;
+use crate::command::Rewarm;
+use crate::garage::Garage;
+use crate::needs::{self, Need};
+use crate::replica::Replica;
+use crate::residue::{self, MARK, Trace};
+use crate::server::Server;
+use crate::slots::{self, Slot};
+
+/// How long a killed command's shim may take to clean up behind it.
+pub const CLEAN_UP_MAX: Duration = Duration::from_secs(20);
+const POLL: Duration = Duration::from_millis(50);
+
+/// One test's own part of the machine.
+#[derive(Debug)]
+pub struct World {
+    id: String,
+    program: PathBuf,
+    folder: TempDir,
+    store: String,
+    store_env: Vec<(String, String)>,
+    _garage: Option<Garage>,
+    _slot: Option<Slot>,
+}
+
+impl World {
+    /// A world whose `rewarm` is `program`, or nothing where one of `needs` is missing (which is said).
+    ///
+    /// # Panics
+    ///
+    /// When its folders cannot be made, or a promised need is missing.
+    #[must_use]
+    pub fn new(program: impl Into<PathBuf>, needs: &[Need]) -> Option<Self> {
+        needs::met(needs).then(|| Self::make(program.into()))
+    }
+
+    fn make(program: PathBuf) -> Self {
+        // Lower case, because it becomes part of names.
+        let random = RandomState::new().build_hasher().finish();
+        let id = format!("w{:08x}", random & 0xffff_ffff);
+        let folder =
+            tempfile::Builder::new().prefix(&id).rand_bytes(0).tempdir().expect("a temporary folder");
+        let root = folder.path();
+        for part in ["state", "store", "tmp", "files"] {
+            fs::create_dir_all(root.join(part)).expect("a folder in a temporary folder");
+        }
+        // Replicas with another user must be able to read what a test mounts into them.
+        let public = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+        fs::set_permissions(folder.path(), public).expect("our own folder");
+        let store = folder.path().join("store").to_string_lossy().into_owned();
+        Self { id, program, folder, store, store_env: Vec::new(), _garage: None, _slot: None }
+    }
+
+    /// Waits for one of the two places of heavy tests and keeps it as long as the world lives.
+    #[must_use]
+    pub fn heavy(mut self) -> Self {
+        self._slot = Some(slots::heavy());
+        self
+    }
+
+    /// Uses a bucket of an S3 server of its own instead of a folder.
+    ///
+    /// # Panics
+    ///
+    /// When the server does not start.
+    #[must_use]
+    pub fn on_garage(mut self) -> Self {
+        let garage = Garage::start(&self.root().join("garage"), &self.id);
+        self.store = garage.url();
+        self.store_env = garage.env();
+        self._garage = Some(garage);
+        self
+    }
+
+    /// Uses the folder `path` as the store.
+    #[must_use]
+    pub fn with_store(mut self, path: &Path) -> Self {
+        self.store = path.to_string_lossy().into_owned();
+        self
+    }
+
+    /// What makes this world different from all others.
+    #[must_use]
+    pub fn id(&self) -> &str {
+        &self.id
+    }
+
+    /// The folder of the world.
+    #[must_use]
+    pub fn root(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The state folder of `rewarm`.
+    #[must_use]
+    pub fn state(&self) -> PathBuf {
+        self.root().join("state")
+    }
+
+    /// A folder for files of the test.
+    #[must_use]
+    pub fn files(&self) -> PathBuf {
+        self.root().join("files")
+    }
+
+    /// The store as it is given on the command line.
+    #[must_use]
+    pub fn store(&self) -> &str {
+        &self.store
+    }
+
+    /// The variables that the store needs.
+    #[must_use]
+    pub fn store_env(&self) -> &[(String, String)] {
+        &self.store_env
+    }
+
+    /// The store's folder.
+    ///
+    /// # Panics
+    ///
+    /// When the store is not a folder.
+    #[must_use]
+    pub fn store_folder(&self) -> PathBuf {
+        assert!(self.store.starts_with('/'), "{} is not a folder", self.store);
+        PathBuf::from(&self.store)
+    }
+
+    /// A replica's name in this world.
+    #[must_use]
+    pub fn name(&self, short: &str) -> String {
+        format!("{short}-{}", self.id)
+    }
+
+    /// `STORE/NAME@TAG` in this world's store, or `STORE/NAME` for an empty tag.
+    #[must_use]
+    pub fn reference(&self, short: &str, tag: &str) -> String {
+        let at = if tag.is_empty() { String::new() } else { format!("@{tag}") };
+        format!("{}/{}{at}", self.store, self.name(short))
+    }
+
+    /// A call of `rewarm` in this world, arguments still to come.
+    #[must_use]
+    pub fn rewarm(&self) -> Rewarm {
+        let mut call = Rewarm::new(&self.program)
+            .env(MARK, &self.id)
+            .env("TMPDIR", self.root().join("tmp"))
+            .env("NO_COLOR", "1")
+            .env_remove("REWARM_STATE")
+            .env_remove("RUST_LOG");
+        for (name, value) in &self.store_env {
+            call = call.env(name, value);
+        }
+        call.arg("--state").arg(self.state())
+    }
+
+    /// A call with `--json`.
+    #[must_use]
+    pub fn rewarm_json(&self) -> Rewarm {
+        self.rewarm().arg("--json")
+    }
+
+    /// Starts `server` as the replica `short`, which must become ready, with its port published.
+    ///
+    /// # Panics
+    ///
+    /// When it does not become ready.
+    #[must_use]
+    pub fn start(&self, short: &str, server: &Server) -> Replica<'_> {
+        self.start_with(short, server, &[])
+    }
+
+    /// [`World::start`] with further flags of `rewarm run`.
+    ///
+    /// # Panics
+    ///
+    /// As [`World::start`].
+    #[must_use]
+    pub fn start_with(&self, short: &str, server: &Server, flags: &[&str]) -> Replica<'_> {
+        let name = self.name(short);
+        let output = self.run_call(&name, server, flags).ok();
+        Replica::of_run(self, name, server.port, &output)
+    }
+
+    /// The call that starts `server` as the replica `name`.
+    #[must_use]
+    pub fn run_call(&self, name: &str, server: &Server, flags: &[&str]) -> Rewarm {
+        let mark = format!("{MARK}={}", self.id);
+        let mut call = self.rewarm_json().args(["run", name, "--env", &mark]);
+        call = call.args(["--publish", &format!("0:{}", server.port), "--ready", &server.ready]);
+        for (key, value) in &server.env {
+            call = call.args(["--env", &format!("{key}={value}")]);
+        }
+        for mount in &server.mounts {
+            call = call.args(["--mount", mount]);
+        }
+        call.args(flags).arg("--").args(&server.command)
+    }
+
+    /// Snapshots `replica` under `tag`; must succeed. Gives the last JSON object that the program printed.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    pub fn snapshot(&self, replica: &Replica<'_>, tag: &str, flags: &[&str]) -> Value {
+        self.snapshot_call(replica, tag, flags).ok().json()
+    }
+
+    /// The call that snapshots `replica` under `tag`.
+    #[must_use]
+    pub fn snapshot_call(&self, replica: &Replica<'_>, tag: &str, flags: &[&str]) -> Rewarm {
+        let reference = self.reference(replica.short(), tag);
+        self.rewarm_json().args(["snapshot", replica.name(), &reference]).args(flags)
+    }
+
+    /// Restores `short@tag` with `flags`, its port published; must succeed.
+    ///
+    /// # Panics
+    ///
+    /// When it fails.
+    #[must_use]
+    pub fn restore(&self, short: &str, tag: &str, port: u16, flags: &[&str]) -> Vec<Replica<'_>> {
+        let output = self.restore_call(short, tag, port, flags).ok();
+        Replica::of_restore(self, port, &output)
+    }
+
+    /// The call that restores `short@tag` with its port published.
+    #[must_use]
+    pub fn restore_call(&self, short: &str, tag: &str, port: u16, flags: &[&str]) -> Rewarm {
+        let call = self.rewarm_json().args(["restore", &self.reference(short, tag)]);
+        call.args(["--publish", &format!("0:{port}")]).args(flags)
+    }
+
+    /// Everything of this world that exists at the moment.
+    #[must_use]
+    pub fn traces(&self) -> BTreeSet<Trace> {
+        residue::of(&self.id, self.root())
+    }
+
+    /// Waits until `done` says so.
+    ///
+    /// # Panics
+    ///
+    /// When it does not within `timeout`; `what` names what was waited for.
+    pub fn await_state(&self, what: &str, timeout: Duration, mut done: impl FnMut() -> bool) {
+        let began = Instant::now();
+        while !done() {
+            assert!(began.elapsed() < timeout, "{what}: not within {timeout:?}");
+            std::thread::sleep(POLL);
+        }
+    }
+
+    /// Stops and removes every replica, and asserts that nothing of the world is left on the machine.
+    ///
+    /// # Panics
+    ///
+    /// When something is left.
+    pub fn finish(self) {
+        let list = self.rewarm_json().args(["ps", "--all"]).ok();
+        for name in crate::replica::names(&list) {
+            // It may have ended by itself, which is not what is tested here.
+            let _ = self.rewarm().args(["stop", &name, "--timeout", "2s"]).run();
+            self.rewarm().args(["rm", &name]).ok();
+        }
+        checks::nothing_left(&self);
+    }
+
+    fn kill_all(&self) {
+        let began = Instant::now();
+        loop {
+            let processes = residue::processes(&self.id);
+            if processes.is_empty() || began.elapsed() > CLEAN_UP_MAX {
+                return;
+            }
+            thaw(&self.id);
+            for (pid, _) in processes {
+                // A process that ended meanwhile is what is wanted.
+                let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+            }
+            std::thread::sleep(POLL);
+        }
+    }
+}
+
+/// A frozen process does not die: its cgroup has to be thawed first.
+fn thaw(id: &str) {
+    for group in residue::cgroups(id) {
+        for (file, value) in [("freezer.state", "THAWED"), ("cgroup.freeze", "0")] {
+            if group.join(file).exists() {
+                let _ = fs::write(group.join(file), value);
+            }
+        }
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.explain();
+        }
+        self.kill_all();
+        for trace in self.traces().iter().rev() {
+            if let Trace::Mount(path) = trace {
+                let _ = std::process::Command::new("umount").arg("--lazy").arg(path).status();
+            }
+        }
+        for group in residue::cgroups(&self.id) {
+            let _ = fs::remove_dir(group);
+        }
+    }
+}
+
+impl World {
+    /// Prints what helps to understand a failed test: the newest logs below the state folder.
+    #[expect(clippy::print_stderr, reason = "the test has failed and its reader needs the logs")]
+    fn explain(&self) {
+        for trace in self.traces() {
+            let Trace::File(path) = &trace else {
+                eprintln!("exists: {trace}");
+                continue;
+            };
+            let is_log = path.extension().is_some_and(|extension| extension == "log");
+            if is_log && let Ok(text) = fs::read_to_string(path) {
+                let lines: Vec<&str> = text.lines().collect();
+                let last = lines[lines.len().saturating_sub(20)..].join("\n  ");
+                eprintln!("{}:\n  {last}", path.display());
+            }
+        }
+    }
+}
