@@ -187,14 +187,20 @@ impl Layout {
             encoded.gaps.iter().zip(&encoded.pages).zip(&encoded.kinds).enumerate()
         {
             let vaddr = gap.checked_mul(PAGE_BYTES).and_then(|bytes| end.checked_add(bytes));
-            let next = vaddr.and_then(|v| pages.checked_mul(PAGE_BYTES).and_then(|bytes| v.checked_add(bytes)));
+            let next =
+                vaddr.and_then(|v| pages.checked_mul(PAGE_BYTES).and_then(|bytes| v.checked_add(bytes)));
             let (Some(vaddr), Some(next)) = (vaddr, next) else {
                 return Err(LayoutError::Run { index, vaddr: end, pages: *pages, kind: *kind });
             };
             if *pages == 0 || *kind > (KIND_ZERO | KIND_LAZY) {
                 return Err(LayoutError::Run { index, vaddr, pages: *pages, kind: *kind });
             }
-            layout.push(Run { vaddr, pages: *pages, zero: kind & KIND_ZERO != 0, lazy: kind & KIND_LAZY != 0 });
+            layout.push(Run {
+                vaddr,
+                pages: *pages,
+                zero: kind & KIND_ZERO != 0,
+                lazy: kind & KIND_LAZY != 0,
+            });
             end = next;
         }
         Ok(layout)

@@ -1,0 +1,223 @@
+//! Finds the CRIU program and refuses one that cannot work.
+
+use std::ffi::OsStr;
+use std::fmt;
+use std::io;
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use crate::Error;
+
+/// Where distributions put it, looked at after the `PATH` (which often lacks the folders of administration).
+const USUAL: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin"];
+
+/// The oldest version that works on 6.x kernels.
+const OLDEST: Version = Version { major: 4, minor: 1, patch: 0 };
+const OLDEST_TEXT: &str = "4.1";
+/// Lines of standard error that an error keeps.
+const STDERR_LINES: usize = 50;
+
+/// A version of CRIU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version {
+    /// First number.
+    pub major: u32,
+    /// Second number.
+    pub minor: u32,
+    /// Third number, 0 where it has none.
+    pub patch: u32,
+}
+
+impl Version {
+    /// Reads `4.2.1`, `4.1` or `4.2-dev`.
+    #[must_use]
+    pub fn parse(text: &str) -> Option<Self> {
+        let mut numbers = text.trim().split('.').map(|part| {
+            let digits = part.find(|c: char| !c.is_ascii_digit()).unwrap_or(part.len());
+            part[..digits].parse::<u32>().ok()
+        });
+        let major = numbers.next()??;
+        let minor = numbers.next()??;
+        let patch = numbers.next().flatten().unwrap_or(0);
+        Some(Self { major, minor, patch })
+    }
+
+    /// Whether it carries over mappings that are `MAP_DROPPABLE`. An older CRIU restores them as something else, and
+    /// with glibc 2.41 or newer clones would share the state of the vDSO's random generator.
+    #[must_use]
+    pub fn knows_droppable(self) -> bool {
+        self >= Self { major: 4, minor: 2, patch: 0 }
+    }
+}
+
+impl fmt::Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.major, self.minor)?;
+        if self.patch > 0 { write!(f, ".{}", self.patch) } else { Ok(()) }
+    }
+}
+
+/// A CRIU program that is new enough.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Binary {
+    /// Absolute path.
+    pub path: PathBuf,
+    /// Version that it prints.
+    pub version: Version,
+}
+
+impl Binary {
+    /// Finds the program: `explicit` if given and nothing else; otherwise `sbin/criu` below the folder `cache`, then the
+    /// folders of `PATH` and the usual ones. The first that is new enough is taken.
+    ///
+    /// # Errors
+    /// [`Error::Missing`] if there is none, [`Error::TooOld`] if there are only older ones, [`Error::Command`] or
+    /// [`Error::Io`] if none of them can say its version.
+    pub fn find(explicit: Option<&Path>, cache: Option<&Path>) -> crate::Result<Self> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        Self::find_in(&candidates(explicit, cache, &path))
+    }
+
+    fn find_in(candidates: &[PathBuf]) -> crate::Result<Self> {
+        let mut refused = None;
+        for path in candidates.iter().filter(|path| is_program(path)) {
+            match Self::at(path) {
+                Ok(binary) => return Ok(binary),
+                Err(error) => {
+                    refused.get_or_insert(error);
+                }
+            }
+        }
+        Err(refused.unwrap_or_else(|| Error::Missing { searched: candidates.to_vec() }))
+    }
+
+    /// The program at a path, asked for its version.
+    ///
+    /// # Errors
+    /// [`Error::TooOld`], or [`Error::Command`] or [`Error::Io`] if it does not say its version.
+    pub fn at(path: &Path) -> crate::Result<Self> {
+        let path = std::path::absolute(path).map_err(Error::io("find", path))?;
+        let mut command = Command::new(&path);
+        let output =
+            command.arg("--version").stdin(Stdio::null()).output().map_err(Error::io("run", &path))?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = text.lines().find_map(|line| line.strip_prefix("Version:")).and_then(Version::parse);
+        let Some(version) = version else { return Err(failed(&command, &output)) };
+        if version < OLDEST {
+            let reason = "it does not know the memory layout of 6.x kernels and does not start on them";
+            return Err(Error::TooOld { path, version: version.to_string(), needed: OLDEST_TEXT, reason });
+        }
+        Ok(Self { path, version })
+    }
+
+    /// Runs `criu check`: whether this kernel has what a dump and a restore need. Takes some 50 ms and needs root.
+    ///
+    /// # Errors
+    /// [`Error::Command`] with what is missing.
+    pub fn check(&self) -> crate::Result<()> {
+        let mut command = Command::new(&self.path);
+        let output =
+            command.arg("check").stdin(Stdio::null()).output().map_err(Error::io("run", &self.path))?;
+        if output.status.success() { Ok(()) } else { Err(failed(&command, &output)) }
+    }
+}
+
+/// The error for a command that ran and failed.
+pub(crate) fn failed(command: &Command, output: &Output) -> Error {
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let text = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = text.lines().collect();
+    Error::Command {
+        command: words.map(OsStr::to_string_lossy).collect::<Vec<_>>().join(" "),
+        status: output.status.to_string(),
+        stderr: lines[lines.len().saturating_sub(STDERR_LINES)..].join("\n"),
+    }
+}
+
+fn candidates(explicit: Option<&Path>, cache: Option<&Path>, path: &OsStr) -> Vec<PathBuf> {
+    if let Some(explicit) = explicit {
+        return vec![explicit.to_owned()];
+    }
+    let mut all = Vec::new();
+    let cached = cache.map(|cache| cache.join("sbin/criu"));
+    let on_path =
+        std::env::split_paths(path).filter(|folder| folder.is_absolute()).map(|folder| folder.join("criu"));
+    let usual = USUAL.iter().map(|folder| Path::new(folder).join("criu"));
+    for candidate in cached.into_iter().chain(on_path).chain(usual) {
+        if !all.contains(&candidate) {
+            all.push(candidate);
+        }
+    }
+    all
+}
+
+fn is_program(path: &Path) -> bool {
+    let executable =
+        |metadata: std::fs::Metadata| metadata.is_file() && metadata.permissions().mode() & 0o111 != 0;
+    std::fs::metadata(path)
+        .map(executable)
+        .unwrap_or_else(|error: io::Error| error.kind() != io::ErrorKind::NotFound)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn program(folder: &Path, says: &str) -> PathBuf {
+        let path = folder.join("criu");
+        fs::create_dir_all(folder).expect("a folder");
+        fs::write(&path, format!("#!/bin/sh\n{says}\n")).expect("a script");
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("executable");
+        path
+    }
+
+    #[test]
+    fn versions_are_read_and_compared() {
+        assert_eq!(Version::parse("4.2.1"), Some(Version { major: 4, minor: 2, patch: 1 }));
+        assert_eq!(Version::parse(" 4.1\n").map(|version| version.to_string()).as_deref(), Some("4.1"));
+        assert_eq!(Version::parse("4.3-dev"), Some(Version { major: 4, minor: 3, patch: 0 }));
+        assert_eq!(Version::parse("four"), None);
+        assert!(Version::parse("3.17.1") < Some(OLDEST) && Version::parse("10.0") > Some(OLDEST));
+        assert!(!OLDEST.knows_droppable() && Version { major: 4, minor: 2, patch: 1 }.knows_droppable());
+    }
+
+    #[test]
+    fn an_old_one_is_refused_with_the_reason() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = program(folder.path(), "echo Version: 3.17.1");
+        let error = Binary::find(Some(&path), None).expect_err("too old");
+        let text = error.to_string();
+        assert!(text.ends_with(
+            "is version 3.17.1, 4.1 or newer is needed: it does not know the memory layout of 6.x kernels and does not \
+             start on them"
+        ));
+    }
+
+    #[test]
+    fn a_newer_one_further_down_is_taken() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let old = program(&folder.path().join("old"), "echo Version: 3.17.1");
+        let new = program(&folder.path().join("new"), "echo Version: 4.2.1; echo GitID: 0");
+        let found = Binary::find_in(&[folder.path().join("none"), old, new.clone()]).expect("found");
+        assert_eq!(found, Binary { path: new, version: Version { major: 4, minor: 2, patch: 1 } });
+    }
+
+    #[test]
+    fn what_fails_is_reported_with_its_last_words() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = program(folder.path(), "echo cannot start >&2; exit 3");
+        let error = Binary::at(&path).expect_err("no version");
+        assert!(error.to_string().ends_with("--version ended with exit status: 3: cannot start"), "{error}");
+        let missing = Binary::find(Some(&folder.path().join("none")), None).expect_err("missing");
+        assert!(missing.to_string().starts_with("no criu program at /"), "{missing}");
+    }
+
+    #[test]
+    fn the_cache_comes_before_the_path() {
+        let all = candidates(None, Some(Path::new("/cache/criu")), OsStr::new("/a:b:/usr/sbin"));
+        assert_eq!(all[..3], ["/cache/criu/sbin/criu", "/a/criu", "/usr/sbin/criu"].map(PathBuf::from));
+    }
+}

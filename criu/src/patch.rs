@@ -1,0 +1,242 @@
+//! Mends and changes images between a dump and a restore.
+//!
+//! Every patch works on the fields of the messages and leaves all others byte for byte as they were, those that this
+//! program does not know too. Each writes a file anew beside the old one and puts it in its place at once.
+
+use std::collections::HashSet;
+use std::fs;
+use std::io;
+use std::ops::Range;
+use std::path::Path;
+use std::time::Duration;
+
+use prost::Message;
+
+use crate::image::files::{self, FileKind, OpenFile, SocketState, Timerfd};
+use crate::image::mm::{self, MADV_HUGEPAGE, MADV_NOHUGEPAGE, Vma, VmaEntry};
+use crate::image::namespaces::Clocks;
+use crate::image::{Image, Kind, numbered, replace};
+use crate::wire::{self, Broken};
+use crate::{Error, Fault};
+
+/// Fields of an open file.
+const FILE_ID: u32 = 2;
+const FILE_INET: u32 = 4;
+const FILE_TIMERFD: u32 = 12;
+
+/// Fields of a timer descriptor.
+const TIMER_FLAGS: u32 = 6;
+const TIMER_VALUE_S: u32 = 7;
+const TIMER_VALUE_NS: u32 = 8;
+
+/// Fields of an IPv4 or IPv6 socket.
+const SOCKET_STATE: u32 = 6;
+const SOCKET_LOCAL_PORT: u32 = 7;
+const SOCKET_REMOTE_PORT: u32 = 8;
+const SOCKET_SHUTDOWN: u32 = 19;
+/// Both directions are shut down.
+const SHUTDOWN_BOTH: u64 = 3;
+
+/// Field of a mapping with its advice.
+const VMA_ADVICE: u32 = 9;
+
+const CLOCK_REALTIME: u32 = 0;
+/// Set with an absolute time.
+const TIMER_ABSTIME: u32 = 1;
+/// What a timer that should have expired already is given.
+const AT_ONCE: Duration = Duration::from_millis(1);
+
+/// A timer descriptor that was changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rearmed {
+    /// Id of the file in `files.img`.
+    pub id: u32,
+    /// As CRIU dumped it.
+    pub before: Timerfd,
+    /// As CRIU will set it.
+    pub after: Timerfd,
+}
+
+/// Mends timer descriptors, which CRIU (up to 4.2 at least) does not restore as they were:
+///
+/// - A periodic one that expired while everything was frozen is dumped with no time left, which at restore means: not
+///   armed, never again. It is set to expire in a millisecond.
+/// - One that was set with an absolute time is dumped with the time left but restored as if that were the absolute
+///   time, which has passed long ago: it expires at once, a periodic one with a count of ticks since boot. With
+///   CLOCK_MONOTONIC and CLOCK_BOOTTIME it is set to the time left; with CLOCK_REALTIME to the absolute time again, which is
+///   `dumped` plus the time left, so that an alarm at noon stays at noon.
+///
+/// `dumped` is the time of day at the dump, since 1970. To be applied once to each dump, before its first restore.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Image`] if `files.img` cannot be read or written.
+pub fn rearm_timerfds(directory: &Path, dumped: Duration) -> crate::Result<Vec<Rearmed>> {
+    let mut changed = Vec::new();
+    for file in files::read(directory)? {
+        if let OpenFile { id, kind: FileKind::Timerfd(before) } = file
+            && let Some(after) = rearm(before, dumped)
+        {
+            changed.push(Rearmed { id, before, after });
+        }
+    }
+    if changed.is_empty() {
+        return Ok(changed);
+    }
+    change_files(directory, FILE_TIMERFD, |id, body| {
+        let Some(Rearmed { after, .. }) = changed.iter().find(|rearmed| rearmed.id == id) else {
+            return Ok(None);
+        };
+        let numbers = [
+            (TIMER_FLAGS, u64::from(after.settime_flags)),
+            (TIMER_VALUE_S, after.value.as_secs()),
+            (TIMER_VALUE_NS, u64::from(after.value.subsec_nanos())),
+        ];
+        wire::with_numbers(body, &numbers).map(Some)
+    })?;
+    Ok(changed)
+}
+
+fn rearm(before: Timerfd, dumped: Duration) -> Option<Timerfd> {
+    let mut after = before;
+    if before.value.is_zero() && !before.interval.is_zero() {
+        after.value = AT_ONCE;
+    }
+    if before.settime_flags & TIMER_ABSTIME != 0 && !after.value.is_zero() {
+        if before.clock == CLOCK_REALTIME {
+            after.value = dumped.saturating_add(after.value);
+        } else {
+            after.settime_flags &= !TIMER_ABSTIME;
+        }
+    }
+    (after != before).then_some(after)
+}
+
+/// Makes chosen sockets come back closed: TCP connections and connected UDP sockets, by their ids in `files.img`. All
+/// others stay as they are, so that the connections between processes inside a replica survive.
+///
+/// In the restored process the descriptor is there, its reads return the end of the stream and its writes fail with
+/// EPIPE, as after the other side closed the connection. CRIU itself can only close all connections at once
+/// (`tcp-close`). The images of what was queued in them are removed. Returns the number of sockets that were changed.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Image`] if `files.img` cannot be read or written; [`Error::Image`] if an id is not that of a
+/// connected socket. Nothing is changed then.
+pub fn close_connections(directory: &Path, ids: &[u32]) -> crate::Result<usize> {
+    let wanted: HashSet<u32> = ids.iter().copied().collect();
+    let mut inodes = Vec::new();
+    for OpenFile { id, kind } in files::read(directory)? {
+        if let FileKind::Inet(socket) = kind
+            && wanted.contains(&id)
+            && socket.is_connected()
+        {
+            inodes.push(socket.inode);
+        }
+    }
+    if inodes.len() != wanted.len() {
+        let fault = Fault::Absent { what: "connected socket of each given id" };
+        return Err(Error::image(directory.join("files.img"))(fault));
+    }
+    if inodes.is_empty() {
+        return Ok(0);
+    }
+    // Without a remote port CRIU takes it for a socket that was never connected; without a local one it does not bind it.
+    // CRIU then calls shutdown, which fails with ENOTCONN and yet marks both directions as ended: that is what makes
+    // reads return 0 instead of an error that no server expects from a connection it has accepted.
+    let numbers = [
+        (SOCKET_STATE, u64::from(SocketState::CLOSED)),
+        (SOCKET_LOCAL_PORT, 0),
+        (SOCKET_REMOTE_PORT, 0),
+        (SOCKET_SHUTDOWN, SHUTDOWN_BOTH),
+    ];
+    change_files(directory, FILE_INET, |id, body| {
+        if wanted.contains(&id) { wire::with_numbers(body, &numbers).map(Some) } else { Ok(None) }
+    })?;
+    for inode in &inodes {
+        let path = directory.join(format!("tcp-stream-{inode:x}.img"));
+        match fs::remove_file(&path) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(Error::io("remove", path)(error));
+            }
+            _ => {}
+        }
+    }
+    Ok(inodes.len())
+}
+
+/// Asks for huge pages in every mapping of a task that overlaps one of the ranges, is private memory of no file and was
+/// not advised against them by the task itself. Returns those mappings.
+///
+/// CRIU gives the advice last, after its own filling: only what is filled after the restore is finished gets huge
+/// pages.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Image`] if `mm-PID.img` cannot be read or written.
+pub fn advise_huge_pages(directory: &Path, pid: u32, ranges: &[Range<u64>]) -> crate::Result<Vec<Vma>> {
+    // Reads and checks the whole file before anything is written.
+    let all = mm::read(directory, pid)?.vmas;
+    let wanted = |vma: &Vma| {
+        vma.is_private_anonymous()
+            && vma.madv & (MADV_NOHUGEPAGE | MADV_HUGEPAGE) == 0
+            && ranges.iter().any(|range| range.start < vma.end && vma.start < range.end)
+    };
+    let chosen: Vec<Vma> = all.into_iter().filter(wanted).collect();
+    if chosen.is_empty() {
+        return Ok(chosen);
+    }
+    let image = Image::read(&mm::path(directory, pid), Kind::Mm)?;
+    image.rewrite(|record| {
+        wire::with_messages(record, mm::VMA_FIELD, |vma| {
+            let entry = VmaEntry::decode(vma).map_err(|_| "a mapping is not decodable")?;
+            let vma_is = Vma::from(entry);
+            if !wanted(&vma_is) {
+                return Ok(None);
+            }
+            wire::with_numbers(vma, &[(VMA_ADVICE, vma_is.madv | MADV_HUGEPAGE)]).map(Some)
+        })
+    })?;
+    Ok(chosen)
+}
+
+/// Sets the clocks from which a restored replica goes on, see [`crate::image::namespaces::clocks`]. Returns the number of
+/// files changed: 0 where the dump has no clocks.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Image`] if the file cannot be read or written.
+pub fn set_clocks(directory: &Path, clocks: Clocks) -> crate::Result<usize> {
+    let found = numbered(directory, "timens-", 10)?;
+    for (_, path) in &found {
+        let image = Image::read(path, Kind::Timens)?;
+        if image.records().len() != 1 {
+            return Err(Error::image(path)(Fault::Absent { what: "clock" }));
+        }
+        // Numbers that are 0 must be written too: CRIU's messages require them.
+        let mut bytes = crate::image::head(Kind::Timens);
+        let mut message = Vec::new();
+        for (number, time) in [(1, clocks.monotonic), (2, clocks.boottime)] {
+            let mut part = Vec::new();
+            wire::put_number(&mut part, 1, time.as_secs());
+            wire::put_number(&mut part, 2, u64::from(time.subsec_nanos()));
+            wire::put_bytes(&mut message, number, &part);
+        }
+        bytes.extend_from_slice(&(message.len() as u32).to_le_bytes());
+        bytes.extend_from_slice(&message);
+        replace(path, &bytes)?;
+    }
+    Ok(found.len())
+}
+
+/// Changes the bodies of open files: `change` gets id and body of each file that has a body of this kind.
+fn change_files(
+    directory: &Path,
+    body_field: u32,
+    mut change: impl FnMut(u32, &[u8]) -> Result<Option<Vec<u8>>, Broken>,
+) -> crate::Result<()> {
+    let image = Image::read(&directory.join("files.img"), Kind::Files)?;
+    image.rewrite(|record| {
+        let Some(id) = wire::number(record, FILE_ID)?.and_then(|id| u32::try_from(id).ok()) else {
+            return Ok(None);
+        };
+        wire::with_messages(record, body_field, |body| change(id, body))
+    })?;
+    Ok(())
+}
