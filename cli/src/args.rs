@@ -1,0 +1,344 @@
+//! The command line: every verb, flag and value. What a verb does is in `commands/`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::builder::Styles;
+use clap::builder::styling::{AnsiColor, Effects};
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+use rewarm_probe::{Hook, Ready};
+
+use crate::env;
+use crate::exit::Exit;
+use crate::values::{self, Compression, Mount, Net, Publish};
+
+const STYLES: Styles = Styles::styled()
+    .header(AnsiColor::Green.on_default().effects(Effects::BOLD))
+    .usage(AnsiColor::Green.on_default().effects(Effects::BOLD))
+    .literal(AnsiColor::Cyan.on_default().effects(Effects::BOLD))
+    .placeholder(AnsiColor::Cyan.on_default());
+
+/// Snapshots model servers that are ready into object storage, and starts further replicas by restoring them.
+#[derive(Debug, Parser)]
+#[command(name = "rewarm", version, styles = STYLES, max_term_width = 100, after_help = exit_codes())]
+#[command(disable_help_subcommand = true, subcommand_required = true, arg_required_else_help = true)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+fn exit_codes() -> String {
+    format!("Exit codes:\n{}", Exit::table())
+}
+
+/// Flags of every verb.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Global options")]
+pub(crate) struct Global {
+    /// Folder of running replicas.
+    #[arg(long, global = true, value_name = "DIR", default_value = "/run/rewarm")]
+    #[arg(env = env::STATE.name, hide_env_values = true)]
+    pub(crate) state: PathBuf,
+    /// The CRIU program, 4.1 or later; without it the one in the cache folder, else in PATH.
+    #[arg(long, global = true, value_name = "FILE", env = env::CRIU.name, hide_env_values = true)]
+    pub(crate) criu: Option<PathBuf>,
+    /// Print JSON instead of text.
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// Draw no progress bars.
+    #[arg(long, short, global = true)]
+    pub(crate) quiet: bool,
+    /// Log what happens to stderr; twice for everything.
+    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    pub(crate) verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Say what works on this machine, what does not, and the fix.
+    Doctor(Doctor),
+    /// Start a server in a container and wait until it is ready.
+    Run(Run),
+    /// Snapshot a running replica into a store.
+    Snapshot(Snapshot),
+    /// Start replicas from a snapshot.
+    Restore(Restore),
+    /// List replicas.
+    Ps(Ps),
+    /// Print what a replica wrote to stdout and stderr.
+    Logs(Logs),
+    /// Run a command inside a replica.
+    Exec(Exec),
+    /// Stop a replica: SIGTERM, then SIGKILL.
+    Stop(Stop),
+    /// Wait until a replica ends; exits with its status.
+    Wait(Wait),
+    /// Remove what a stopped replica left: its logs and exit status.
+    Rm(Rm),
+    /// List the snapshots of a store.
+    Ls(Ls),
+    /// Show a snapshot, and whether this machine can restore it.
+    Inspect(Inspect),
+    /// Print a completion script for a shell.
+    Completions(Completions),
+    /// Write manual pages.
+    Man(Man),
+    /// Own a replica. Started by `run` and `restore`, not by hand.
+    #[command(hide = true)]
+    Shim(Shim),
+    /// Print this help, or that of a verb, or the exit codes.
+    Help(Help),
+}
+
+/// How a replica's container is made; `restore` may change some of it.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm doctor --json | jq '.needs[] | select(.state != \"ok\")'")]
+pub(crate) struct Doctor {}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm run embed --port 8000 --ready http://localhost/health -- python3 server.py\n  \
+    rewarm run llm --memory 16GiB --mount /models:/models:ro --port 8000 --publish 8080:8000 -- python3 llm.py")]
+pub(crate) struct Run {
+    /// Name of the replica: [a-z0-9._-]+.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Root file system; without it the host's `/`, which stays as it is: writes go to a private layer.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) rootfs: Option<PathBuf>,
+    /// Bring a folder or file of the host in; what is mounted below `/` is not in the default root.
+    #[arg(long, value_name = "SRC:DST[:ro]", value_parser = values::mount)]
+    pub(crate) mount: Vec<Mount>,
+    /// User and group of the server, by name or number.
+    #[arg(long, value_name = "U[:G]")]
+    pub(crate) user: Option<String>,
+    /// Environment variable; it becomes part of every snapshot.
+    #[arg(long, value_name = "K=V", value_parser = values::key_value)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Folder in which the command starts; without it the root, or the current folder where the root has it.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) workdir: Option<PathBuf>,
+    /// Limit of memory.
+    #[arg(long, value_name = "BYTES", value_parser = values::bytes)]
+    pub(crate) memory: Option<u64>,
+    /// Limit of processors.
+    #[arg(long, value_name = "N", value_parser = values::cpus)]
+    pub(crate) cpus: Option<f64>,
+    /// Network: private (loopback only), host, none or ns:/PATH.
+    #[arg(long, value_name = "NET", value_parser = values::net, default_value = "private")]
+    pub(crate) net: Net,
+    /// Port on which the server listens; the first is the one that checks, probes and hooks mean.
+    #[arg(long, value_name = "P", value_parser = values::port)]
+    pub(crate) port: Vec<u16>,
+    /// Put a port of the host in front; without an address for this machine only, port 0 lets the kernel choose.
+    #[arg(long, value_name = "[ADDR:]HP:P", value_parser = values::publish)]
+    pub(crate) publish: Vec<Publish>,
+    /// When the server is ready: http://HOST[:PORT]/PATH, tcp:PORT or cmd:COMMAND; without it, when the first port listens.
+    #[arg(long, value_name = "CHECK")]
+    pub(crate) ready: Option<Ready>,
+    /// How long to wait for it.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10m")]
+    pub(crate) ready_timeout: Duration,
+    /// Label, shown by `ps --json` and kept in snapshots.
+    #[arg(long, value_name = "K=V", value_parser = values::key_value)]
+    pub(crate) label: Vec<(String, String)>,
+    /// The server.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm snapshot embed /srv/snapshots/embed --probe probe.toml\n  \
+    rewarm snapshot llm s3://bucket/models/llm@v2 --stop --pre http://localhost/drain")]
+pub(crate) struct Snapshot {
+    /// The replica.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Where to: STORE/NAME[@TAG].
+    #[arg(value_name = "DEST")]
+    pub(crate) destination: String,
+    /// End the server once the snapshot is published; without it the server goes on.
+    #[arg(long)]
+    pub(crate) stop: bool,
+    /// Questions whose answers every restored replica must repeat (docs/probe.md).
+    #[arg(long, value_name = "FILE")]
+    pub(crate) probe: Option<PathBuf>,
+    /// Hook before the dump: http://... is a POST inside the replica, anything else a command there.
+    #[arg(long, value_name = "URL|CMD")]
+    pub(crate) pre: Option<Hook>,
+    /// Hook after it, here and in each restored replica.
+    #[arg(long, value_name = "URL|CMD")]
+    pub(crate) post: Option<Hook>,
+    /// auto (what pays), zstd:LEVEL or none.
+    #[arg(long, value_name = "CODEC", value_parser = values::compression, default_value = "auto")]
+    pub(crate) compression: Compression,
+    /// Allow connections to the outside; they come back closed.
+    #[arg(long)]
+    pub(crate) tcp_close: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm restore /srv/snapshots/embed --publish 8080:8000\n  \
+    rewarm restore s3://bucket/models/llm@v2 --name llm --count 3 --cold-fallback")]
+pub(crate) struct Restore {
+    /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
+    #[arg(value_name = "SRC")]
+    pub(crate) source: String,
+    /// Name of the replica; without it the snapshot's.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: Option<String>,
+    /// So many replicas, NAME-1 to NAME-N.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) count: u16,
+    /// As for run; with a count above 1 the host port must be 0.
+    #[arg(long, value_name = "[ADDR:]HP:P", value_parser = values::publish)]
+    pub(crate) publish: Vec<Publish>,
+    /// Limit of memory; must hold what the snapshot holds.
+    #[arg(long, value_name = "BYTES", value_parser = values::bytes)]
+    pub(crate) memory: Option<u64>,
+    /// Limit of processors.
+    #[arg(long, value_name = "N", value_parser = values::cpus)]
+    pub(crate) cpus: Option<f64>,
+    /// For a cold fallback and for hooks: the restored server keeps the environment that it was snapshotted with.
+    #[arg(long, value_name = "K=V", value_parser = values::key_value)]
+    pub(crate) env: Vec<(String, String)>,
+    /// As for run; without it the snapshot's.
+    #[arg(long, value_name = "NET", value_parser = values::net)]
+    pub(crate) net: Option<Net>,
+    /// As for run; without it the snapshot's.
+    #[arg(long, value_name = "CHECK")]
+    pub(crate) ready: Option<Ready>,
+    /// How long to wait for it.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10m")]
+    pub(crate) ready_timeout: Duration,
+    /// Do not ask the recorded questions: the replica may answer otherwise and nobody would know.
+    #[arg(long)]
+    pub(crate) no_probe: bool,
+    /// If it cannot be restored, start the recorded command, or the one after `--`, cold.
+    #[arg(long)]
+    pub(crate) cold_fallback: bool,
+    /// The command of a cold fallback.
+    #[arg(last = true, value_name = "CMD", requires = "cold_fallback")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm ps --all --json | jq -r '.replicas[].name'")]
+pub(crate) struct Ps {
+    /// Stopped replicas too.
+    #[arg(long, short)]
+    pub(crate) all: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm logs -f embed")]
+pub(crate) struct Logs {
+    /// The replica, running or stopped.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// Go on as more is written, until the replica ends.
+    #[arg(long, short)]
+    pub(crate) follow: bool,
+    /// Begin with the last N lines.
+    #[arg(long, short = 'n', value_name = "N")]
+    pub(crate) tail: Option<usize>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm exec embed -- ps aux")]
+pub(crate) struct Exec {
+    /// The replica.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+    /// User and group, by number.
+    #[arg(long, value_name = "UID[:GID]")]
+    pub(crate) user: Option<String>,
+    /// Environment variable.
+    #[arg(long, value_name = "K=V", value_parser = values::key_value)]
+    pub(crate) env: Vec<(String, String)>,
+    /// Folder in which the command starts.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) workdir: Option<PathBuf>,
+    /// The command; its stdin, status and signals pass through.
+    #[arg(last = true, required = true, value_name = "CMD")]
+    pub(crate) command: Vec<OsString>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm stop embed --timeout 30s")]
+pub(crate) struct Stop {
+    /// The replicas.
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<String>,
+    /// Time between SIGTERM and SIGKILL.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10s")]
+    pub(crate) timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm wait embed; echo \"server ended with $?\"")]
+pub(crate) struct Wait {
+    /// The replica.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm stop embed && rewarm rm embed")]
+pub(crate) struct Rm {
+    /// The replicas.
+    #[arg(value_name = "NAME", required = true)]
+    pub(crate) names: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm ls s3://bucket/models")]
+pub(crate) struct Ls {
+    /// The store: a folder, file://, s3://, gs:// or az://.
+    #[arg(value_name = "STORE")]
+    pub(crate) store: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm inspect s3://bucket/models/llm@v2")]
+pub(crate) struct Inspect {
+    /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
+    #[arg(value_name = "REF")]
+    pub(crate) reference: String,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm completions bash > /etc/bash_completion.d/rewarm")]
+pub(crate) struct Completions {
+    /// The shell.
+    #[arg(value_name = "SHELL")]
+    pub(crate) shell: Shell,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm man /usr/local/share/man/man1")]
+pub(crate) struct Man {
+    /// The folder; it must exist.
+    #[arg(value_name = "DIR")]
+    pub(crate) folder: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Shim {
+    /// The replica.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) name: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Help {
+    /// A verb, or `exit-codes`.
+    #[arg(value_name = "VERB")]
+    pub(crate) topic: Option<String>,
+}

@@ -1,0 +1,106 @@
+//! Every environment variable that rewarm reads. `docs/reference/environment.md` is generated from this list.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use rewarm_report::Stage;
+
+/// One environment variable.
+#[derive(Debug)]
+pub struct Variable {
+    /// Its name.
+    pub name: &'static str,
+    /// What it does, as one sentence of the documentation.
+    pub doc: &'static str,
+}
+
+impl Variable {
+    /// The value, where it is set and not empty.
+    fn get(&self) -> Option<OsString> {
+        std::env::var_os(self.name).filter(|value| !value.is_empty())
+    }
+}
+
+macro_rules! variables {
+    ($($constant:ident $name:literal $doc:literal;)*) => {
+        $(#[doc = $doc] pub const $constant: Variable = Variable { name: $name, doc: $doc };)*
+        /// All of them, in the order of the documentation.
+        pub const ALL: &[&Variable] = &[$(&$constant,)*];
+    };
+}
+
+variables! {
+    STATE "REWARM_STATE" "Folder of running replicas, as `--state`. Default: `/run/rewarm`.";
+    CRIU "REWARM_CRIU" "The CRIU program, as `--criu`. Default: the one in the cache folder, else the one in `PATH`.";
+    CACHE "REWARM_CACHE" "Folder of what was built or fetched once, `criu/sbin/criu` among it. Default: `rewarm` below `XDG_CACHE_HOME`.";
+    LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
+    PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute.";
+    XDG_CACHE_HOME "XDG_CACHE_HOME" "Folder of caches. Default: `.cache` below `HOME`.";
+    HOME "HOME" "The user's folder, for the default of `XDG_CACHE_HOME`.";
+    PATH "PATH" "Where `runc` and, in the last place, `criu` are looked for.";
+    NO_COLOR "NO_COLOR" "If set, nothing is coloured.";
+    TERM "TERM" "`dumb` means a terminal without progress bars.";
+    AWS "AWS_*" "Options of `s3://` stores: `AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_SESSION_TOKEN`, `AWS_REGION`, `AWS_ENDPOINT_URL` and what else the `object_store` library knows.";
+    GOOGLE "GOOGLE_*" "Options of `gs://` stores: `GOOGLE_SERVICE_ACCOUNT`, `GOOGLE_APPLICATION_CREDENTIALS` and what else the `object_store` library knows.";
+    AZURE "AZURE_*" "Options of `az://` stores: `AZURE_STORAGE_ACCOUNT_NAME`, `AZURE_STORAGE_ACCOUNT_KEY` and what else the `object_store` library knows.";
+}
+
+/// The cache folder; absent when neither it nor a home is known.
+#[must_use]
+pub fn cache_dir() -> Option<PathBuf> {
+    if let Some(folder) = CACHE.get() {
+        return Some(folder.into());
+    }
+    let base = XDG_CACHE_HOME
+        .get()
+        .map(PathBuf::from)
+        .or_else(|| Some(PathBuf::from(HOME.get()?).join(".cache")))?;
+    Some(base.join("rewarm"))
+}
+
+/// Whether colours are unwanted. <https://no-color.org>: any value but the empty one counts.
+#[must_use]
+pub fn no_color() -> bool {
+    NO_COLOR.get().is_some()
+}
+
+/// Whether the terminal cannot move its cursor.
+#[must_use]
+pub fn dumb_terminal() -> bool {
+    TERM.get().is_some_and(|term| term == "dumb")
+}
+
+/// The log filter, where one is set.
+#[must_use]
+pub fn log_filter() -> Option<String> {
+    LOG.get().map(|filter| filter.to_string_lossy().into_owned())
+}
+
+/// The stage at which a test wants to find this process; what is no stage is ignored.
+#[must_use]
+pub fn pause_at() -> Option<Stage> {
+    let name = PAUSE_AT.get()?;
+    Stage::ALL.iter().copied().find(|stage| name == stage.name())
+}
+
+/// Where a program lies in `PATH`.
+#[must_use]
+pub fn program(name: &str) -> Option<PathBuf> {
+    use std::os::unix::fs::PermissionsExt;
+    let executable = |path: &PathBuf| {
+        path.metadata().is_ok_and(|file| file.is_file() && file.permissions().mode() & 0o111 != 0)
+    };
+    std::env::split_paths(&PATH.get()?).map(|folder| folder.join(name)).find(executable)
+}
+
+/// The text of `docs/reference/environment.md`.
+#[must_use]
+pub fn document() -> String {
+    let mut text = "# Environment variables\n\nEvery variable that `rewarm` reads. A flag on the command line wins over its variable. \
+                    This page is generated from `cli/src/env.rs`.\n\n| variable | meaning |\n|---|---|\n"
+        .to_owned();
+    for variable in ALL {
+        text.push_str(&format!("| `{}` | {} |\n", variable.name, variable.doc));
+    }
+    text
+}
