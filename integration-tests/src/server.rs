@@ -2,11 +2,12 @@
 //!
 //! The programs lie in `servers/` and are mounted read-only into the replica at [`FIXTURES`]. Each listens on the port
 //! of its description, answers `GET /healthz` once it is ready, and on `GET /check` looks at everything it holds
-//! (memory, pipes, timers, files) and says with 200 or 500 whether all of it is as it made it.
+//! (memory, pipes, timers, files) and says with 200 or 500 whether all of it is as it made it; `seen` in the answer holds
+//! what grows or moves.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::needs::{self, Need};
 
@@ -81,7 +82,7 @@ impl Server {
             env: Vec::new(),
             mounts: vec![format!("{}:{FIXTURES}:ro", fixtures().display())],
             needs: Vec::new(),
-            questions: Vec::new(),
+            questions: vec![Question::get("/check").except(&["/seen"])],
         }
     }
 
@@ -92,6 +93,93 @@ impl Server {
         let mut command = vec!["/usr/bin/python3", "-B", &path, "--port", &port];
         command.extend(flags);
         Self::fixture(name, &command)
+    }
+
+    /// The smallest server: its program is on its command line, so it needs no file but the interpreter.
+    #[must_use]
+    pub fn plain() -> Self {
+        let mut server =
+            Self::fixture("plain", &["/usr/bin/python3", "-c", include_str!("plain.py"), "8000"]);
+        server.mounts.clear();
+        server
+    }
+
+    /// A tree of processes with pipes, Unix sockets, shared memory, 256 MiB in `/dev/shm`, threads, sessions, timers and
+    /// a file that is being written.
+    #[must_use]
+    pub fn tree() -> Self {
+        Self::python("tree", "tree.py", &[])
+    }
+
+    /// An event loop with timers on the monotonic clock, and a periodic timerfd.
+    #[must_use]
+    pub fn clock() -> Self {
+        Self::python("clock", "clock.py", &[]).asking(Question::get("/sleep?ms=100").except(&["/took_ms"]))
+    }
+
+    /// A server with an open loopback connection to its own helper process.
+    #[must_use]
+    pub fn helper() -> Self {
+        Self::python("helper", "helper.py", &[])
+    }
+
+    /// Memory of every kind that CRIU and the pager treat in different ways.
+    #[must_use]
+    pub fn memory() -> Self {
+        Self::python("memory", "memory.py", &[])
+    }
+
+    /// A server with an environment that looks like secrets.
+    #[must_use]
+    pub fn secretive() -> Self {
+        Self::python("secretive", "secretive.py", &[])
+    }
+
+    /// Node.js.
+    #[must_use]
+    pub fn node() -> Self {
+        let node = needs::in_path("node").unwrap_or_default();
+        let script = format!("{FIXTURES}/node.js");
+        Self::fixture("node", &[&node.to_string_lossy(), &script, "--port", "8000"])
+            .needing(Need::Node)
+            .asking(Question::get("/hash?text=snapshot"))
+    }
+
+    /// nginx with two workers.
+    #[must_use]
+    pub fn nginx() -> Self {
+        let script = format!("{FIXTURES}/nginx.sh");
+        Self::fixture("nginx", &["/bin/sh", &script, "--port", "8000"])
+            .needing(Need::Nginx)
+            .asking(Question::get("/numbers"))
+    }
+
+    /// The embedding server of `examples/`.
+    #[must_use]
+    pub fn embedding() -> Self {
+        let python = needs::venv_python();
+        let program = examples().join("embedding/server.py");
+        let mut server = Self::fixture("embedding", &[&python.to_string_lossy(), &program.to_string_lossy()]);
+        server.mounts.clear();
+        server.questions.clear();
+        let texts = json!({ "texts": ["hello", "The quick brown fox jumps over the lazy dog.", ""] });
+        server.needing(Need::Torch).asking(Question::post("/embed", &texts))
+    }
+
+    /// The transformer of `examples/` with the weights in `weights`.
+    #[must_use]
+    pub fn transformer(weights: &Path) -> Self {
+        let python = needs::venv_python();
+        let program = examples().join("transformer/server.py");
+        let (python, program) = (python.to_string_lossy(), program.to_string_lossy());
+        let mut server =
+            Self::fixture("transformer", &[&python, &program, "--weights", &weights.to_string_lossy()]);
+        server.mounts.clear();
+        server.questions.clear();
+        server
+            .needing(Need::Torch)
+            .asking(Question::post("/generate", &json!({ "prompt": "A snapshot is", "max_tokens": 4 })))
+            .asking(Question::get("/state_digest"))
     }
 
     /// Adds what must be on the machine.

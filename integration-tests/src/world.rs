@@ -276,7 +276,7 @@ impl World {
         let list = self.rewarm_json().args(["ps", "--all"]).ok();
         for name in crate::replica::names(&list) {
             // It may have ended by itself, which is not what is tested here.
-            let _ = self.rewarm().args(["stop", &name, "--timeout", "2s"]).run();
+            let _ = self.rewarm().args(["stop", &name, "--timeout", "300ms"]).run();
             self.rewarm().args(["rm", &name]).ok();
         }
         checks::nothing_left(&self);

@@ -1,0 +1,1 @@
+//! What the verbs print when something is wrong: error texts are interface.

@@ -1,0 +1,8 @@
+//! Bad input and bad luck: a clear error, the right exit code, the server still serving, nothing left behind.
+
+mod contents;
+mod input;
+mod killed;
+mod machine;
+mod servers;
+mod stores;

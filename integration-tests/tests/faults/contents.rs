@@ -1,0 +1,77 @@
+//! Objects of a store that are missing, cut short or changed: nothing of them reaches a process.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rewarm_integration_tests::World;
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, store_verifies};
+use rewarm_integration_tests::server::Server;
+
+use crate::world_for;
+
+/// Every object of a folder that is a store.
+fn objects(folder: &Path) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut waiting = vec![folder.to_owned()];
+    while let Some(folder) = waiting.pop() {
+        for entry in fs::read_dir(folder).expect("a folder").flatten() {
+            if entry.path().is_dir() { waiting.push(entry.path()) } else { found.push(entry.path()) }
+        }
+    }
+    found.sort();
+    found
+}
+
+/// Applies `damage` to one object after the other; each time a restore must fail with one of `codes` and leave nothing.
+fn each_object_damaged(codes: &[i32], damage: impl Fn(&Path, &[u8])) {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    source.sh("echo delta > /srv/delta; echo shm > /dev/shm/shm");
+    world.snapshot(&source, "v1", &[]);
+    let objects = objects(&world.store_folder());
+    assert!(objects.len() >= 4, "a pack, a boot object, a manifest and a tag, not {objects:?}");
+    let traces = world.traces();
+    for object in &objects {
+        let intact = fs::read(object).expect("an object");
+        damage(object, &intact);
+        let output = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]).run();
+        let code = output.code.unwrap_or(-1);
+        assert!(codes.contains(&code), "{} damaged, expected one of {codes:?}:\n{output}", object.display());
+        no_residue(&world, &traces);
+        fs::write(object, intact).expect("our own folder");
+    }
+    store_verifies(&world);
+    restores(&world, &server, &before);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+fn restores(world: &World, server: &Server, before: &rewarm_integration_tests::checks::Answers) {
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    server_answers_as_before(&clones[0], server, before);
+}
+
+#[test]
+fn one_flipped_bit_anywhere_is_found() {
+    each_object_damaged(&[5], |object, intact| {
+        let mut changed = intact.to_vec();
+        let middle = changed.len() / 2;
+        changed[middle] ^= 1;
+        fs::write(object, changed).expect("our own folder");
+    });
+}
+
+#[test]
+fn an_object_cut_short_is_found() {
+    each_object_damaged(&[5], |object, intact| {
+        fs::write(object, &intact[..intact.len() / 2]).expect("our own folder");
+    });
+}
+
+/// Without its tag a snapshot is unknown (4); without anything else it is damaged.
+#[test]
+fn a_missing_object_is_found() {
+    each_object_damaged(&[4, 5], |object, _| fs::remove_file(object).expect("our own folder"));
+}

@@ -1,0 +1,194 @@
+//! SIGINT and SIGKILL of `rewarm` at every stage of both pipelines, the list taken from [`Stage`]: a stage that is added is
+//! covered here, or the test fails because nothing pauses there.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rewarm_integration_tests::checks::{
+    Answers, answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
+};
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, World, residue};
+use rewarm_report::{Operation, Stage};
+
+use crate::world_for;
+
+fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
+    Stage::ALL.iter().copied().filter(move |stage| stage.operation() == operation)
+}
+
+/// Hooks and a probe, so that no stage is passed over because it has nothing to do.
+fn probe_file(world: &World) -> PathBuf {
+    let path = world.files().join("probe.toml");
+    std::fs::write(&path, "port = 8000\n\n[[request]]\npath = \"/check\"\ncompare = \"body\"\n")
+        .expect("our own folder");
+    path
+}
+
+fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let probe = probe_file(&world);
+    let probe = probe.to_string_lossy();
+    let flags: Vec<&str> =
+        ["--probe", &probe, "--pre", "true", "--post", "true"].iter().chain(stop).copied().collect();
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    for stage in stages(Operation::Snapshot) {
+        let (traces, list) = (world.traces(), visible(&world));
+        let running = world.snapshot_call(&source, "v1", &flags).pause_at(stage).spawn();
+        running.await_stderr(&format!("paused at {stage}"));
+        running.signal(signal);
+        ended(running, signal, stage);
+        no_residue(&world, &traces);
+        server_answers_as_before(&source, &server, &before);
+        assert_eq!(visible(&world), list, "{stage}: a reader sees something new");
+        if signal == Signal::SIGINT {
+            no_half_uploads(&world);
+        }
+    }
+    // All of that was nothing to the server: it can be snapshotted and its clone answers.
+    world.snapshot(&source, "v1", &flags);
+    store_verifies(&world);
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+fn ended(running: rewarm_integration_tests::Running, signal: Signal, stage: Stage) {
+    let output = running.wait();
+    match signal {
+        Signal::SIGKILL => assert_eq!(output.signal, Some(Signal::SIGKILL as i32), "{stage}: {output}"),
+        _ => assert_eq!(output.code, Some(128 + signal as i32), "{stage}: {output}"),
+    }
+    assert!(output.took < Duration::from_secs(25), "{stage}: it slept through the signal: {output}");
+}
+
+#[test]
+fn a_snapshot_interrupted_at_any_stage_leaves_the_server_serving() {
+    snapshot_ended_by(Signal::SIGINT, &[]);
+}
+
+#[test]
+fn a_snapshot_killed_at_any_stage_leaves_the_server_serving() {
+    snapshot_ended_by(Signal::SIGKILL, &[]);
+}
+
+#[test]
+fn a_snapshot_with_stop_killed_at_any_stage_leaves_the_server_serving() {
+    snapshot_ended_by(Signal::SIGKILL, &["--stop"]);
+}
+
+fn restore_ended_by(signal: Signal, count: &str) {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let probe = probe_file(&world);
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--probe", &probe.to_string_lossy(), "--post", "true"]);
+    let name = world.name("clone");
+    let flags = ["--name", &name, "--count", count];
+    for stage in stages(Operation::Restore) {
+        let traces = world.traces();
+        let running = world.restore_call("plain", "v1", server.port, &flags).pause_at(stage).spawn();
+        running.await_stderr(&format!("paused at {stage}"));
+        running.signal(signal);
+        ended(running, signal, stage);
+        no_residue(&world, &traces);
+    }
+    still_restores(&world, &server, &before, &flags);
+    server_answers_as_before(&source, &server, &before);
+    store_verifies(&world);
+    world.finish();
+}
+
+/// The name that was used by all the failed ones is free.
+fn still_restores(world: &World, server: &Server, before: &Answers, flags: &[&str]) {
+    for clone in world.restore("plain", "v1", server.port, flags) {
+        server_answers_as_before(&clone, server, before);
+    }
+}
+
+#[test]
+fn a_restore_interrupted_at_any_stage_leaves_nothing() {
+    restore_ended_by(Signal::SIGINT, "1");
+}
+
+#[test]
+fn a_restore_killed_at_any_stage_leaves_nothing() {
+    restore_ended_by(Signal::SIGKILL, "1");
+}
+
+#[test]
+fn a_restore_of_two_killed_at_any_stage_leaves_nothing() {
+    restore_ended_by(Signal::SIGKILL, "2");
+}
+
+/// The shim owns the replica: when it is killed, the server must not go on without an owner, and the next command clears up.
+#[test]
+fn a_killed_shim_takes_its_replica_with_it() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let traces = world.traces();
+    let replica = world.start("plain", &server);
+    kill_shim(&world, &replica);
+    let list = world.rewarm_json().args(["ps", "--all"]).ok();
+    assert!(!list.stdout.contains("\"running\""), "{list}");
+    no_processes(&world);
+    let _ = world.rewarm().args(["rm", replica.name()]).run();
+    no_residue_but_state(&world, &traces);
+    // The name is free.
+    let again = world.start("plain", &server);
+    assert_eq!(answers(&again, &server), answers(&again, &server));
+    world.finish();
+}
+
+#[test]
+fn a_shim_killed_during_a_dump_ends_the_snapshot_with_an_error() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let running = world.snapshot_call(&replica, "v1", &[]).pause_at(Stage::Delta).spawn();
+    running.await_stderr("paused at delta");
+    kill_shim(&world, &replica);
+    let output = running.wait();
+    assert!(matches!(output.code, Some(1 | 6)), "{output}");
+    assert!(!visible(&world).to_string().contains(replica.name()), "a snapshot is visible");
+    let _ = world.rewarm_json().args(["ps", "--all"]).ok();
+    no_processes(&world);
+    world.finish();
+}
+
+fn kill_shim(world: &World, replica: &Replica<'_>) {
+    let of_shim = |command: &str| command.contains(" shim ") && command.contains(replica.name());
+    let shims: Vec<i32> = residue::processes(world.id())
+        .into_iter()
+        .filter(|(_, command)| of_shim(command))
+        .map(|(pid, _)| pid)
+        .collect();
+    assert!(!shims.is_empty(), "no shim among {:?}", residue::processes(world.id()));
+    for pid in shims {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    }
+}
+
+fn no_processes(world: &World) {
+    world.await_state("no process is left", Duration::from_secs(20), || {
+        residue::processes(world.id()).is_empty()
+    });
+}
+
+/// What lies directly in the state folder (boot id, locks) is made by the first command and stays.
+fn no_residue_but_state(world: &World, traces: &std::collections::BTreeSet<residue::Trace>) {
+    let mut allowed = traces.clone();
+    let state = world.state();
+    allowed.extend(
+        world
+            .traces()
+            .into_iter()
+            .filter(|trace| matches!(trace, residue::Trace::File(path) if path.parent() == Some(&state))),
+    );
+    no_residue(world, &allowed);
+}

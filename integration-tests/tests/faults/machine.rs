@@ -1,0 +1,103 @@
+//! The verdict: a machine that a snapshot does not fit is refused before any data moves, with every reason at once.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rewarm_integration_tests::World;
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::server::Server;
+
+use crate::world_for;
+
+/// A small library of the host under another name, as a server that brings its own would have mapped it.
+fn own_library(world: &World, name: &str) -> PathBuf {
+    let folders = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64"];
+    let source = folders
+        .iter()
+        .map(|folder| Path::new(folder).join("libuuid.so.1"))
+        .find(|path| path.exists())
+        .expect("libuuid is part of the base system");
+    let copy = world.files().join(name);
+    fs::copy(source, &copy).expect("our own folder");
+    copy
+}
+
+#[test]
+fn libraries_that_changed_since_the_snapshot_are_all_named() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let libraries = ["libfirst.so", "libsecond.so"].map(|name| own_library(&world, name));
+    let preload =
+        libraries.iter().map(|path| path.to_string_lossy().into_owned()).collect::<Vec<_>>().join(":");
+    server.env.push(("LD_PRELOAD".to_owned(), preload));
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    clones[0].remove();
+
+    let traces = world.traces();
+    let mut longer = fs::read(&libraries[0]).expect("our own file");
+    longer.extend_from_slice(b"upgraded");
+    fs::write(&libraries[0], longer).expect("our own file");
+    fs::remove_file(&libraries[1]).expect("our own file");
+    let output = world.restore_call("plain", "v1", server.port, &[]).fails(3);
+    output.says(&["libfirst.so", "libsecond.so"]);
+    assert!(output.took < Duration::from_secs(1), "{output}");
+    no_residue(&world, &traces);
+    // `inspect` gives the same verdict, and is no failure: it was asked for.
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("plain", "v1")]).run();
+    for word in ["libfirst.so", "libsecond.so"] {
+        assert!(inspected.stdout.contains(word), "{inspected}");
+    }
+    world.finish();
+}
+
+/// What was mounted must be found again, or it is named before anything is started.
+#[test]
+fn a_mount_that_is_gone_is_named() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let models = world.files().join("models");
+    fs::create_dir(&models).expect("our own folder");
+    fs::write(models.join("weights"), vec![7; 100_000]).expect("our own folder");
+    server.mounts.push(format!("{}:/models:ro", models.display()));
+    // The server keeps the file open.
+    server.command[2] =
+        server.command[2].replace("count = 0\n", "count = 0\nweights = open('/models/weights')\n");
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    clones[0].remove();
+
+    let traces = world.traces();
+    fs::write(models.join("weights"), vec![7; 100_001]).expect("our own folder");
+    world.restore_call("plain", "v1", server.port, &[]).fails(3).says(&["weights"]);
+    fs::remove_file(models.join("weights")).expect("our own folder");
+    world.restore_call("plain", "v1", server.port, &[]).fails(3).says(&["weights"]);
+    fs::remove_dir(&models).expect("our own folder");
+    world.restore_call("plain", "v1", server.port, &[]).fails(3).says(&["models"]);
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+#[test]
+fn a_memory_limit_that_is_too_small_is_refused_before_the_start() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    let output = world.restore_call("plain", "v1", server.port, &["--memory", "2MiB"]).fails(3);
+    output.says(&["memory"]);
+    assert!(output.took < Duration::from_secs(1), "{output}");
+    no_residue(&world, &traces);
+    world.finish();
+}

@@ -1,0 +1,208 @@
+//! Stores that cannot be reached, read or written: the server serves on, nothing half-done is visible.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use rewarm_integration_tests::checks::{
+    answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
+};
+use rewarm_integration_tests::garage::free_port;
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Need, World, needs};
+
+use crate::{world, world_for};
+
+/// A file system of its own at `path`; the world takes it away with everything else.
+fn small_file_system(path: &Path, options: &str) {
+    std::fs::create_dir_all(path).expect("our own folder");
+    let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).status();
+    assert!(status.expect("mount is part of the base system").success(), "mount a tmpfs with {options}");
+}
+
+fn unmount(path: &Path) {
+    assert!(Command::new("umount").arg(path).status().expect("umount is part of the base system").success());
+}
+
+#[test]
+fn a_store_that_cannot_be_reached() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let endpoint = format!("http://127.0.0.1:{}", free_port());
+    let reference = "s3://bucket/plain@v1";
+    for verb in [&["snapshot", source.name(), reference][..], &["restore", reference], &["ls", "s3://bucket"]]
+    {
+        let output = world
+            .rewarm()
+            .args(verb)
+            .env("AWS_ENDPOINT", &endpoint)
+            .env("AWS_ALLOW_HTTP", "true")
+            .env("AWS_REGION", "garage")
+            .env("AWS_ACCESS_KEY_ID", "id")
+            .env("AWS_SECRET_ACCESS_KEY", "key")
+            .timeout(Duration::from_secs(60))
+            .fails(1);
+        output.says(&["bucket"]);
+    }
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+#[test]
+fn a_wrong_key_and_a_missing_bucket() {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
+    let Some(world) = world(&needs) else { return };
+    let world = world.on_garage();
+    let server = Server::plain();
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let wrong = "f".repeat(64);
+    let call = world.snapshot_call(&source, "v1", &[]).env("AWS_SECRET_ACCESS_KEY", &wrong);
+    call.fails(1).says(&[world.id()]);
+    let missing = format!("s3://absent-{}", world.id());
+    let reference = format!("{missing}/plain@v1");
+    world.rewarm().args(["snapshot", source.name(), &reference]).fails(4).says(&[&missing]);
+    world.rewarm().args(["restore", &reference, "--name", &world.name("clone")]).fails(4);
+    world.rewarm().args(["ls", &missing]).fails(4).says(&[&missing]);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+/// The dump is not begun for a store that cannot be written: the check is part of the preflight.
+#[test]
+fn a_folder_that_is_read_only() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let folder = world.root().join("read-only");
+    small_file_system(&folder, "size=1m,ro");
+    let world = world.with_store(&folder);
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let output = world.snapshot_call(&source, "v1", &[]).fails(1);
+    output.says(&["preflight", &folder.to_string_lossy()]);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    unmount(&folder);
+    world.finish();
+}
+
+#[test]
+fn a_disk_that_is_full_while_packs_are_written() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let folder = world.root().join("full");
+    small_file_system(&folder, "size=2m");
+    let world = world.with_store(&folder);
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    for flags in [&[][..], &["--stop"]] {
+        let output = world.snapshot_call(&source, "v1", flags).fails(1);
+        output.says(&["upload", "No space left"]);
+        server_answers_as_before(&source, &server, &before);
+        no_residue(&world, &traces);
+        no_half_uploads(&world);
+        assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    }
+    unmount(&folder);
+    world.finish();
+}
+
+/// The replica's own disk is full: CRIU cannot write its logs and images there, or Rewarm its copies.
+#[test]
+fn a_disk_that_is_full_while_dumping() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let state = world.state();
+    small_file_system(&state, "size=24m");
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    // Until nothing more fits; what is written is the replica's own upper layer.
+    source.exec(&["sh", "-c", "cat /dev/zero > /srv/fill; cat /dev/zero > /srv/last; true"]).run();
+    let traces = world.traces();
+    let output = world.snapshot_call(&source, "v1", &[]).run();
+    assert!(matches!(output.code, Some(0 | 1)), "{output}");
+    if output.code == Some(1) {
+        output.says(&["No space left"]);
+        assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    } else {
+        store_verifies(&world);
+    }
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    // With room again it works.
+    source.exec(&["sh", "-c", "rm -f /srv/fill /srv/last"]).ok();
+    world.snapshot(&source, "v2", &[]);
+    source.remove();
+    unmount(&state);
+    let clones = world.restore("plain", "v2", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_disk_that_is_full_while_restoring() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    source.sh("head -c 30000000 /dev/urandom > /srv/big");
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let state = world.state();
+    small_file_system(&state, "size=16m");
+    let output = world.restore_call("plain", "v1", server.port, &[]).fails(1);
+    output.says(&["No space left"]);
+    assert!(rewarm_integration_tests::residue::processes(world.id()).is_empty());
+    unmount(&state);
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// Several snapshots to one tag at once: each either has the tag at its own number, or says that another one took it.
+#[test]
+fn snapshots_to_one_tag_at_once() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replicas: Vec<_> =
+        ["one", "two", "three"].map(|short| world.start(short, &server)).into_iter().collect();
+    let reference = world.reference("shared", "v1");
+    let before: Vec<_> = replicas.iter().map(|replica| answers(replica, &server)).collect();
+    let calls = replicas
+        .iter()
+        .map(|replica| world.rewarm_json().args(["snapshot", replica.name(), &reference]).spawn());
+    let running: Vec<_> = calls.collect();
+    let outputs: Vec<_> = running.into_iter().map(|running| running.wait()).collect();
+    let winners: Vec<_> = outputs.iter().filter(|output| output.code == Some(0)).collect();
+    assert!(!winners.is_empty(), "nobody won: {outputs:?}");
+    for loser in outputs.iter().filter(|output| output.code != Some(0)) {
+        loser.expect_code(1);
+        loser.says(&["v1", "publish"]);
+    }
+    let digests: Vec<String> = winners.iter().map(|output| output.json()["digest"].to_string()).collect();
+    let now = world.rewarm_json().args(["inspect", &reference]).ok().json()["digest"].to_string();
+    assert!(digests.contains(&now), "the tag is {now}, none of {digests:?}");
+    for (replica, before) in replicas.iter().zip(&before) {
+        server_answers_as_before(replica, &server, before);
+    }
+    store_verifies(&world);
+    world.finish();
+}
+
+/// Where the store is in the way of the replica: a folder that is a file.
+#[test]
+fn a_store_that_is_a_file() {
+    let Some(world) = world(needs::REPLICA) else { return };
+    let file = file(&world);
+    world.rewarm().args(["ls", &file.to_string_lossy()]).fails(1).says(&[&file.to_string_lossy()]);
+}
+
+fn file(world: &World) -> PathBuf {
+    let path = world.files().join("file");
+    std::fs::write(&path, "not a folder").expect("our own folder");
+    path
+}

@@ -1,0 +1,11 @@
+//! What Rewarm is for: servers are started, snapshotted, stopped and brought back, and nothing about them changes.
+
+mod clones;
+mod cold;
+mod hooks;
+mod network;
+mod probe;
+mod root;
+mod servers;
+mod stores;
+mod verbs;

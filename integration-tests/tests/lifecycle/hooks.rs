@@ -1,0 +1,72 @@
+//! Hooks before and after: where they run, how often, and what their failure does.
+
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
+use rewarm_integration_tests::server::Server;
+
+use crate::world_for;
+
+#[test]
+fn hooks_run_on_the_source_and_in_each_clone() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let hooks = ["--pre", "echo pre >> /srv/hooks", "--post", "echo post >> /srv/hooks"];
+    world.snapshot(&source, "v1", &hooks);
+    assert_eq!(source.sh("cat /srv/hooks"), "pre\npost");
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone"), "--count", "2"]);
+    for clone in &clones {
+        assert_eq!(clone.sh("cat /srv/hooks"), "pre\npost", "{}", clone.name());
+    }
+    world.finish();
+}
+
+#[test]
+fn a_hook_may_be_a_request_to_the_server() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    // A POST changes the server's memory; the snapshot has the changed memory.
+    world.snapshot(&source, "v1", &["--pre", "http://localhost/noise"]);
+    let changed = answers(&source, &server);
+    assert_ne!(changed, before, "the hook did not reach the server");
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    server_answers_as_before(&clones[0], &server, &changed);
+    world.finish();
+}
+
+#[test]
+fn a_failing_pre_hook_aborts_with_the_server_serving() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let hooks = ["--pre", "echo not today >&2; exit 3", "--post", "echo post >> /srv/hooks"];
+    world.snapshot_call(&source, "v1", &hooks).fails(1).says(&["drain", "not today", "3"]);
+    server_answers_as_before(&source, &server, &before);
+    // The post hook undoes what the pre hook began, so it runs although there is no snapshot.
+    assert_eq!(source.sh("cat /srv/hooks"), "post");
+    no_residue(&world, &traces);
+    assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    world.finish();
+}
+
+#[test]
+fn a_failing_post_hook_kills_the_clone() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    // It fails in clones only, whose identity has another name.
+    let hook = format!(
+        "grep -q '\"{}\"' /run/rewarm/identity.json || {{ echo wrong name >&2; exit 4; }}",
+        source.name()
+    );
+    world.snapshot(&source, "v1", &["--post", &hook]);
+    let traces = world.traces();
+    let call = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    call.fails(1).says(&["identity", "wrong name", "4"]);
+    no_residue(&world, &traces);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}

@@ -1,0 +1,195 @@
+//! The verbs that act on a replica: `ps`, `logs`, `exec`, `stop`, `wait`, `rm`, and `snapshot --stop`.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::replica::names;
+use rewarm_integration_tests::server::Server;
+
+use crate::world_for;
+
+/// The status with which the plain server ends on SIGTERM.
+const PLAIN_STATUS: i32 = 7;
+
+#[test]
+fn exec_passes_input_output_status_and_signals() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let input: Vec<u8> = (0..=255u8).cycle().take(300_000).collect();
+    let counted = replica.exec(&["sh", "-c", "wc -c; echo to stderr >&2; exit 23"]).input(input).fails(23);
+    assert_eq!(counted.stdout.trim(), "300000");
+    assert!(counted.stderr.contains("to stderr"), "{counted}");
+
+    // The command runs in the replica's own namespaces, as the server does.
+    assert_eq!(replica.sh("readlink /proc/self/ns/pid"), replica.sh("readlink /proc/1/ns/pid"));
+    assert_eq!(replica.sh("readlink /proc/self/ns/net"), replica.sh("readlink /proc/1/ns/net"));
+    let flags = [
+        "exec",
+        replica.name(),
+        "--env",
+        "WORD=hello",
+        "--workdir",
+        "/usr",
+        "--",
+        "sh",
+        "-c",
+        "echo $WORD; pwd",
+    ];
+    assert_eq!(world.rewarm().args(flags).ok().stdout, "hello\n/usr\n");
+
+    let script = "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
+    let running = replica.exec(&["sh", "-c", script]).timeout(Duration::from_secs(20)).spawn();
+    running.await_stdout("ready");
+    running.signal(Signal::SIGTERM);
+    let output = running.wait();
+    output.expect_code(9);
+    assert!(output.stdout.contains("caught"), "{output}");
+
+    replica.exec(&["/no/such/program"]).fails(127);
+    world.finish();
+}
+
+#[test]
+fn logs_have_both_outputs_and_follow_until_the_end() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let first = world.rewarm().args(["logs", replica.name()]).ok();
+    for line in ["listening", "a line on stderr"] {
+        assert!(
+            format!("{}{}", first.stdout, first.stderr).contains(line),
+            "{line:?} is missing in\n{first}"
+        );
+    }
+    let following = world.rewarm().args(["logs", "-f", replica.name()]).spawn();
+    following.await_stdout("listening");
+    let _ = replica.json("/count");
+    following.await_stdout("asked /count");
+    replica.stop();
+    let output = following.wait();
+    output.expect_code(0);
+    assert!(output.stdout.contains("ending"), "{output}");
+    // A stopped replica keeps its logs until `rm`.
+    assert!(world.rewarm().args(["logs", replica.name()]).ok().stdout.contains("ending"));
+    world.rewarm().args(["rm", replica.name()]).ok();
+    world.rewarm().args(["logs", replica.name()]).fails(4);
+    world.finish();
+}
+
+#[test]
+fn a_clone_writes_to_logs_of_its_own() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    world.snapshot(&source, "v1", &[]);
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone"), "--count", "2"]);
+    let _ = clones[0].json("/count");
+    let logs = |name: &str| world.rewarm().args(["logs", name]).ok().stdout;
+    assert!(logs(clones[0].name()).contains("asked /count"));
+    assert!(!logs(clones[1].name()).contains("asked /count"));
+    assert!(!logs(source.name()).contains("asked /count"));
+    world.finish();
+}
+
+#[test]
+fn stop_wait_and_rm_know_the_status_of_the_server() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let waiting = world.rewarm().args(["wait", replica.name()]).spawn();
+    world.rewarm().args(["rm", replica.name()]).fails(1).says(&[replica.name()]);
+    replica.stop();
+    waiting.wait().expect_code(PLAIN_STATUS);
+    world.rewarm().args(["wait", replica.name()]).fails(PLAIN_STATUS);
+
+    assert!(!names(&world.rewarm_json().arg("ps").ok()).contains(&replica.name().to_owned()));
+    let entry = replica.entry().expect("ps --all shows it");
+    assert!(entry.to_string().contains(&PLAIN_STATUS.to_string()), "no status in {entry}");
+
+    // Its name may be used again without `rm`.
+    let again = world.start("plain", &server);
+    assert_eq!(again.name(), replica.name());
+    again.remove();
+    assert!(again.entry().is_none());
+    world.finish();
+}
+
+#[test]
+fn stop_kills_a_server_that_does_not_end_by_itself() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    server.command[2] = server.command[2].replace("signal.signal(signal.SIGTERM, end)", "");
+    let replica = world.start("plain", &server);
+    let output = world.rewarm().args(["stop", replica.name(), "--timeout", "300ms"]).ok();
+    assert!(output.took < Duration::from_secs(8), "{output}");
+    world.rewarm().args(["wait", replica.name()]).fails(128 + Signal::SIGKILL as i32);
+    world.finish();
+}
+
+/// A server that ends by itself is a stopped replica with its status, and nothing but logs is left.
+#[test]
+fn a_server_that_ends_leaves_its_status() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let waiting = world.rewarm().args(["wait", replica.name()]).spawn();
+    // The kernel delivers it to process 1, which has a handler.
+    replica.exec(&["kill", "-TERM", "1"]).run();
+    waiting.wait().expect_code(PLAIN_STATUS);
+    assert!(names(&world.rewarm_json().arg("ps").ok()).is_empty());
+    world.finish();
+}
+
+#[test]
+fn snapshot_with_stop_ends_the_server_after_it_is_published() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--stop"]);
+    assert!(names(&world.rewarm_json().arg("ps").ok()).is_empty(), "the server still runs");
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// Commands may be killed at any moment; replicas go on, and a later command finds them.
+#[test]
+fn replicas_outlive_the_command_that_made_them() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let entry = replica.entry().expect("ps shows it");
+    let following = world.rewarm().args(["logs", "-f", replica.name()]).spawn();
+    following.await_stdout("listening");
+    following.signal(Signal::SIGKILL);
+    assert_eq!(following.wait().signal, Some(Signal::SIGKILL as i32));
+    assert_eq!(replica.json("/count")["count"], 1);
+    assert_eq!(replica.entry().expect("ps shows it")["name"], entry["name"]);
+    world.finish();
+}
+
+#[test]
+fn memory_and_processor_limits_reach_the_cgroup() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start_with("plain", &server, &["--memory", "300MiB", "--cpus", "0.5"]);
+    let limits = cgroup_values(&world, replica.name());
+    assert!(limits.iter().any(|value| value == "314572800"), "no limit of 300 MiB in {limits:?}");
+    assert!(
+        limits.iter().any(|value| value == "50000" || value == "50000 100000"),
+        "no half processor in {limits:?}"
+    );
+    world.finish();
+}
+
+fn cgroup_values(world: &rewarm_integration_tests::World, name: &str) -> Vec<String> {
+    let files = ["memory.limit_in_bytes", "memory.max", "cpu.cfs_quota_us", "cpu.max"];
+    let groups = rewarm_integration_tests::residue::cgroups(world.id());
+    let groups = groups.iter().filter(|path| path.to_string_lossy().contains(name));
+    let read =
+        |path: std::path::PathBuf| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
+    groups.flat_map(|path| files.map(|file| path.join(file))).filter_map(read).collect()
+}
