@@ -1,1 +1,21 @@
-//! runc bundles, root file system, namespaces, the shim.
+//! Containers: what a replica consists of and the process that owns it.
+//!
+//! [`State`] is the directory in which replicas are found by name. [`Spec`] is what a user asked for, [`bundle`] turns it
+//! into what runc reads. [`shim`] is the process that owns one replica: its mounts, network namespace, stdio, exit status
+//! and published ports. [`tree`] carries a directory (the root file system's delta, `/dev/shm`) from one replica to another.
+//! This crate knows neither the store nor CRIU's images.
+
+pub mod cgroup;
+mod error;
+pub mod namespaces;
+pub mod record;
+pub mod rootfs;
+pub mod shim;
+pub mod spec;
+pub mod state;
+pub mod tree;
+
+pub use error::{Error, Refusal, Remote};
+pub use record::{Cause, Exit, ExitStatus, Origin, Record, Status};
+pub use spec::{Mount, Name, Net, Publish, Spec, User};
+pub use state::{Claim, Entry, State};
