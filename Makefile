@@ -17,8 +17,8 @@ setup: ## install or build CRIU, Garage, azurite, Python and Debian packages
 build: ## build the `rewarm` program: target/release/rewarm
 	cargo build --release --package rewarm-cli
 
-demo: setup build ## snapshot a real model server, stop it, bring it back three times
-	@setup/demo
+demo: setup build ## snapshot a real model server, stop it, bring it back three times; STORE=file:///DIR for a folder
+	@setup/demo $(STORE)
 
 check: ## formatting, lints and documentation, with warnings as errors
 	cargo fmt --all --check
