@@ -1,1 +1,3 @@
 //! The restore pipeline: a snapshot into running replicas.
+
+pub mod pager;

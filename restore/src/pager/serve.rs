@@ -1,0 +1,464 @@
+//! The pager's main thread: takes what CRIU sends, reads events and faults of every address space, talks to the shim.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use rewarm_criu::lazy_pages::{Listener, Message};
+use rewarm_sys::uffd::Uffd;
+
+use super::control::{self, Command, Report};
+use super::eager::{Stopped, Written, fill_stopped};
+use super::engine::{Engine, message};
+use super::error::Error;
+use super::events::{self, Fault};
+use super::fault::Need;
+use super::pending::Piece;
+use super::plan::Plan;
+use super::source::Source;
+use super::space::{Space, State};
+use super::{Config, Mode, Summary, Task};
+
+/// How often overdue chunks and finished address spaces are looked for when nothing happens.
+const LOOK_AROUND_MS: u16 = 50;
+
+/// How soon a fault is tried again that the kernel put off; its event is usually there at once.
+const AGAIN_MS: u16 = 1;
+
+/// Fills the tasks of one restore and returns when all is in place and every userfaultfd closed.
+///
+/// `listener` is bound already, `control` leads to the shim's [`super::Holder`]. CRIU must have been told to restore
+/// lazily, and in eager mode to leave the tree stopped.
+///
+/// # Errors
+/// After an error every task has been killed, by the shim or by this function: it does not return before.
+pub fn run(
+    config: Config,
+    tasks: Vec<Task>,
+    source: Arc<dyn Source>,
+    listener: Listener,
+    control: UnixStream,
+) -> Result<Summary, Error> {
+    let killable = config.tasks.clone();
+    let spare = control.try_clone().map_err(Error::Control)?;
+    let mut pager = None;
+    let served = catch_unwind(AssertUnwindSafe(|| {
+        let pager = pager.insert(Pager::start(config, tasks, source, listener, control)?);
+        pager.serve()
+    }));
+    let error = match served {
+        Ok(Ok(summary)) => return Ok(summary),
+        Ok(Err(error)) => error,
+        Err(panic) => Error::Panicked { message: message(&*panic) },
+    };
+    if let Some(pager) = &pager {
+        pager.engine.stop();
+    }
+    // The userfaultfds live in `pager`, which is dropped below, after the tasks.
+    let _ = control::send(&spare, &Report::Failed { chain: chain(&error) }, None);
+    wait_for_the_end(&spare);
+    killable.kill();
+    drop(pager);
+    Err(error)
+}
+
+/// Until the shim closes its end; it has killed the tasks by then, or is dead.
+fn wait_for_the_end(control: &UnixStream) {
+    let mut byte = [0];
+    let _ = control.set_nonblocking(false);
+    while let Ok((1.., _)) = rewarm_sys::fdpass::recv(control, &mut byte, 0) {}
+}
+
+fn chain(error: &dyn std::error::Error) -> Vec<String> {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect()
+}
+
+/// What the thread that listens to CRIU says.
+enum Arrival {
+    Connected,
+    Task { pid: u32, uffd: Uffd },
+    Finished,
+    Failed(Error),
+}
+
+/// An address space and the descriptor to wait at.
+struct Watched {
+    space: Arc<Space>,
+    uffd: Arc<Uffd>,
+}
+
+struct Pager {
+    config: Config,
+    plans: BTreeMap<u32, Arc<Plan>>,
+    source: Arc<dyn Source>,
+    engine: Arc<Engine>,
+    threads: Vec<JoinHandle<()>>,
+    control: UnixStream,
+    arrivals: Receiver<Arrival>,
+    watched: Vec<Watched>,
+    again: VecDeque<(Arc<Space>, Fault)>,
+    spaces: u32,
+    connected: Instant,
+    finished: Option<Instant>,
+    filling: bool,
+    eager: Written,
+}
+
+impl Pager {
+    fn start(
+        config: Config,
+        tasks: Vec<Task>,
+        source: Arc<dyn Source>,
+        listener: Listener,
+        control: UnixStream,
+    ) -> Result<Pager, Error> {
+        let engine = Arc::new(Engine::new(Arc::clone(&source), config.record).map_err(Error::Wait)?);
+        source.expect(&config.working_set.extents);
+        let threads = engine.start(config.threads.max(1)).map_err(Error::Wait)?;
+        let (sender, arrivals) = channel();
+        let (within, nudge) = (config.criu_within, Arc::clone(&engine));
+        std::thread::Builder::new()
+            .name("criu".to_owned())
+            .spawn(move || listen(&listener, within, &sender, &nudge))
+            .map_err(Error::Wait)?;
+        Ok(Pager {
+            plans: tasks.into_iter().map(|task| (task.pid, task.plan)).collect(),
+            config,
+            source,
+            engine,
+            threads,
+            control,
+            arrivals,
+            watched: Vec::new(),
+            again: VecDeque::new(),
+            spaces: 0,
+            connected: Instant::now(),
+            finished: None,
+            filling: false,
+            eager: Written::default(),
+        })
+    }
+
+    fn serve(&mut self) -> Result<Summary, Error> {
+        loop {
+            let (told, ready) = self.wait()?;
+            if let Some(error) = self.engine.take_failure() {
+                return Err(error);
+            }
+            if told {
+                self.hear()?;
+            }
+            self.take_arrivals()?;
+            for index in ready {
+                self.read_events(index)?;
+            }
+            self.try_again()?;
+            self.close_filled()?;
+            if self.finished.is_some() && self.watched.is_empty() {
+                return self.end();
+            }
+            for watched in &self.watched {
+                if let Some(offset) = watched.space.overdue(self.config.chunk_within) {
+                    let deadline = self.config.chunk_within;
+                    return Err(Error::Deadline { task: watched.space.task, offset, deadline });
+                }
+            }
+        }
+    }
+
+    /// Waits until something happens. Whether the shim has something to say, and which address spaces have.
+    fn wait(&self) -> Result<(bool, Vec<usize>), Error> {
+        let nudged = self.engine.nudged();
+        let mut fds = vec![
+            PollFd::new(self.control.as_fd(), PollFlags::POLLIN),
+            PollFd::new(nudged.as_fd(), PollFlags::POLLIN),
+        ];
+        fds.extend(self.watched.iter().map(|watched| PollFd::new(watched.uffd.as_fd(), PollFlags::POLLIN)));
+        let timeout = if self.again.is_empty() { LOOK_AROUND_MS } else { AGAIN_MS };
+        match poll(&mut fds, PollTimeout::from(timeout)) {
+            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Err(errno) => return Err(Error::Wait(errno.into())),
+        }
+        let happened = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
+        if happened(&fds[1]) {
+            self.engine.hear_nudge();
+        }
+        let ready = fds[2..].iter().enumerate().filter(|(_, fd)| happened(fd)).map(|(index, _)| index);
+        Ok((happened(&fds[0]), ready.collect()))
+    }
+
+    /// A command, or the end of the shim.
+    fn hear(&mut self) -> Result<(), Error> {
+        let mut byte = [0];
+        let (got, _) = rewarm_sys::fdpass::recv(&self.control, &mut byte, 0).map_err(Error::Control)?;
+        if got == 0 {
+            return Err(Error::ShimLeft);
+        }
+        match Command::of(byte[0]) {
+            Some(Command::Fill) => {
+                self.filling = true;
+                self.fill()
+            }
+            Some(Command::StopRecording) => {
+                let set = self.engine.stop_recording();
+                self.report(&Report::Recorded { set }, None)
+            }
+            None => Err(Error::Control(io::Error::new(
+                io::ErrorKind::InvalidData,
+                format!("{:#x} is no command", byte[0]),
+            ))),
+        }
+    }
+
+    fn report(&self, report: &Report, fd: Option<&dyn AsFd>) -> Result<(), Error> {
+        control::send(&self.control, report, fd).map_err(Error::Control)
+    }
+
+    fn take_arrivals(&mut self) -> Result<(), Error> {
+        loop {
+            match self.arrivals.try_recv() {
+                Ok(Arrival::Connected) => self.connected = Instant::now(),
+                Ok(Arrival::Task { pid, uffd }) => {
+                    let plan = self.plans.get(&pid).ok_or(Error::UnknownTask { task: pid })?;
+                    let state = State::new(plan);
+                    // The duplicate goes to the shim before anything is served.
+                    self.report(&Report::Held { id: self.spaces, task: pid }, Some(&uffd))?;
+                    self.watch(uffd, pid, false, state);
+                }
+                Ok(Arrival::Finished) => self.finish()?,
+                Ok(Arrival::Failed(error)) => return Err(error),
+                Err(TryRecvError::Empty | TryRecvError::Disconnected) => return Ok(()),
+            }
+        }
+    }
+
+    fn finish(&mut self) -> Result<(), Error> {
+        self.finished = Some(Instant::now());
+        self.engine.set_finished();
+        self.report(&Report::Finished, None)?;
+        if self.config.mode != Mode::Eager {
+            self.engine.fill_first(&self.config.working_set);
+        }
+        self.filling |= self.config.mode == Mode::Lazy;
+        self.fill()
+    }
+
+    /// Fills everything, if it is time.
+    fn fill(&mut self) -> Result<(), Error> {
+        match (self.filling && self.finished.is_some(), self.config.mode) {
+            (false, _) => Ok(()),
+            (true, Mode::Lazy | Mode::LazyWhenTold) => {
+                self.engine.start_background();
+                Ok(())
+            }
+            (true, Mode::Eager) => self.fill_eagerly(),
+        }
+    }
+
+    fn read_events(&mut self, index: usize) -> Result<(), Error> {
+        let space = Arc::clone(&self.watched[index].space);
+        let mut faults = Vec::new();
+        self.apply_events(&space, &mut faults)?;
+        for fault in faults {
+            self.answer(&space, fault)?;
+        }
+        Ok(())
+    }
+
+    fn answer(&mut self, space: &Arc<Space>, fault: Fault) -> Result<(), Error> {
+        match self.engine.take_fault(space, fault)? {
+            Need::Again => self.again.push_back((Arc::clone(space), fault)),
+            Need::Gone => space.set_gone(),
+            Need::Nothing | Need::Content(_) => {}
+        }
+        Ok(())
+    }
+
+    fn try_again(&mut self) -> Result<(), Error> {
+        for (space, fault) in std::mem::take(&mut self.again) {
+            self.answer(&space, fault)?;
+        }
+        Ok(())
+    }
+
+    /// Lets go of address spaces in which nothing is pending, and of those that are gone.
+    fn close_filled(&mut self) -> Result<(), Error> {
+        if self.finished.is_none() {
+            return Ok(());
+        }
+        let mut index = 0;
+        while index < self.watched.len() {
+            let space = Arc::clone(&self.watched[index].space);
+            let filled = space.state().pending.is_empty();
+            if (filled && self.close(&space)?) || space.is_gone() {
+                *space.enter_alone() = None;
+                let watched = self.watched.swap_remove(index);
+                self.again.retain(|(other, _)| !Arc::ptr_eq(other, &space));
+                let id = space.id;
+                drop((watched, space));
+                self.report(&Report::Released { id }, None)?;
+            } else {
+                index += 1;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Pager {
+    /// Unregisters everything, unless events show up that make something pending. True: it can be let go.
+    fn close(&mut self, space: &Arc<Space>) -> Result<bool, Error> {
+        let mut faults = Vec::new();
+        while self.apply_events(space, &mut faults)? > 0 {}
+        let gate = space.enter_alone();
+        let state = space.state();
+        if !state.pending.is_empty() {
+            drop((state, gate));
+            for fault in faults {
+                self.answer(space, fault)?;
+            }
+            return Ok(false);
+        }
+        if let Some(uffd) = gate.as_ref() {
+            for range in state.registered.iter() {
+                // A mapping that vanished meanwhile is refused; what stays registered ends with the last duplicate.
+                let _ = uffd.unregister(range.start, range.end - range.start);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Reads and applies once, and takes in the children that were forked.
+    fn apply_events(&mut self, space: &Arc<Space>, faults: &mut Vec<Fault>) -> Result<usize, Error> {
+        let mut children = Vec::new();
+        let (control, first) = (&self.control, self.spaces);
+        let count = events::read(space, faults, &mut |uffd, state| {
+            let id = first + u32::try_from(children.len()).expect("one read has 32 messages at most");
+            let report = Report::Held { id, task: space.task };
+            control::send(control, &report, Some(&uffd)).map_err(Error::Control)?;
+            children.push((uffd, state.forked()));
+            Ok(())
+        })?;
+        for (uffd, state) in children {
+            self.watch(uffd, space.task, true, state);
+        }
+        Ok(count)
+    }
+
+    fn watch(&mut self, uffd: Uffd, task: u32, forked: bool, state: State) {
+        let uffd = Arc::new(uffd);
+        let space = Arc::new(Space::new(self.spaces, task, forked, Arc::clone(&uffd), state));
+        self.spaces += 1;
+        self.engine.add(Arc::clone(&space));
+        self.watched.push(Watched { space, uffd });
+    }
+
+    /// The tree is stopped: nobody faults, nobody sees a page that is not written yet.
+    fn fill_eagerly(&mut self) -> Result<(), Error> {
+        let mut stopped = Vec::new();
+        for Watched { space, .. } in &self.watched {
+            let plan = Arc::clone(&self.plans[&space.task]);
+            // What its owner may not write cannot be written from outside either.
+            for mapping in plan.mappings().iter().filter(|mapping| !mapping.writable) {
+                let pieces = space.state().pending.within(&(mapping.start..mapping.end));
+                for piece in pieces {
+                    self.engine.fill_now(space, piece.stream())?;
+                }
+            }
+            let task = space.task;
+            let pid = self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?;
+            stopped.push(Stopped { pid, task, pieces: unregister(space)? });
+        }
+        self.eager = fill_stopped(&stopped, &*self.source, self.config.threads)?;
+        Ok(())
+    }
+
+    fn end(&mut self) -> Result<Summary, Error> {
+        self.engine.stop();
+        for thread in std::mem::take(&mut self.threads) {
+            thread.join().map_err(|panic| Error::Panicked { message: message(&*panic) })?;
+        }
+        if let Some(error) = self.engine.take_failure() {
+            return Err(error);
+        }
+        let counters = &self.engine.counters;
+        let finished = self.finished.unwrap_or(self.connected);
+        let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);
+        let summary = Summary {
+            spaces: self.spaces,
+            faults: counters.faults_content.load(Ordering::Relaxed),
+            zero_faults: counters.faults_zero.load(Ordering::Relaxed),
+            fault_bytes: counters.fault_bytes.load(Ordering::Relaxed),
+            working_set_bytes: counters.working_set_bytes.load(Ordering::Relaxed),
+            background_bytes: counters.background_bytes.load(Ordering::Relaxed),
+            eager_bytes: self.eager.bytes,
+            criu_us: micros(finished.duration_since(self.connected)),
+            present_us: micros(finished.elapsed()),
+            eager_us: micros(self.eager.time),
+        };
+        // All is in place and no userfaultfd is open here: a shim that is gone by now changes nothing any more.
+        let _ = self.report(&Report::Done { summary: summary.clone() }, None);
+        Ok(summary)
+    }
+}
+
+/// Gives an address space back to the kernel and takes what is pending out. Every range must be given back: a write
+/// from outside to a missing page that is registered waits for ever.
+fn unregister(space: &Space) -> Result<Vec<Piece>, Error> {
+    let mut gate = space.enter_alone();
+    let mut state = space.state();
+    if let Some(uffd) = gate.take() {
+        for range in state.registered.iter() {
+            uffd.unregister(range.start, range.end - range.start).map_err(|errno| Error::Refused {
+                task: space.task,
+                vaddr: range.start,
+                errno,
+            })?;
+        }
+    }
+    Ok(state.pending.take(&(0..u64::MAX)))
+}
+
+/// Takes CRIU's connection and passes on what comes.
+fn listen(listener: &Listener, within: Duration, sender: &Sender<Arrival>, engine: &Engine) {
+    let tell = |arrival| {
+        let _ = sender.send(arrival);
+        engine.nudge();
+    };
+    let heard = catch_unwind(AssertUnwindSafe(|| hear_criu(listener, within, &tell)));
+    match heard {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tell(Arrival::Failed(error)),
+        Err(panic) => tell(Arrival::Failed(Error::Panicked { message: message(&*panic) })),
+    }
+}
+
+fn hear_criu(listener: &Listener, within: Duration, tell: &dyn Fn(Arrival)) -> Result<(), Error> {
+    let intake = |error: rewarm_criu::Error| Error::Intake(error.into());
+    let timeout = PollTimeout::try_from(within).unwrap_or(PollTimeout::MAX);
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    if poll(&mut fds, timeout).map_err(|errno| Error::Wait(errno.into()))? == 0 {
+        return Err(Error::Intake(format!("CRIU did not connect within {within:?}").into()));
+    }
+    let mut connection = listener.accept().map_err(intake)?;
+    connection.set_timeout(Some(within)).map_err(intake)?;
+    tell(Arrival::Connected);
+    loop {
+        match connection.message().map_err(intake)? {
+            Message::Task { pid, uffd } => tell(Arrival::Task { pid, uffd: Uffd::from(uffd) }),
+            Message::Zombie { .. } => {}
+            Message::Finished => {
+                tell(Arrival::Finished);
+                return Ok(());
+            }
+        }
+    }
+}
