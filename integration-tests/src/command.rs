@@ -126,7 +126,6 @@ impl Rewarm {
     }
 
     /// Starts the program and waits for its end.
-    #[must_use]
     pub fn run(self) -> Output {
         self.spawn().wait()
     }

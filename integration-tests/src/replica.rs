@@ -106,7 +106,6 @@ impl<'w> Replica<'w> {
     /// # Panics
     ///
     /// When it fails.
-    #[must_use]
     pub fn sh(&self, script: &str) -> String {
         self.exec(&["sh", "-c", script]).ok().stdout.trim_end().to_owned()
     }

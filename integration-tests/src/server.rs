@@ -5,6 +5,7 @@
 //! (memory, pipes, timers, files) and says with 200 or 500 whether all of it is as it made it; `seen` in the answer holds
 //! what grows or moves.
 
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
@@ -126,13 +127,55 @@ impl Server {
     /// Memory of every kind that CRIU and the pager treat in different ways.
     #[must_use]
     pub fn memory() -> Self {
-        Self::python("memory", "memory.py", &[])
+        let flags = ["--mib", "64", "--fork", "--churn", "mprotect,mremap,madvise,mmap,heap"];
+        Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
     /// A server with an environment that looks like secrets.
     #[must_use]
     pub fn secretive() -> Self {
-        Self::python("secretive", "secretive.py", &[])
+        let mut server = Self::python("secretive", "secretive.py", &[]);
+        for (name, value) in [("HF_TOKEN", "hf_c0ffee5ec2e7"), ("DATABASE_PASSWORD", "correct horse")] {
+            server.env.push((name.to_owned(), value.to_owned()));
+        }
+        server
+    }
+
+    /// A server with a connection to `address`, and one inside for comparison.
+    #[must_use]
+    pub fn outside(address: SocketAddr, port: u16) -> Self {
+        let mut server = Self::python("outside", "outside.py", &["--connect", &address.to_string()]);
+        server.listen_on(port);
+        server.questions = vec![Question::get("/check").except(&["/seen"])];
+        server
+    }
+
+    /// A server that holds a deleted file of `mib` MiB open.
+    #[must_use]
+    pub fn ghost(mib: u32, sparse: bool) -> Self {
+        let mib = mib.to_string();
+        let flags: &[&str] = if sparse { &["--mib", &mib, "--sparse"] } else { &["--mib", &mib] };
+        Self::python("ghost", "ghost.py", flags)
+    }
+
+    /// A server that wants io_uring.
+    #[must_use]
+    pub fn uring() -> Self {
+        Self::python("uring", "uring.py", &["--expect", "ENOSYS"])
+    }
+
+    /// A server with a random generator that a hook renews, and that ends when it is asked to.
+    #[must_use]
+    pub fn renewing() -> Self {
+        Self::python("clone", "clone.py", &[])
+    }
+
+    /// Another port than 8000, for replicas in the network of the host.
+    fn listen_on(&mut self, port: u16) {
+        let at = self.command.iter().position(|word| word == "--port").expect("fixtures take --port");
+        self.command[at + 1] = port.to_string();
+        self.port = port;
+        self.ready = format!("http://127.0.0.1:{port}/healthz");
     }
 
     /// Node.js.

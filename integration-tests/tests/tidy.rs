@@ -197,7 +197,13 @@ fn is_crate_root(path: &Path) -> bool {
     let name = path.file_name().expect("a file").to_string_lossy().into_owned();
     match parent.as_deref() {
         Some("src") => ["lib.rs", "main.rs"].contains(&name.as_str()),
-        Some("bin" | "tests" | "benches" | "examples" | "fuzz") => true,
+        Some("bin" | "benches" | "examples" | "fuzz") => true,
+        // Where a manifest lists its test programs, the other files beside them are modules.
+        Some("tests") => {
+            let package = path.parent().and_then(Path::parent).expect("two folders up");
+            let manifest = text(&package.join("Cargo.toml"));
+            !manifest.contains("autotests = false") || manifest.contains(&format!("path = \"tests/{name}\""))
+        }
         _ => name == "build.rs",
     }
 }

@@ -66,8 +66,7 @@ fn a_mount_that_is_gone_is_named() {
     fs::write(models.join("weights"), vec![7; 100_000]).expect("our own folder");
     server.mounts.push(format!("{}:/models:ro", models.display()));
     // The server keeps the file open.
-    server.command[2] =
-        server.command[2].replace("count = 0\n", "count = 0\nweights = open('/models/weights')\n");
+    server.command[2] = format!("weights = open('/models/weights')\n{}", server.command[2]);
     let source = world.start("plain", &server);
     let before = answers(&source, &server);
     world.snapshot(&source, "v1", &[]);

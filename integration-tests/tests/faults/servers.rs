@@ -1,11 +1,16 @@
 //! Servers that cannot be dumped as they are, and servers that die at the wrong moment.
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
-use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::garage::free_port;
+use rewarm_integration_tests::server::{Server, fixtures};
 use rewarm_integration_tests::{Replica, World, residue};
 use rewarm_report::Stage;
 
@@ -107,4 +112,162 @@ fn a_snapshot_while_a_command_runs_inside() {
         !residue::processes(world.id()).iter().any(|(_, command)| command.starts_with("sleep 30"))
     });
     world.finish();
+}
+
+/// A connection to the outside cannot come back: the other end knows nothing of a clone.
+#[test]
+fn a_connection_to_the_outside_is_refused_with_both_addresses() {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let address = listener.local_addr().expect("bound");
+    let server = Server::outside(address, free_port());
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start_with("outside", &server, &["--net", "host"]);
+    let (mut kept, local) = listener.accept().expect("the server connects");
+    let (before, traces) = (answers(&source, &server), world.traces());
+    world.snapshot_call(&source, "v1", &[]).fails(3).says(&[&address.to_string(), &local.to_string()]);
+    server_answers_as_before(&source, &server, &before);
+    assert_eq!(source.json("/connection")["state"], "open", "the refusal closed it");
+    no_residue(&world, &traces);
+    nothing_visible(&world, &source);
+
+    // Allowed, it and only it comes back closed; on the source it stays open.
+    world.snapshot(&source, "v1", &["--tcp-close"]);
+    assert_eq!(source.json("/connection")["state"], "open");
+    kept.write_all(b"still here").expect("the connection is open");
+    source.remove();
+    // The port of the source is free again, and the clone takes it.
+    let clones = world.restore("outside", "v1", server.port, &[]);
+    assert_eq!(clones[0].json("/connection")["state"], "closed");
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// The seccomp profile answers ENOSYS, so libraries fall back to what CRIU can dump.
+#[test]
+fn io_uring_is_not_to_be_had() {
+    let server = Server::uring();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("uring", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let clones = world.restore("uring", "v1", server.port, &["--name", &world.name("clone")]);
+    server_answers_as_before(&clones[0], &server, &before);
+    // The profile is part of what comes back.
+    let answer = clones[0].ask("POST", "/make", Some("{}")).expect("an answer").json();
+    assert_eq!(answer["error"], "ENOSYS", "{answer}");
+    world.finish();
+}
+
+/// One that was made all the same would make CRIU fail in the middle: it is found before anything is touched.
+#[test]
+fn an_io_uring_that_was_made_all_the_same_is_refused() {
+    let server = Server::uring();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("uring", &server);
+    let init = inner_processes(&world)[0];
+    let mut allowing = Command::new("python3")
+        .arg(fixtures().join("uring.py"))
+        .args(["--allow", &init.to_string()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start Python");
+    let mut line = String::new();
+    BufReader::new(allowing.stdout.take().expect("piped")).read_line(&mut line).expect("text");
+    assert_eq!(line.trim(), "allowed");
+    let made = source.ask("POST", "/make", Some("{}")).expect("an answer").json();
+    drop(allowing.stdin.take());
+    allowing.wait().expect("our own child");
+    assert!(made["descriptor"].is_u64(), "{made}");
+    let (before, traces) = (answers(&source, &server), world.traces());
+    world.snapshot_call(&source, "v1", &[]).fails(3).says(&["io_uring", "preflight"]);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    nothing_visible(&world, &source);
+    world.finish();
+}
+
+#[test]
+fn a_deleted_file_below_the_limit_comes_back() {
+    let server = Server::ghost(64, false);
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("ghost", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    server_answers_as_before(&source, &server, &before);
+    source.remove();
+    for clone in world.restore("ghost", "v1", server.port, &["--count", "2"]) {
+        server_answers_as_before(&clone, &server, &before);
+    }
+    world.finish();
+}
+
+#[test]
+fn a_deleted_file_above_the_limit_is_refused_with_its_path() {
+    let server = Server::ghost(1100, true);
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("ghost", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    world.snapshot_call(&source, "v1", &[]).fails(3).says(&["/tmp/ghost", "preflight"]);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    nothing_visible(&world, &source);
+    world.finish();
+}
+
+/// Takes a descriptor over a socket in a mounted folder, and keeps it.
+const TAKE: &str = r"
+import socket, threading
+def take():
+    global kept
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind('/shared/hand')
+    listener.listen()
+    connection, _ = listener.accept()
+    kept = socket.recv_fds(connection, 1, 1)
+    connection.close()
+    listener.close()
+threading.Thread(target=take, daemon=True).start()
+";
+
+/// Hands a descriptor of the second file to who listens on the first, and waits until it is taken.
+const HAND: &str = r"
+import socket, sys
+connection = socket.socket(socket.AF_UNIX)
+connection.connect(sys.argv[1])
+socket.send_fds(connection, [b'x'], [open(sys.argv[2]).fileno()])
+connection.recv(1)
+";
+
+/// A descriptor of a file that lies outside of the replica's root, handed in over a socket in a mounted folder.
+#[test]
+fn a_file_from_outside_the_root_is_refused_with_its_path() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let folder = world.files().join("shared");
+    std::fs::create_dir(&folder).expect("our own folder");
+    server.mounts.push(format!("{}:/shared", folder.display()));
+    server.command[2] = format!("{TAKE}\n{}", server.command[2]);
+    // On a file system that no path inside the replica leads to.
+    let outside = Path::new("/dev/shm").join(world.id());
+    std::fs::write(&outside, "from outside").expect("shared memory of the host");
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    hand_over(&folder.join("hand"), &outside);
+    let traces = world.traces();
+    let output = world.snapshot_call(&source, "v1", &[]).run();
+    std::fs::remove_file(&outside).expect("our own file");
+    output.expect_code(3);
+    output.says(&[world.id()]);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    nothing_visible(&world, &source);
+    world.finish();
+}
+
+/// Sends a descriptor of `file` over the Unix socket `socket`.
+fn hand_over(socket: &Path, file: &Path) {
+    let output =
+        Command::new("python3").args(["-c", HAND]).arg(socket).arg(file).output().expect("start Python");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
