@@ -1,1 +1,32 @@
 //! The snapshot format and where it lies: chunk, pack, index, manifest, tags.
+//!
+//! Answers for what a store holds and for every byte on its way there and back; it knows nothing of CRIU, of containers
+//! or of what a region's content means. A [`Store`] is opened by its [`StoreUrl`]; a [`Session`] writes a snapshot and
+//! makes it visible with its last step; a [`Snapshot`] reads one and gives out nothing that was not checked.
+
+mod chunk;
+mod codec;
+mod digest;
+mod error;
+#[cfg(feature = "testing")]
+pub mod fault;
+pub mod format;
+mod limits;
+mod objects;
+mod reader;
+mod store;
+mod url;
+mod writer;
+
+pub use codec::Compression;
+pub use digest::{ChunkId, Digest, DigestSyntax};
+pub use error::{Damage, Error, Result, Syntax};
+pub use format::FORMAT;
+pub use format::manifest::{
+    Cpu, Facts, Hooks, HostFile, Manifest, Memory, RegionKind, SharedMemory, TaskMemory, Totals,
+};
+pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
+pub use reader::{Boot, Chunk, ChunkMap, Fetched, Region, Sink, Snapshot, Verified};
+pub use store::{Listed, Store};
+pub use url::{DEFAULT_TAG, Name, Reference, StoreUrl, Target};
+pub use writer::{Published, RegionWriter, Session, SessionOptions};

@@ -1,0 +1,173 @@
+//! How the content of a chunk is stored, and the choice of how.
+//!
+//! On the way back every byte is hashed (about 4.6 GB/s a core) and decoded, so a codec must save more time on the way
+//! than it costs there: content that a sample finds barely compressible is stored raw.
+
+use std::borrow::Cow;
+use std::cell::RefCell;
+use std::fmt;
+use std::io;
+use std::str::FromStr;
+
+use bytes::Bytes;
+
+use crate::error::{Error, Syntax};
+
+/// What the user asks for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Compression {
+    /// A sample of each chunk decides between none, LZ4 and zstd at level 1.
+    #[default]
+    Auto,
+    /// zstd at this level, 1 to 19, for every chunk that becomes shorter by it.
+    Zstd(i32),
+    /// Every chunk is stored raw.
+    None,
+}
+
+impl FromStr for Compression {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self, Error> {
+        let expected = || Error::Syntax {
+            text: text.to_owned(),
+            kind: "compression",
+            source: Syntax::Authority { expected: "auto, zstd:N with N from 1 to 19, or none" },
+        };
+        match text.split_once(':') {
+            None if text == "auto" => Ok(Self::Auto),
+            None if text == "none" => Ok(Self::None),
+            Some(("zstd", level)) => match level.parse() {
+                Ok(level @ 1..=19) => Ok(Self::Zstd(level)),
+                _ => Err(expected()),
+            },
+            _ => Err(expected()),
+        }
+    }
+}
+
+impl fmt::Display for Compression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Auto => f.write_str("auto"),
+            Self::Zstd(level) => write!(f, "zstd:{level}"),
+            Self::None => f.write_str("none"),
+        }
+    }
+}
+
+/// How a chunk is stored. Id 3 is reserved for zstd over byte planes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Codec {
+    None = 0,
+    Lz4 = 1,
+    Zstd = 2,
+}
+
+impl Codec {
+    pub(crate) fn from_id(id: u8) -> Option<Self> {
+        match id {
+            0 => Some(Self::None),
+            1 => Some(Self::Lz4),
+            2 => Some(Self::Zstd),
+            _ => None,
+        }
+    }
+
+    pub(crate) fn id(self) -> u8 {
+        self as u8
+    }
+}
+
+/// A compressed chunk must save at least a sixteenth, or it is stored raw: below that decoding costs more than it saves.
+const SAVING_MIN_SHIFT: u32 = 4;
+/// Bytes of each of the three samples.
+const SAMPLE_BYTES: usize = 4096;
+/// Percent of its length that an LZ4 sample must fall to before anything but raw is considered.
+const SAMPLE_WORTH_PERCENT: usize = 85;
+
+thread_local! {
+    /// Making a zstd context costs as much as compressing a small chunk.
+    static ENCODER: RefCell<Option<(i32, zstd::bulk::Compressor<'static>)>> = const { RefCell::new(None) };
+    static DECODER: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
+}
+
+/// Encodes the concatenation of `parts`. `None` means: store it raw.
+pub(crate) fn encode(compression: Compression, parts: &[Bytes]) -> (Codec, Option<Bytes>) {
+    let level = match compression {
+        Compression::None => return (Codec::None, None),
+        Compression::Zstd(level) => level,
+        Compression::Auto if worth(parts) => 1,
+        Compression::Auto => return (Codec::None, None),
+    };
+    let raw = joined(parts);
+    let stored = compress_zstd(level, &raw);
+    match stored {
+        Some(stored) if stored.len() + (raw.len() >> SAVING_MIN_SHIFT) <= raw.len() => {
+            (Codec::Zstd, Some(Bytes::from(stored)))
+        }
+        _ => (Codec::None, None),
+    }
+}
+
+fn joined(parts: &[Bytes]) -> Cow<'_, [u8]> {
+    match parts {
+        [one] => Cow::Borrowed(one),
+        many => Cow::Owned(many.concat()),
+    }
+}
+
+fn compress_zstd(level: i32, raw: &[u8]) -> Option<Vec<u8>> {
+    ENCODER.with_borrow_mut(|slot| {
+        if slot.as_ref().is_none_or(|(held, _)| *held != level) {
+            *slot = Some((level, zstd::bulk::Compressor::new(level).ok()?));
+        }
+        slot.as_mut()?.1.compress(raw).ok()
+    })
+}
+
+/// Whether three samples together shrink enough under LZ4.
+fn worth(parts: &[Bytes]) -> bool {
+    let total: usize = parts.iter().map(Bytes::len).sum();
+    let mut scratch = vec![0; lz4_flex::block::get_maximum_output_size(SAMPLE_BYTES)];
+    let (mut raw, mut small) = (0, 0);
+    for quarter in 1..=3 {
+        let sample = page_at(parts, total / 4 * quarter);
+        raw += sample.len();
+        small += lz4_flex::block::compress_into(sample, &mut scratch).unwrap_or(sample.len());
+    }
+    small * 100 <= raw * SAMPLE_WORTH_PERCENT
+}
+
+/// The page of `parts` that holds the byte at `offset`; parts are multiples of a page.
+fn page_at(parts: &[Bytes], offset: usize) -> &[u8] {
+    let mut offset = offset / SAMPLE_BYTES * SAMPLE_BYTES;
+    for part in parts {
+        if offset + SAMPLE_BYTES <= part.len() {
+            return &part[offset..offset + SAMPLE_BYTES];
+        }
+        offset -= part.len();
+    }
+    &[]
+}
+
+/// Decodes `stored` into exactly `raw.len()` bytes. Never writes beyond them, whatever `stored` claims.
+pub(crate) fn decode(codec: Codec, stored: &[u8], raw: &mut [u8]) -> Result<(), Option<io::Error>> {
+    let length = match codec {
+        Codec::None if stored.len() == raw.len() => {
+            raw.copy_from_slice(stored);
+            raw.len()
+        }
+        Codec::None => stored.len(),
+        Codec::Lz4 => lz4_flex::block::decompress_into(stored, raw)
+            .map_err(|error| Some(io::Error::new(io::ErrorKind::InvalidData, error)))?,
+        Codec::Zstd => DECODER.with_borrow_mut(|slot| {
+            let decoder = match slot {
+                Some(decoder) => decoder,
+                None => slot.insert(zstd::bulk::Decompressor::new()?),
+            };
+            decoder.decompress_to_buffer(stored, raw)
+        })?,
+    };
+    if length == raw.len() { Ok(()) } else { Err(None) }
+}

@@ -1,0 +1,1 @@
+//! A store that fails, delays, truncates and corrupts on demand.

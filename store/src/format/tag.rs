@@ -1,0 +1,126 @@
+//! A tag: a row of numbered index objects, of which the highest counts.
+//!
+//! Each lists variants: manifests with the facts by which a restore chooses. Publishing replaces the variant whose facts
+//! are equal and keeps the others, so that a fleet with two drivers keeps one tag.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::digest::Digest;
+use crate::error::{Damage, Error, Result};
+use crate::format::FORMAT;
+use crate::format::manifest::Facts;
+use crate::limits::VARIANTS_LIMIT;
+
+/// One index object of a tag.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TagIndex {
+    /// Format version.
+    pub format: u32,
+    /// Name of the snapshot.
+    pub name: String,
+    /// The tag.
+    pub tag: String,
+    /// Number of this object in the row.
+    pub number: u64,
+    /// Made by the session that wrote this object, so that it knows its own again.
+    pub writer: String,
+    /// When it was written, RFC 3339 in UTC.
+    pub published: String,
+    /// The manifests that the tag means, the newest first.
+    pub variants: Vec<Variant>,
+}
+
+/// A manifest and the facts by which a restore chooses it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Variant {
+    /// Digest of the manifest object.
+    pub manifest: Digest,
+    /// Bytes of the manifest object.
+    pub bytes: u64,
+    /// When it was published, RFC 3339 in UTC.
+    pub published: String,
+    /// The facts that decide.
+    pub facts: DecidingFacts,
+}
+
+/// Facts that decide which variant fits a machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct DecidingFacts {
+    /// Architecture, as `uname -m` says.
+    pub architecture: String,
+    /// `flags` of `/proc/cpuinfo`, sorted.
+    pub cpu_features: Vec<String>,
+    /// Release of the kernel.
+    pub kernel: String,
+    /// Version of CRIU.
+    pub criu: String,
+    /// Version of the device driver.
+    pub driver: Option<String>,
+    /// Names of the devices.
+    pub gpus: Vec<String>,
+}
+
+impl DecidingFacts {
+    /// The facts of `facts` that decide. Driver and devices are `device.driver` and `device.gpus`.
+    #[must_use]
+    pub fn of(facts: &Facts) -> Self {
+        let mut cpu_features = facts.cpu.features.clone();
+        cpu_features.sort_unstable();
+        cpu_features.dedup();
+        let device = facts.device.as_ref();
+        let driver = device.and_then(|d| d.get("driver")?.as_str().map(str::to_owned));
+        let gpus = device
+            .and_then(|d| d.get("gpus")?.as_array())
+            .map(|gpus| gpus.iter().filter_map(|gpu| gpu.as_str().map(str::to_owned)).collect())
+            .unwrap_or_default();
+        Self {
+            architecture: facts.architecture.clone(),
+            cpu_features,
+            kernel: facts.kernel.clone(),
+            criu: facts.criu.clone(),
+            driver,
+            gpus,
+        }
+    }
+}
+
+impl TagIndex {
+    /// The variants with `new` in front and without the one whose facts are equal to its.
+    pub(crate) fn with_variant(variants: &[Variant], new: Variant) -> Result<Vec<Variant>> {
+        let mut all = vec![new];
+        all.extend(variants.iter().filter(|old| old.facts != all[0].facts).cloned().collect::<Vec<_>>());
+        if all.len() > VARIANTS_LIMIT {
+            let (value, limit) = (all.len() as u64, VARIANTS_LIMIT as u64);
+            return Err(Error::Limit { what: "variants of a tag", value, limit });
+        }
+        Ok(all)
+    }
+
+    pub(crate) fn encode(&self) -> Bytes {
+        let mut out = serde_json::to_vec_pretty(self).expect("a tag index has only string keys");
+        out.push(b'\n');
+        Bytes::from(out)
+    }
+}
+
+#[derive(Deserialize)]
+struct Version {
+    format: u32,
+}
+
+/// Reads an index object of a tag. `store` and `object` are for the error.
+pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<TagIndex> {
+    let damaged = |source| Error::Damaged { store: store.to_owned(), object: object.to_owned(), source };
+    let Version { format } = serde_json::from_slice(bytes).map_err(|error| damaged(error.into()))?;
+    if format > FORMAT {
+        return Err(Error::Newer { object: object.to_owned(), found: format, supported: FORMAT });
+    }
+    let index: TagIndex = serde_json::from_slice(bytes).map_err(|error| damaged(error.into()))?;
+    if index.variants.is_empty() || index.variants.len() > VARIANTS_LIMIT {
+        let (found, limit) = (index.variants.len() as u64, VARIANTS_LIMIT as u64);
+        return Err(damaged(Damage::Bound { what: "variants", found, limit }));
+    }
+    Ok(index)
+}

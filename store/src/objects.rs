@@ -1,0 +1,315 @@
+//! Requests to a store: attempts with backoff, bounded answers, and errors that say what a caller can do.
+//!
+//! Everything above this file sees whole objects or whole ranges, or an [`Error`]; `object_store` is not used directly
+//! elsewhere but for multipart uploads.
+
+use std::error::Error as StdError;
+use std::fmt::Display;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use futures::{FutureExt, TryStreamExt};
+use object_store::client::{HttpError, HttpErrorKind};
+use object_store::path::Path;
+use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
+
+use crate::error::{Damage, Error, Result};
+use crate::limits::{ATTEMPTS, BACKOFF, BACKOFF_MAX};
+
+/// A store's objects.
+#[derive(Clone)]
+pub(crate) struct Objects {
+    store: Arc<dyn ObjectStore>,
+    /// The store as the user wrote it, for errors.
+    name: Arc<str>,
+}
+
+/// What became of a conditional write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Put {
+    Written,
+    /// An object of this name was there already.
+    Exists,
+}
+
+impl Objects {
+    pub(crate) fn new(store: Arc<dyn ObjectStore>, name: Arc<str>) -> Self {
+        Self { store, name }
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// The store itself, for multipart uploads.
+    pub(crate) fn store(&self) -> &dyn ObjectStore {
+        &*self.store
+    }
+
+    /// An error that says that `object` is damaged.
+    pub(crate) fn damaged(&self, object: impl Display, source: Damage) -> Error {
+        Error::Damaged { store: self.name.to_string(), object: object.to_string(), source }
+    }
+
+    /// A whole object of at most `limit` bytes.
+    pub(crate) async fn get(&self, path: &Path, limit: u64) -> Result<Bytes> {
+        let size = |found| self.damaged(path, Damage::Bound { what: "bytes of the object", found, limit });
+        let got = self
+            .attempts("read", path, || {
+                async move {
+                    let answer = self.store.get(path).await?;
+                    let bytes = answer.meta.size;
+                    if bytes > limit { Ok(Err(bytes)) } else { Ok(Ok(answer.bytes().await?)) }
+                }
+                .boxed()
+            })
+            .await?;
+        got.map_err(size)
+    }
+
+    /// Exactly `range` of an object that a manifest refers to: what is missing there is damage.
+    pub(crate) async fn get_range(&self, path: &Path, range: Range<u64>) -> Result<Bytes> {
+        let expected = range.end - range.start;
+        let end = range.end;
+        let options = GetOptions::new().with_range(Some(GetRange::Bounded(range)));
+        let got = self
+            .attempts("read", path, || {
+                let options = options.clone();
+                async move {
+                    // A store answers a range beyond the end in its own way; ours is to look how long the object is.
+                    match self.store.get_opts(path, options).await {
+                        Ok(answer) => {
+                            let bytes = answer.bytes().await?;
+                            Ok(if bytes.len() as u64 == expected { Ok(bytes) } else { Err(None) })
+                        }
+                        Err(error) => match self.store.head(path).await {
+                            Ok(meta) if meta.size < end => Ok(Err(Some(meta.size))),
+                            _ => Err(error),
+                        },
+                    }
+                }
+                .boxed()
+            })
+            .await
+            .map_err(|error| self.missing_is_damage(path, error))?;
+        match got {
+            Ok(bytes) => Ok(bytes),
+            Err(size) => {
+                let found = match size {
+                    Some(size) => size,
+                    None => self.size(path).await?.unwrap_or(0),
+                };
+                Err(self.damaged(path, Damage::Length { found, expected: end }))
+            }
+        }
+    }
+
+    /// A whole object that something refers to by its length: what is missing there is damage.
+    pub(crate) async fn get_exact(&self, path: &Path, bytes: u64, limit: u64) -> Result<Bytes> {
+        let got = self.get(path, limit).await.map_err(|error| self.missing_is_damage(path, error))?;
+        if got.len() as u64 == bytes {
+            return Ok(got);
+        }
+        Err(self.damaged(path, Damage::Length { found: got.len() as u64, expected: bytes }))
+    }
+
+    fn missing_is_damage(&self, path: &Path, error: Error) -> Error {
+        match error {
+            Error::NotFound { .. } => self.damaged(path, Damage::Missing),
+            other => other,
+        }
+    }
+
+    /// Length of an object in bytes; `None` if it is not there.
+    pub(crate) async fn size(&self, path: &Path) -> Result<Option<u64>> {
+        match self.attempts("look at", path, || async { self.store.head(path).await }.boxed()).await {
+            Ok(meta) => Ok(Some(meta.size)),
+            Err(Error::NotFound { .. }) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Writes an object, whatever is there.
+    pub(crate) async fn put(&self, path: &Path, payload: PutPayload) -> Result<()> {
+        self.attempts("write", path, || {
+            let payload = payload.clone();
+            async { self.store.put(path, payload).await }.boxed()
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// Writes an object if none of its name is there. After a lost answer an attempt may find its own object: whoever
+    /// must know puts something of its own into it and reads it back.
+    pub(crate) async fn put_new(&self, path: &Path, payload: PutPayload) -> Result<Put> {
+        let answer = self
+            .attempts("write", path, || {
+                let payload = payload.clone();
+                async {
+                    use object_store::Error::{AlreadyExists, Precondition};
+                    match self.store.put_opts(path, payload, PutMode::Create.into()).await {
+                        Ok(_) => Ok(Put::Written),
+                        Err(AlreadyExists { .. } | Precondition { .. }) => Ok(Put::Exists),
+                        Err(error) => Err(error),
+                    }
+                }
+                .boxed()
+            })
+            .await?;
+        Ok(answer)
+    }
+
+    /// Removes an object; one that is not there is removed already.
+    pub(crate) async fn delete(&self, path: &Path) -> Result<()> {
+        match self.attempts("remove", path, || async { self.store.delete(path).await }.boxed()).await {
+            Ok(()) | Err(Error::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The objects below a folder, with their lengths.
+    pub(crate) async fn list(&self, folder: &Path) -> Result<Vec<(Path, u64)>> {
+        self.attempts("list", folder, || {
+            self.store.list(Some(folder)).map_ok(|meta| (meta.location, meta.size)).try_collect().boxed()
+        })
+        .await
+    }
+
+    /// Runs `request` until it succeeds, fails for good, or has failed [`ATTEMPTS`] times.
+    async fn attempts<'a, T>(
+        &'a self,
+        action: &'static str,
+        object: &'a Path,
+        request: impl Fn() -> BoxFuture<'a, object_store::Result<T>>,
+    ) -> Result<T> {
+        let mut attempt = 1;
+        loop {
+            let error = match request().await {
+                Ok(value) => return Ok(value),
+                Err(error) => error,
+            };
+            if attempt == ATTEMPTS || !may_pass(&error) {
+                return Err(self.failed(action, object, attempt, error));
+            }
+            let wait = backoff(attempt);
+            tracing::debug!(store = %self.name, %object, action, attempt, %error, ?wait, "trying again");
+            tokio::time::sleep(wait).await;
+            attempt += 1;
+        }
+    }
+
+    /// Sorts a failure by what the caller can do about it.
+    pub(crate) fn failed(
+        &self,
+        action: &'static str,
+        object: &Path,
+        attempts: u32,
+        source: object_store::Error,
+    ) -> Error {
+        let store = self.name.to_string();
+        let object = object.to_string();
+        let cause = Cause::of(&source);
+        match (source, cause) {
+            (source @ object_store::Error::NotFound { .. }, _) | (source, Cause::NotFound) => {
+                Error::NotFound { store, object, source: Some(source) }
+            }
+            (source, Cause::Denied) => Error::Denied { store, action, object, source: source.into() },
+            (source, Cause::Full) => Error::Full { store, action, object, source: source.into() },
+            (source, Cause::Unreachable) => {
+                Error::Unreachable { store, action, object, source: source.into() }
+            }
+            (source, Cause::Other) => Error::Request { store, action, object, attempts, source },
+        }
+    }
+}
+
+/// Wait before the attempt that follows attempt number `attempt`.
+fn backoff(attempt: u32) -> Duration {
+    let full = BACKOFF.saturating_mul(1 << (attempt - 1).min(16)).min(BACKOFF_MAX);
+    // The low bits of a fresh id are random; a dependency for one random byte would be too much.
+    let jitter = f64::from(uuid::Uuid::new_v4().as_bytes()[15]) / 255.0;
+    full.mul_f64(0.75 + 0.5 * jitter)
+}
+
+/// Whether the same request may succeed a moment later.
+fn may_pass(error: &object_store::Error) -> bool {
+    match error {
+        object_store::Error::Generic { .. } | object_store::Error::JoinError { .. } => {
+            matches!(Cause::of(error), Cause::Other | Cause::Unreachable)
+        }
+        _ => false,
+    }
+}
+
+/// What lies at the bottom of a store's error.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Cause {
+    NotFound,
+    Denied,
+    Full,
+    Unreachable,
+    Other,
+}
+
+impl Cause {
+    fn of(error: &object_store::Error) -> Self {
+        match error {
+            object_store::Error::NotFound { .. } => return Self::NotFound,
+            object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. } => {
+                return Self::Denied;
+            }
+            _ => {}
+        }
+        let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
+        while let Some(error) = cause {
+            if let Some(error) = error.downcast_ref::<io::Error>() {
+                match error.kind() {
+                    io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => return Self::Full,
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::ReadOnlyFilesystem => {
+                        return Self::Denied;
+                    }
+                    io::ErrorKind::NotFound => return Self::NotFound,
+                    _ => {}
+                }
+            }
+            if let Some(error) = error.downcast_ref::<HttpError>()
+                && error.kind() == HttpErrorKind::Connect
+            {
+                return Self::Unreachable;
+            }
+            cause = error.source();
+        }
+        Self::Other
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_double_up_to_the_limit() {
+        for attempt in 1..ATTEMPTS {
+            let wait = backoff(attempt);
+            let full = BACKOFF.saturating_mul(1 << (attempt - 1)).min(BACKOFF_MAX);
+            assert!(wait >= full.mul_f64(0.74) && wait <= full.mul_f64(1.26), "{attempt}: {wait:?}");
+        }
+        assert!(backoff(u32::MAX) <= BACKOFF_MAX.mul_f64(1.26));
+    }
+
+    #[test]
+    fn a_full_disk_is_told_from_other_failures_and_is_not_tried_again() {
+        let generic = |kind: io::ErrorKind| object_store::Error::Generic {
+            store: "test",
+            source: Box::new(io::Error::from(kind)),
+        };
+        assert_eq!(Cause::of(&generic(io::ErrorKind::StorageFull)), Cause::Full);
+        assert!(!may_pass(&generic(io::ErrorKind::StorageFull)));
+        assert_eq!(Cause::of(&generic(io::ErrorKind::ReadOnlyFilesystem)), Cause::Denied);
+        assert!(may_pass(&generic(io::ErrorKind::ConnectionReset)));
+    }
+}

@@ -1,0 +1,260 @@
+//! Content on its way back: few long requests, many short checks, and the receiver sees only what was checked.
+
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use tokio::sync::Semaphore;
+use uuid::Uuid;
+
+use crate::codec::{self, Codec};
+use crate::error::{Damage, Error, Result};
+use crate::format::index::ChunkRef;
+use crate::format::pack_path;
+use crate::limits::{DECODE_BYTES, GAP_BYTES, REQUEST_BYTES};
+use crate::reader::{Boot, BootInner, ChunkMap};
+
+/// Receives the content of a region.
+pub trait Sink: Send + Sync {
+    /// Takes checked bytes that belong at `offset` of the region's stream. Called from several threads at once, in any
+    /// order, for each byte of the stream exactly once.
+    ///
+    /// # Errors
+    /// An error ends the fetch.
+    fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// What a fetch did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Fetched {
+    /// Bytes given to the sink.
+    pub bytes: u64,
+    /// Bytes read from the store, gaps included.
+    pub read_bytes: u64,
+    /// Requests made for them.
+    pub requests: u64,
+}
+
+/// What a verification read.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Verified {
+    /// Bytes of content that were checked.
+    pub bytes: u64,
+    /// Chunks that were checked, each as often as the snapshot has it.
+    pub chunks: u64,
+    /// Packs that were read.
+    pub packs: u64,
+}
+
+/// One request: a stretch of a pack and the chunks that are wanted from it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+struct Request {
+    pack: u32,
+    range: Range<u64>,
+    /// Numbers of chunks, by their offset in the pack. The same chunk may stand at several places of the stream.
+    chunks: Vec<usize>,
+}
+
+impl Boot {
+    /// Fetches a region with up to `parallel` requests at once and gives it to `sink`.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if a pack is missing or too short or a chunk is not what the index says, [`Error::Sink`] if the
+    /// receiver fails. Parts of the stream may have been put by then.
+    ///
+    /// # Panics
+    /// If there is no such region.
+    pub async fn fetch(&self, region: usize, sink: Arc<dyn Sink>, parallel: usize) -> Result<Fetched> {
+        let map = self.chunks(region).await?;
+        let requests = plan(map.refs());
+        let job = Arc::new(Job { boot: self.inner.clone(), map, region, sink });
+        let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+        let fetched = stream::iter(requests)
+            .map(|request| run(job.clone(), cores.clone(), request))
+            .buffer_unordered(parallel.max(1))
+            .try_fold(Fetched::default(), |sum, one| async move {
+                Ok(Fetched {
+                    bytes: sum.bytes + one.bytes,
+                    read_bytes: sum.read_bytes + one.read_bytes,
+                    requests: sum.requests + one.requests,
+                })
+            })
+            .await?;
+        Ok(fetched)
+    }
+
+    /// Fetches chunk number `n` of a region alone.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if the pack is missing or too short or the chunk is not what the index says.
+    ///
+    /// # Panics
+    /// If there is no such region or chunk.
+    pub async fn read_chunk(&self, region: usize, n: usize) -> Result<Bytes> {
+        let map = self.chunks(region).await?;
+        let chunk = map.refs()[n];
+        let (pack, _) = self.inner.packs[chunk.pack as usize];
+        let end = chunk.offset + u64::from(chunk.stored);
+        let stored = self.inner.objects.get_range(&pack_path(pack), chunk.offset..end).await?;
+        let inner = self.inner.clone();
+        let decoded = tokio::task::spawn_blocking(move || {
+            let mut raw = Vec::new();
+            inner.check(pack, &chunk, &stored, &mut raw)?;
+            Ok(if chunk.codec == Codec::None { stored } else { Bytes::from(raw) })
+        });
+        decoded.await.expect("decoding does not panic")
+    }
+
+    /// Reads and checks every byte of every region.
+    ///
+    /// # Errors
+    /// The first damage.
+    pub async fn verify(&self, parallel: usize) -> Result<Verified> {
+        let mut verified = Verified { packs: self.inner.packs.len() as u64, ..Verified::default() };
+        for region in 0..self.regions().len() {
+            let fetched = self.fetch(region, Arc::new(Nowhere), parallel).await?;
+            verified.bytes += fetched.bytes;
+            verified.chunks += self.chunks(region).await?.len() as u64;
+        }
+        Ok(verified)
+    }
+}
+
+/// Takes everything and keeps nothing.
+struct Nowhere;
+
+impl Sink for Nowhere {
+    fn put(&self, _offset: u64, _bytes: &[u8]) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Joins chunks that lie near each other in a pack to requests of about [`REQUEST_BYTES`].
+fn plan(refs: &[ChunkRef]) -> Vec<Request> {
+    let mut order: Vec<usize> = (0..refs.len()).collect();
+    order.sort_by_key(|&n| (refs[n].pack, refs[n].offset));
+    let mut requests: Vec<Request> = Vec::new();
+    for n in order {
+        let chunk = &refs[n];
+        let range = chunk.offset..chunk.offset + u64::from(chunk.stored);
+        match requests.last_mut() {
+            Some(last)
+                if last.pack == chunk.pack
+                    && range.start <= last.range.end + GAP_BYTES
+                    && (range.end <= last.range.end || last.range.end - last.range.start < REQUEST_BYTES) =>
+            {
+                last.range.end = last.range.end.max(range.end);
+                last.chunks.push(n);
+            }
+            _ => requests.push(Request { pack: chunk.pack, range, chunks: vec![n] }),
+        }
+    }
+    requests
+}
+
+/// What all requests of a fetch share.
+struct Job {
+    boot: Arc<BootInner>,
+    map: Arc<ChunkMap>,
+    region: usize,
+    sink: Arc<dyn Sink>,
+}
+
+async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<Fetched> {
+    let (pack, _) = job.boot.packs[request.pack as usize];
+    let path = pack_path(pack);
+    let bytes = job.boot.objects.get_range(&path, request.range.clone()).await?;
+    let fetched = Fetched { bytes: 0, read_bytes: bytes.len() as u64, requests: 1 };
+    let parts = batches(&job.map, &request.chunks);
+    let works = parts.into_iter().map(|chunks| {
+        let (job, bytes, begin) = (job.clone(), bytes.clone(), request.range.start);
+        let cores = cores.clone();
+        async move {
+            let turn = cores.acquire_owned().await.expect("nobody closes it");
+            let work = tokio::task::spawn_blocking(move || {
+                let done = job.put(pack, &bytes, begin, &chunks);
+                drop(turn);
+                done
+            });
+            work.await.expect("decoding does not panic")
+        }
+    });
+    let done: Vec<u64> = futures::future::try_join_all(works).await?;
+    Ok(Fetched { bytes: done.iter().sum(), ..fetched })
+}
+
+/// Splits chunks into batches of about [`DECODE_BYTES`], never between two places of the same chunk.
+fn batches(map: &ChunkMap, chunks: &[usize]) -> Vec<Vec<usize>> {
+    let refs = map.refs();
+    let mut batches: Vec<Vec<usize>> = Vec::new();
+    let mut bytes = DECODE_BYTES;
+    let mut last = None;
+    for &n in chunks {
+        let place = (refs[n].offset, refs[n].id);
+        if bytes >= DECODE_BYTES && last != Some(place) {
+            batches.push(Vec::new());
+            bytes = 0;
+        }
+        if last != Some(place) {
+            bytes += u64::from(refs[n].raw);
+        }
+        last = Some(place);
+        batches.last_mut().expect("the first chunk begins a batch").push(n);
+    }
+    batches
+}
+
+impl Job {
+    /// Checks, decodes and puts chunks of one pack, whose bytes from `begin` on are `bytes`.
+    fn put(&self, pack: Uuid, bytes: &[u8], begin: u64, chunks: &[usize]) -> Result<u64> {
+        let mut raw = Vec::new();
+        let mut held: Option<ChunkRef> = None;
+        let mut done = 0;
+        for &n in chunks {
+            let chunk = self.map.refs()[n];
+            let at = (chunk.offset - begin) as usize;
+            let stored = &bytes[at..at + chunk.stored as usize];
+            if held != Some(chunk) {
+                self.boot.check(pack, &chunk, stored, &mut raw)?;
+                held = Some(chunk);
+            }
+            let content = if chunk.codec == Codec::None { stored } else { &raw[..] };
+            let (offset, bytes) = (self.map.offset(n), content.len());
+            self.sink.put(offset, content).map_err(|source| Error::Sink {
+                region: self.region,
+                offset,
+                bytes,
+                source,
+            })?;
+            done += bytes as u64;
+        }
+        Ok(done)
+    }
+}
+
+impl BootInner {
+    /// Checks a chunk. Its content is in `raw` afterwards, unless it is stored raw: then it is `stored` itself.
+    fn check(&self, pack: Uuid, chunk: &ChunkRef, stored: &[u8], raw: &mut Vec<u8>) -> Result<()> {
+        let damaged = |source| self.objects.damaged(pack_path(pack), source);
+        let content = if chunk.codec == Codec::None {
+            if stored.len() != chunk.raw as usize {
+                let (found, expected) = (stored.len() as u64, u64::from(chunk.raw));
+                return Err(damaged(Damage::Length { found, expected }));
+            }
+            stored
+        } else {
+            raw.resize(chunk.raw as usize, 0);
+            codec::decode(chunk.codec, stored, raw).map_err(|source| {
+                damaged(Damage::Codec { offset: chunk.offset, expected: u64::from(chunk.raw), source })
+            })?;
+            raw
+        };
+        let found = self.key.id([content]);
+        if found != chunk.id {
+            return Err(damaged(Damage::Chunk { offset: chunk.offset, found, expected: chunk.id }));
+        }
+        Ok(())
+    }
+}

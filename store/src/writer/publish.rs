@@ -1,0 +1,369 @@
+//! The last steps: index, boot object, manifest, tag. The tag makes a snapshot visible, so it comes last.
+//!
+//! A tag's next number is taken by a write that the store refuses if somebody else took it. Where a store ignores that
+//! condition, a claim comes first: whoever sees a claim that is not older than their own gives way, whoever sees an
+//! older one withdrawn or made good acts on that. Two can then not both believe that they have won.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use bytes::Bytes;
+use futures::{StreamExt, TryStreamExt, stream};
+use object_store::path::Path;
+use uuid::Uuid;
+
+use crate::codec::Codec;
+use crate::digest::{ChunkId, Digest};
+use crate::error::{Damage, Error, Result};
+use crate::format::boot::{self, Leaf, LeafPlace, Root, RootRegion};
+use crate::format::frame::{self, Magic};
+use crate::format::index::{ChunkRef, Location, encode_leaf};
+use crate::format::manifest::{BootRef, Facts, KeyInfo, Manifest, RegionTotals, Seal, Totals};
+use crate::format::tag::{DecidingFacts, TagIndex, Variant};
+use crate::format::{
+    FORMAT, boot_path, claim_folder, index_path, manifest, manifest_path, pack_path, tag_path,
+};
+use crate::limits::{CLAIM_AGE_MAX, INLINE_LEAVES_BYTES, LEAF_CHUNKS_LIMIT};
+use crate::objects::{Objects, Put};
+use crate::store::Store;
+use crate::url::Name;
+use crate::writer::Shared;
+use crate::writer::planner::{Written, WrittenRegion};
+
+/// Packs whose presence is checked at the same time.
+const CHECKS_IN_FLIGHT: usize = 16;
+/// Between two looks at somebody else's claim.
+const CLAIM_POLL: Duration = Duration::from_millis(100);
+
+/// A snapshot that exists from here on.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Published {
+    /// Digest of its manifest.
+    pub digest: Digest,
+    /// Number of the tag's index object that names it.
+    pub number: u64,
+    /// Sums, as they stand in the manifest.
+    #[serde(flatten)]
+    pub totals: Totals,
+}
+
+/// State of a tag from which a publishing starts.
+#[derive(Debug, Clone)]
+pub(crate) struct Base {
+    name: Name,
+    tag: String,
+    number: u64,
+    variants: Vec<Variant>,
+}
+
+impl Base {
+    pub(crate) async fn read(store: &Store, name: &Name, tag: &str) -> Result<Self> {
+        let (number, variants) = match store.tag(name, tag).await? {
+            Some(index) => (index.number, index.variants),
+            None => (0, Vec::new()),
+        };
+        Ok(Self { name: name.clone(), tag: tag.to_owned(), number, variants })
+    }
+
+    pub(crate) fn is(&self, name: &Name, tag: &str) -> bool {
+        self.name == *name && self.tag == tag
+    }
+
+    fn variant(&self, facts: &DecidingFacts) -> Option<&Variant> {
+        self.variants.iter().find(|variant| variant.facts == *facts)
+    }
+
+    fn taken(&self, found: u64) -> Error {
+        let (name, tag, expected) = (self.name.to_string(), self.tag.clone(), self.number);
+        Error::TagTaken { name, tag, found, expected }
+    }
+}
+
+pub(crate) async fn publish(
+    shared: &Shared,
+    base: Base,
+    written: Written,
+    skeleton: BTreeMap<String, Bytes>,
+    facts: Facts,
+) -> Result<Published> {
+    assert_eq!(written.unfinished, 0, "regions that are begun and not finished");
+    let objects = &shared.objects;
+    let new_packs: u64 = written.packs.iter().map(|(_, bytes)| bytes).sum();
+    let index = Index::build(shared, &written);
+    check_reused(objects, &index.packs, &written).await?;
+    let mut new = Vec::new();
+    let (index_bytes, root) = index.into_root(&written.regions, skeleton);
+    if let Some((digest, bytes)) = index_bytes {
+        objects.put(&index_path(&digest), bytes.clone().into()).await?;
+        new.push((index_path(&digest), bytes.len() as u64));
+    }
+    let (boot, raw_bytes) = boot::encode(&root)?;
+    let boot_ref = BootRef { digest: Digest::of(&boot), bytes: boot.len() as u64, raw_bytes };
+    objects.put(&boot_path(&boot_ref.digest), boot.into()).await?;
+    new.push((boot_path(&boot_ref.digest), boot_ref.bytes));
+
+    let small: u64 = new.iter().map(|(_, bytes)| bytes).sum();
+    let mut totals = totals(&written.regions, &root);
+    totals.stored_bytes += small;
+    totals.new_bytes = new_packs + small;
+    let deciding = DecidingFacts::of(&facts);
+    let manifest = Manifest {
+        format: FORMAT,
+        program: concat!("rewarm ", env!("CARGO_PKG_VERSION")).to_owned(),
+        name: base.name.to_string(),
+        tag: base.tag.clone(),
+        created: now(),
+        facts,
+        boot: boot_ref,
+        regions: region_totals(&written.regions),
+        totals,
+        key: KeyInfo::public(),
+    };
+    let bytes = manifest::encode(&manifest, &Seal::default())?;
+    let digest = Digest::of(&bytes);
+    let path = manifest_path(&digest);
+    objects.put(&path, bytes.clone().into()).await?;
+    new.push((path, bytes.len() as u64));
+    let variant = Variant {
+        manifest: digest,
+        bytes: bytes.len() as u64,
+        published: manifest.created.clone(),
+        facts: deciding,
+    };
+    match take_tag(&shared.store, objects, base, variant).await {
+        Ok(number) => Ok(Published { digest, number, totals: manifest.totals }),
+        Err(error) => {
+            // Only here is it certain that no tag names what was written.
+            if matches!(error, Error::TagTaken { .. }) {
+                remove(objects, &new, &written.packs).await;
+            }
+            Err(error)
+        }
+    }
+}
+
+/// Removes the manifest first, so that nothing refers to what is gone.
+async fn remove(objects: &Objects, new: &[(Path, u64)], packs: &[(Uuid, u64)]) {
+    let packs = packs.iter().map(|(id, _)| pack_path(*id));
+    for path in new.iter().rev().map(|(path, _)| path.clone()).chain(packs) {
+        if let Err(error) = objects.delete(&path).await {
+            tracing::debug!(%path, %error, "an unused object stays for gc");
+        }
+    }
+}
+
+fn now() -> String {
+    let now = jiff::Timestamp::now();
+    now.round(jiff::Unit::Second).unwrap_or(now).to_string()
+}
+
+fn region_totals(regions: &[WrittenRegion]) -> Vec<RegionTotals> {
+    let totals = |region: &WrittenRegion| RegionTotals {
+        kind: region.kind.clone(),
+        bytes: content_bytes(&region.chunks),
+        chunks: region.chunks.len() as u64,
+    };
+    regions.iter().map(totals).collect()
+}
+
+fn content_bytes(chunks: &[(ChunkId, Location)]) -> u64 {
+    chunks.iter().map(|(_, location)| u64::from(location.raw)).sum()
+}
+
+fn totals(regions: &[WrittenRegion], root: &Root) -> Totals {
+    let different: HashMap<(Uuid, u64), u64> = regions
+        .iter()
+        .flat_map(|region| &region.chunks)
+        .map(|(_, location)| ((location.pack, location.offset), u64::from(location.stored)))
+        .collect();
+    Totals {
+        content_bytes: regions.iter().map(|region| content_bytes(&region.chunks)).sum(),
+        stored_bytes: different.values().sum(),
+        new_bytes: 0,
+        chunks: different.len() as u64,
+        packs: root.packs.len() as u64,
+    }
+}
+
+/// The index while it is being built.
+struct Index {
+    packs: Vec<(Uuid, u64)>,
+    /// Leaves of each region: chunks, content bytes, encoded.
+    leaves: Vec<Vec<(u64, u64, Vec<u8>)>>,
+}
+
+impl Index {
+    fn build(shared: &Shared, written: &Written) -> Self {
+        let new: HashMap<Uuid, u64> = written.packs.iter().copied().collect();
+        let mut packs = Vec::new();
+        let mut numbers = HashMap::<Uuid, u32>::new();
+        let mut number = |id: Uuid| {
+            *numbers.entry(id).or_insert_with(|| {
+                let bytes = new.get(&id).copied().or_else(|| shared.reuse.pack_bytes(&id));
+                packs.push((id, bytes.expect("a chunk lies in a pack that was written or read")));
+                packs.len() as u32 - 1
+            })
+        };
+        let mut leaves = Vec::with_capacity(written.regions.len());
+        for region in &written.regions {
+            let mut of_region = Vec::new();
+            for part in region.chunks.chunks(LEAF_CHUNKS_LIMIT as usize) {
+                let refs: Vec<ChunkRef> =
+                    part.iter().map(|(id, location)| location.with(*id, number(location.pack))).collect();
+                of_region.push((refs.len() as u64, content_bytes(part), encode_leaf(&refs)));
+            }
+            leaves.push(of_region);
+        }
+        Self { packs, leaves }
+    }
+
+    /// The root, and the index object if the leaves are too long to lie in it.
+    fn into_root(
+        self,
+        regions: &[WrittenRegion],
+        skeleton: BTreeMap<String, Bytes>,
+    ) -> (Option<(Digest, Bytes)>, Root) {
+        let total: usize = self.leaves.iter().flatten().map(|(_, _, bytes)| bytes.len()).sum();
+        let inline = total as u64 <= INLINE_LEAVES_BYTES;
+        let mut object = frame::header(Magic::Index, Codec::None).to_vec();
+        let mut place = |bytes: Vec<u8>| {
+            if inline {
+                return LeafPlace::Inline(bytes.into());
+            }
+            let (offset, length, digest) = (object.len() as u64, bytes.len() as u64, Digest::of(&bytes));
+            object.extend_from_slice(&bytes);
+            LeafPlace::Indexed { offset, length, digest }
+        };
+        let mut roots = Vec::with_capacity(regions.len());
+        for (region, leaves) in regions.iter().zip(self.leaves) {
+            let leaves: Vec<Leaf> = leaves
+                .into_iter()
+                .map(|(chunks, bytes, encoded)| Leaf { chunks, bytes, place: place(encoded) })
+                .collect();
+            let bytes = leaves.iter().map(|leaf| leaf.bytes).sum();
+            roots.push(RootRegion { kind: region.kind.clone(), meta: region.meta.clone(), bytes, leaves });
+        }
+        let object = (!inline).then(|| (Digest::of(&object), Bytes::from(object)));
+        let index = object.as_ref().map(|(digest, bytes)| (*digest, bytes.len() as u64));
+        (object, Root { packs: self.packs, regions: roots, skeleton, index })
+    }
+}
+
+/// Packs of older snapshots may have been removed since the session began.
+async fn check_reused(objects: &Objects, packs: &[(Uuid, u64)], written: &Written) -> Result<()> {
+    let own: HashMap<Uuid, u64> = written.packs.iter().copied().collect();
+    let reused: Vec<(Uuid, u64)> = packs.iter().filter(|(id, _)| !own.contains_key(id)).copied().collect();
+    stream::iter(reused)
+        .map(|(id, expected)| async move {
+            let path = pack_path(id);
+            match objects.size(&path).await? {
+                Some(found) if found == expected => Ok(()),
+                Some(found) => Err(objects.damaged(&path, Damage::Length { found, expected })),
+                None => Err(objects.damaged(&path, Damage::Missing)),
+            }
+        })
+        .buffer_unordered(CHECKS_IN_FLIGHT)
+        .try_collect::<()>()
+        .await
+}
+
+/// Writes the tag's next index object and gives its number.
+async fn take_tag(store: &Store, objects: &Objects, mut base: Base, variant: Variant) -> Result<u64> {
+    let writer = Uuid::now_v7();
+    let conditional = store.conditional().await?;
+    loop {
+        let number = base.number + 1;
+        let index = TagIndex {
+            format: FORMAT,
+            name: base.name.to_string(),
+            tag: base.tag.clone(),
+            number,
+            writer: writer.to_string(),
+            published: variant.published.clone(),
+            variants: TagIndex::with_variant(&base.variants, variant.clone())?,
+        };
+        let path = tag_path(&base.name, &base.tag, number);
+        let put = if conditional {
+            objects.put_new(&path, index.encode().into()).await?
+        } else {
+            put_claimed(objects, &base, &path, number, writer, index.encode()).await?
+        };
+        if put == Put::Written {
+            return Ok(number);
+        }
+        let theirs = store.tag_at(&base.name, &base.tag, number).await?;
+        if theirs.writer == writer.to_string() {
+            return Ok(number);
+        }
+        let before = base.variant(&variant.facts).map(|variant| variant.manifest);
+        let after = theirs.variants.iter().find(|other| other.facts == variant.facts);
+        if before != after.map(|variant| variant.manifest) {
+            return Err(base.taken(number));
+        }
+        // Somebody published for another kind of machine: both stand side by side.
+        base = Base { number, variants: theirs.variants, ..base };
+    }
+}
+
+/// Takes a number in a store that writes over what is there. See the head of this file.
+async fn put_claimed(
+    objects: &Objects,
+    base: &Base,
+    path: &Path,
+    number: u64,
+    writer: Uuid,
+    bytes: Bytes,
+) -> Result<Put> {
+    let folder = claim_folder(&base.name, &base.tag);
+    let own = Path::from(format!("{folder}/{number:09}-{writer}"));
+    objects.put(&own, Bytes::from_static(b"claim").into()).await?;
+    let won = win_claim(objects, &folder, path, number, writer).await;
+    let put = match won {
+        Ok(true) => objects.put(path, bytes.into()).await.map(|()| Put::Written),
+        Ok(false) => Ok(Put::Exists),
+        Err(error) => Err(error),
+    };
+    objects.delete(&own).await?;
+    let put = put?;
+    if put == Put::Exists && objects.size(path).await?.is_none() {
+        return Err(base.taken(number));
+    }
+    Ok(put)
+}
+
+/// Whether this writer may write the object of this number.
+async fn win_claim(objects: &Objects, folder: &Path, path: &Path, number: u64, writer: Uuid) -> Result<bool> {
+    loop {
+        let claims = objects.list(folder).await?;
+        let others: Vec<Uuid> = claims
+            .iter()
+            .filter_map(|(path, _)| {
+                let (digits, id) = path.filename()?.split_once('-')?;
+                (digits.parse() == Ok(number)).then(|| Uuid::parse_str(id).ok()).flatten()
+            })
+            .filter(|id| *id != writer && age(id) < CLAIM_AGE_MAX)
+            .collect();
+        // Looked at after the claims: a winner writes its object before it takes its claim away.
+        if objects.size(path).await?.is_some() {
+            return Ok(false);
+        }
+        if others.iter().any(|other| *other < writer) {
+            return Ok(false);
+        }
+        if others.is_empty() {
+            return Ok(true);
+        }
+        // Later claims give way, unless they saw no other and are about to write.
+        tokio::time::sleep(CLAIM_POLL).await;
+    }
+}
+
+/// Time since a version 7 id was made; zero if that lies ahead.
+fn age(id: &Uuid) -> Duration {
+    let made = id.get_timestamp().map_or(Duration::ZERO, |time| {
+        let (seconds, nanos) = time.to_unix();
+        Duration::new(seconds, nanos)
+    });
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    now.saturating_sub(made)
+}
