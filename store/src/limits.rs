@@ -34,7 +34,7 @@ pub(crate) const PACKS_LIMIT: u64 = 1 << 20;
 /// Most bytes of content in one snapshot. Above it a sum of lengths could not be trusted to fit.
 pub(crate) const CONTENT_BYTES_LIMIT: u64 = 1 << 46;
 /// Longest file of the skeleton. What is longer is a region.
-pub(crate) const SKELETON_FILE_BYTES_LIMIT: u64 = 64 * MIB;
+pub const SKELETON_FILE_BYTES_LIMIT: u64 = 64 * MIB;
 /// Most variants under one tag.
 pub(crate) const VARIANTS_LIMIT: usize = 256;
 
