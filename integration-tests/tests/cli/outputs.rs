@@ -1,1 +1,202 @@
 //! What the verbs print when all is well.
+
+use std::collections::BTreeSet;
+use std::process::{Command, Stdio};
+
+use rewarm_integration_tests::replica::entries;
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{World, needs};
+use rewarm_report::{Operation, Stage};
+use serde_json::Value;
+
+use super::assert_printed;
+use crate::{world, world_for};
+
+const VERBS: &[&str] = &[
+    "doctor",
+    "run",
+    "snapshot",
+    "restore",
+    "ps",
+    "logs",
+    "exec",
+    "stop",
+    "wait",
+    "rm",
+    "ls",
+    "inspect",
+    "completions",
+    "man",
+];
+
+#[test]
+fn help_of_every_verb() {
+    let Some(world) = world(&[]) else { return };
+    assert_printed("help", &world, &world.rewarm().arg("--help").ok());
+    assert_printed("help-exit-codes", &world, &world.rewarm().args(["help", "exit-codes"]).ok());
+    for verb in VERBS {
+        let help = world.rewarm().args([verb, "--help"]).ok();
+        assert!(help.stdout.contains("Example"), "no example in the help of {verb}");
+        assert_printed(&format!("help-{verb}"), &world, &help);
+    }
+}
+
+/// Words that mean something else here, or nothing: `docs/glossary.md` says which word to use.
+#[test]
+fn help_speaks_the_language_of_the_glossary() {
+    let Some(world) = world(&[]) else { return };
+    let banned = ["checkpoint", "daemon", "health check", "blob", "instance", " pod "];
+    for verb in VERBS {
+        let help = world.rewarm().args([verb, "--help"]).ok().stdout.to_lowercase();
+        for word in banned {
+            assert!(!help.contains(word), "{word:?} in the help of {verb}");
+        }
+    }
+}
+
+#[test]
+fn completions_and_man_pages_are_written() {
+    let Some(world) = world(&[]) else { return };
+    for shell in ["bash", "zsh", "fish"] {
+        let script = world.rewarm().args(["completions", shell]).ok().stdout;
+        assert!(script.contains("snapshot") && script.contains("rewarm"), "{shell}: {script}");
+    }
+    let folder = world.files();
+    world.rewarm().args(["man", &folder.to_string_lossy()]).ok();
+    let pages: BTreeSet<String> = std::fs::read_dir(folder)
+        .expect("our own folder")
+        .map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned())
+        .collect();
+    for page in ["rewarm.1", "rewarm-snapshot.1", "rewarm-restore.1"] {
+        assert!(pages.contains(page), "{page} is not among {pages:?}");
+    }
+    assert!(!pages.contains("rewarm-shim.1"), "a hidden verb has a page");
+}
+
+#[test]
+fn doctor_tells_of_each_need() {
+    let Some(world) = world(needs::REPLICA) else { return };
+    let json = world.rewarm_json().arg("doctor").ok().json();
+    let needs = json["needs"].as_array().unwrap_or_else(|| panic!("no needs in {json}"));
+    let text = json.to_string().to_lowercase();
+    for word in ["kernel", "criu", "runc", "cgroup", "userfaultfd", "overlay", "capabilit", "disk"] {
+        assert!(text.contains(word), "doctor says nothing of {word}: {text}");
+    }
+    for need in needs {
+        let state = need["state"].as_str().unwrap_or_default();
+        assert!(["ok", "missing", "degraded"].contains(&state), "{need}");
+        assert!(state == "ok" || need["fix"].is_string(), "no fix in {need}");
+    }
+    // A person sees the same needs.
+    let shown = world.rewarm().arg("doctor").ok().stdout;
+    for need in needs {
+        let name = need["name"]
+            .as_str()
+            .or_else(|| need["need"].as_str())
+            .unwrap_or_else(|| panic!("no name in {need}"));
+        assert!(shown.contains(name), "{name} is missing in\n{shown}");
+    }
+}
+
+/// A reader that has seen enough closes the pipe, which is no error.
+#[test]
+fn a_closed_pipe_ends_quietly() {
+    let Some(world) = world(&[]) else { return };
+    let script =
+        r#""$0" --state "$1" --help | true; "$0" --state "$1" help run | head -n 1 >/dev/null; exit 0"#;
+    let output = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_rewarm-under-test")])
+        .arg(world.state())
+        .stdin(Stdio::null())
+        .output()
+        .expect("a shell");
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+}
+
+#[test]
+fn the_life_of_a_replica_in_text() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    assert_printed("ps-empty", &world, &world.rewarm().arg("ps").ok());
+    assert_printed("ls-empty", &world, &world.rewarm().args(["ls", world.store()]).ok());
+    let name = world.name("plain");
+    let run = world
+        .rewarm()
+        .args(["run", &name, "--publish", "0:8000", "--ready", &server.ready, "--"])
+        .args(&server.command);
+    assert_printed("run", &world, &run.ok());
+    let reference = world.reference("plain", "v1");
+    assert_printed("snapshot", &world, &world.rewarm().args(["snapshot", &name, &reference]).ok());
+    let clone = world.name("clone");
+    let restore =
+        world.rewarm().args(["restore", &reference, "--name", &clone, "--count", "2", "--publish", "0:8000"]);
+    assert_printed("restore", &world, &restore.ok());
+    assert_printed(
+        "stop",
+        &world,
+        &world.rewarm().args(["stop", &format!("{clone}-2"), "--timeout", "300ms"]).ok(),
+    );
+    assert_printed("ps", &world, &world.rewarm().arg("ps").ok());
+    assert_printed("ps-all", &world, &world.rewarm().args(["ps", "--all"]).ok());
+    assert_printed("ls", &world, &world.rewarm().args(["ls", world.store()]).ok());
+    assert_printed("rm", &world, &world.rewarm().args(["rm", &format!("{clone}-2")]).ok());
+    world.finish();
+}
+
+/// The stages in `--json` are those of the pipelines, in order, each with its time.
+#[test]
+fn json_tells_the_stages() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let snapshot = world.snapshot(&source, "v1", &[]);
+    assert_stages(&snapshot, Operation::Snapshot);
+    let restore =
+        world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]).ok().json();
+    let one = restore["replicas"].get(0).cloned().unwrap_or_else(|| restore.clone());
+    let with_stages = if restore["stages"].is_array() { &restore } else { &one };
+    assert_stages(with_stages, Operation::Restore);
+    world.finish();
+}
+
+fn assert_stages(report: &Value, operation: Operation) {
+    let stages = report["stages"].as_array().unwrap_or_else(|| panic!("no stages in {report}"));
+    let names: BTreeSet<&str> = stages.iter().filter_map(|stage| stage["stage"].as_str()).collect();
+    for stage in Stage::ALL.iter().filter(|stage| stage.operation() == operation) {
+        // What has nothing to do may be left out.
+        let optional = matches!(stage, Stage::Record | Stage::Drain | Stage::Replay);
+        assert!(optional || names.contains(stage.name()), "{stage} is missing in {names:?}");
+    }
+    for stage in stages {
+        assert!(stage["took_ms"].as_f64().is_some_and(|took| took >= 0.0), "{stage}");
+    }
+}
+
+/// Every reading verb gives JSON, and no text beside it.
+#[test]
+fn reading_verbs_have_json() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    world.snapshot(&source, "v1", &[]);
+    let whole = |arguments: &[&str]| -> Value {
+        let output = world.rewarm_json().args(arguments).ok();
+        serde_json::from_str(&output.stdout)
+            .unwrap_or_else(|error| panic!("not one JSON value ({error}):\n{output}"))
+    };
+    let _ = whole(&["doctor"]);
+    let _ = whole(&["ls", world.store()]);
+    let _ = whole(&["inspect", &world.reference("plain", "v1")]);
+    let ps = world.rewarm_json().args(["ps", "--all"]).ok();
+    assert_eq!(entries(&ps).len(), 1);
+    keys_of(&world);
+    world.finish();
+}
+
+/// What a script reads from `ps --json`.
+fn keys_of(world: &World) {
+    let entry = entries(&world.rewarm_json().arg("ps").ok()).remove(0);
+    for key in ["name", "status", "publish"] {
+        assert!(entry.get(key).is_some(), "no {key} in {entry}");
+    }
+}

@@ -75,3 +75,30 @@ fn an_object_cut_short_is_found() {
 fn a_missing_object_is_found() {
     each_object_damaged(&[4, 5], |object, _| fs::remove_file(object).expect("our own folder"));
 }
+
+/// A manifest that a newer program wrote is refused by name of both versions; nothing is guessed about its content.
+#[test]
+fn a_newer_format_is_refused_by_both_versions() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    let is_manifest = |path: &PathBuf| {
+        let bytes = fs::read(path).expect("an object");
+        bytes.starts_with(b"{") && String::from_utf8_lossy(&bytes).contains("\"facts\"")
+    };
+    let path = objects(&world.store_folder()).into_iter().find(is_manifest).expect("a manifest");
+    let text = fs::read_to_string(&path).expect("text");
+    let newer = text.replacen("\"format\":1", "\"format\":99", 1);
+    assert_ne!(newer, text, "the manifest does not begin with its format: {text}");
+    let digest = rewarm_store::Digest::of(newer.as_bytes());
+    let name = path.file_name().expect("a file").to_string_lossy().into_owned();
+    let old = name.split('.').next().unwrap_or_default();
+    fs::write(path.with_file_name(name.replace(old, &digest.hex())), &newer).expect("our own folder");
+    let call = world.restore_call("plain", &digest.to_string(), server.port, &[]);
+    call.fails(3).says(&["99", "1"]);
+    no_residue(&world, &traces);
+    world.finish();
+}
