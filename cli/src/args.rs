@@ -1,6 +1,5 @@
 //! The command line: every verb, flag and value. What a verb does is in `commands/`.
 
-use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,11 +7,13 @@ use clap::builder::Styles;
 use clap::builder::styling::{AnsiColor, Effects};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use rewarm_container::{Mount, Name, Net, Publish, User};
 use rewarm_probe::{Hook, Ready};
+use rewarm_store::{Compression, Reference, StoreUrl};
 
 use crate::env;
 use crate::exit::Exit;
-use crate::values::{self, Compression, Mount, Net, Publish};
+use crate::values;
 
 const STYLES: Styles = Styles::styled()
     .header(AnsiColor::Green.on_default().effects(Effects::BOLD))
@@ -106,22 +107,22 @@ pub(crate) struct Doctor {}
 pub(crate) struct Run {
     /// Name of the replica: [a-z0-9._-]+.
     #[arg(value_name = "NAME")]
-    pub(crate) name: String,
+    pub(crate) name: Name,
     /// Root file system; without it the host's `/`, which stays as it is: writes go to a private layer.
     #[arg(long, value_name = "DIR")]
     pub(crate) rootfs: Option<PathBuf>,
     /// Bring a folder or file of the host in; what is mounted below `/` is not in the default root.
-    #[arg(long, value_name = "SRC:DST[:ro]", value_parser = values::mount)]
+    #[arg(long, value_name = "SRC:DST[:ro]")]
     pub(crate) mount: Vec<Mount>,
     /// User and group of the server, by name or number.
     #[arg(long, value_name = "U[:G]")]
-    pub(crate) user: Option<String>,
+    pub(crate) user: Option<User>,
     /// Environment variable; it becomes part of every snapshot.
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) env: Vec<(String, String)>,
-    /// Folder in which the command starts; without it the root, or the current folder where the root has it.
-    #[arg(long, value_name = "DIR")]
-    pub(crate) workdir: Option<PathBuf>,
+    /// Folder inside the replica in which the command starts.
+    #[arg(long, value_name = "DIR", default_value = "/")]
+    pub(crate) workdir: PathBuf,
     /// Limit of memory.
     #[arg(long, value_name = "BYTES", value_parser = values::bytes)]
     pub(crate) memory: Option<u64>,
@@ -129,15 +130,15 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N", value_parser = values::cpus)]
     pub(crate) cpus: Option<f64>,
     /// Network: private (loopback only), host, none or ns:/PATH.
-    #[arg(long, value_name = "NET", value_parser = values::net, default_value = "private")]
+    #[arg(long, value_name = "NET", default_value = "private")]
     pub(crate) net: Net,
     /// Port on which the server listens; the first is the one that checks, probes and hooks mean.
     #[arg(long, value_name = "P", value_parser = values::port)]
     pub(crate) port: Vec<u16>,
-    /// Put a port of the host in front; without an address for this machine only, port 0 lets the kernel choose.
-    #[arg(long, value_name = "[ADDR:]HP:P", value_parser = values::publish)]
+    /// Put a port of the host in front; without an address on all of IPv4, port 0 lets the kernel choose.
+    #[arg(long, value_name = "[ADDR:]HP:P")]
     pub(crate) publish: Vec<Publish>,
-    /// When the server is ready: http://HOST[:PORT]/PATH, tcp:PORT or cmd:COMMAND; without it, when the first port listens.
+    /// When the server is ready: http://HOST[:PORT]/PATH, tcp:PORT or cmd:COMMAND; without it, when the first port listens, or at once where there is none.
     #[arg(long, value_name = "CHECK")]
     pub(crate) ready: Option<Ready>,
     /// How long to wait for it.
@@ -148,7 +149,7 @@ pub(crate) struct Run {
     pub(crate) label: Vec<(String, String)>,
     /// The server.
     #[arg(last = true, required = true, value_name = "CMD")]
-    pub(crate) command: Vec<OsString>,
+    pub(crate) command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -158,10 +159,10 @@ pub(crate) struct Run {
 pub(crate) struct Snapshot {
     /// The replica.
     #[arg(value_name = "NAME")]
-    pub(crate) name: String,
+    pub(crate) name: Name,
     /// Where to: STORE/NAME[@TAG].
     #[arg(value_name = "DEST")]
-    pub(crate) destination: String,
+    pub(crate) destination: Reference,
     /// End the server once the snapshot is published; without it the server goes on.
     #[arg(long)]
     pub(crate) stop: bool,
@@ -175,7 +176,7 @@ pub(crate) struct Snapshot {
     #[arg(long, value_name = "URL|CMD")]
     pub(crate) post: Option<Hook>,
     /// auto (what pays), zstd:LEVEL or none.
-    #[arg(long, value_name = "CODEC", value_parser = values::compression, default_value = "auto")]
+    #[arg(long, value_name = "CODEC", default_value = "auto")]
     pub(crate) compression: Compression,
     /// Allow connections to the outside; they come back closed.
     #[arg(long)]
@@ -189,15 +190,15 @@ pub(crate) struct Snapshot {
 pub(crate) struct Restore {
     /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
     #[arg(value_name = "SRC")]
-    pub(crate) source: String,
+    pub(crate) source: Reference,
     /// Name of the replica; without it the snapshot's.
     #[arg(long, value_name = "NAME")]
-    pub(crate) name: Option<String>,
+    pub(crate) name: Option<Name>,
     /// So many replicas, NAME-1 to NAME-N.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) count: u16,
     /// As for run; with a count above 1 the host port must be 0.
-    #[arg(long, value_name = "[ADDR:]HP:P", value_parser = values::publish)]
+    #[arg(long, value_name = "[ADDR:]HP:P")]
     pub(crate) publish: Vec<Publish>,
     /// Limit of memory; must hold what the snapshot holds.
     #[arg(long, value_name = "BYTES", value_parser = values::bytes)]
@@ -209,7 +210,7 @@ pub(crate) struct Restore {
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) env: Vec<(String, String)>,
     /// As for run; without it the snapshot's.
-    #[arg(long, value_name = "NET", value_parser = values::net)]
+    #[arg(long, value_name = "NET")]
     pub(crate) net: Option<Net>,
     /// As for run; without it the snapshot's.
     #[arg(long, value_name = "CHECK")]
@@ -225,7 +226,7 @@ pub(crate) struct Restore {
     pub(crate) cold_fallback: bool,
     /// The command of a cold fallback.
     #[arg(last = true, value_name = "CMD", requires = "cold_fallback")]
-    pub(crate) command: Vec<OsString>,
+    pub(crate) command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -241,7 +242,7 @@ pub(crate) struct Ps {
 pub(crate) struct Logs {
     /// The replica, running or stopped.
     #[arg(value_name = "NAME")]
-    pub(crate) name: String,
+    pub(crate) name: Name,
     /// Go on as more is written, until the replica ends.
     #[arg(long, short)]
     pub(crate) follow: bool,
@@ -255,10 +256,10 @@ pub(crate) struct Logs {
 pub(crate) struct Exec {
     /// The replica.
     #[arg(value_name = "NAME")]
-    pub(crate) name: String,
-    /// User and group, by number.
-    #[arg(long, value_name = "UID[:GID]")]
-    pub(crate) user: Option<String>,
+    pub(crate) name: Name,
+    /// User and group, by name or number; without it the server's.
+    #[arg(long, value_name = "U[:G]")]
+    pub(crate) user: Option<User>,
     /// Environment variable.
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) env: Vec<(String, String)>,
@@ -267,7 +268,7 @@ pub(crate) struct Exec {
     pub(crate) workdir: Option<PathBuf>,
     /// The command; its stdin, status and signals pass through.
     #[arg(last = true, required = true, value_name = "CMD")]
-    pub(crate) command: Vec<OsString>,
+    pub(crate) command: Vec<String>,
 }
 
 #[derive(Debug, Args)]
@@ -275,7 +276,7 @@ pub(crate) struct Exec {
 pub(crate) struct Stop {
     /// The replicas.
     #[arg(value_name = "NAME", required = true)]
-    pub(crate) names: Vec<String>,
+    pub(crate) names: Vec<Name>,
     /// Time between SIGTERM and SIGKILL.
     #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10s")]
     pub(crate) timeout: Duration,
@@ -286,7 +287,7 @@ pub(crate) struct Stop {
 pub(crate) struct Wait {
     /// The replica.
     #[arg(value_name = "NAME")]
-    pub(crate) name: String,
+    pub(crate) name: Name,
 }
 
 #[derive(Debug, Args)]
@@ -294,7 +295,7 @@ pub(crate) struct Wait {
 pub(crate) struct Rm {
     /// The replicas.
     #[arg(value_name = "NAME", required = true)]
-    pub(crate) names: Vec<String>,
+    pub(crate) names: Vec<Name>,
 }
 
 #[derive(Debug, Args)]
@@ -302,7 +303,7 @@ pub(crate) struct Rm {
 pub(crate) struct Ls {
     /// The store: a folder, file://, s3://, gs:// or az://.
     #[arg(value_name = "STORE")]
-    pub(crate) store: String,
+    pub(crate) store: StoreUrl,
 }
 
 #[derive(Debug, Args)]
@@ -310,7 +311,7 @@ pub(crate) struct Ls {
 pub(crate) struct Inspect {
     /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
     #[arg(value_name = "REF")]
-    pub(crate) reference: String,
+    pub(crate) reference: Reference,
 }
 
 #[derive(Debug, Args)]
@@ -333,7 +334,7 @@ pub(crate) struct Man {
 pub(crate) struct Shim {
     /// The replica.
     #[arg(long, value_name = "NAME")]
-    pub(crate) name: String,
+    pub(crate) name: Name,
 }
 
 #[derive(Debug, Args)]

@@ -2,16 +2,16 @@
 //!
 //! The libraries' errors keep their type up to here, so that class and hint are chosen by a match and not by reading text.
 
-use std::error::Error as _;
+use std::error::Error;
 use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
 
-use rewarm_report::{Class, Classify};
+use rewarm_report::{Aftermath, Class, Classify, Stage};
 use serde_json::json;
 
 use crate::exit::Exit;
-use crate::render;
+use crate::{hints, render};
 
 /// Why a command did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -22,9 +22,44 @@ pub(crate) enum Cause {
         /// The flag, the value seen and the one expected.
         problem: String,
     },
+    /// A container or its shim.
+    #[error(transparent)]
+    Container(Box<rewarm_container::Error>),
+    /// A store or a snapshot in it.
+    #[error(transparent)]
+    Store(Box<rewarm_store::Error>),
+    /// CRIU.
+    #[error(transparent)]
+    Criu(Box<rewarm_criu::Error>),
+    /// A stage of the snapshot pipeline.
+    #[error(transparent)]
+    Snapshot(Box<rewarm_snapshot::Error>),
+    /// There is no runc.
+    #[error("no runc program in PATH")]
+    NoRunc,
+    /// A server that did not become ready, and what it wrote.
+    #[error("{cause}")]
+    NotReady {
+        /// Why.
+        cause: Box<Cause>,
+        /// The last lines of its output.
+        output: String,
+    },
+    /// A signal asked this command to end; what it had begun is undone.
+    #[error("interrupted by {signal}")]
+    Interrupted {
+        /// Its name.
+        signal: &'static str,
+    },
+    /// The system does not give this command its threads.
+    #[error("start the runtime")]
+    Runtime(#[source] io::Error),
+    /// Signals cannot be watched.
+    #[error("watch for signals")]
+    Signals(#[source] io::Error),
     /// A probe, a hook or a ready check.
     #[error(transparent)]
-    Probe(#[from] rewarm_probe::Error),
+    Probe(Box<rewarm_probe::Error>),
     /// A file that the command line names.
     #[error("{doing} {}", path.display())]
     File {
@@ -39,12 +74,24 @@ pub(crate) enum Cause {
     /// The answer could not be written to stdout.
     #[error("write to stdout")]
     Stdout(#[source] io::Error),
-    /// The machine lacks something.
-    #[error("{missing}")]
-    Unfit {
-        /// The needs that are missing.
-        missing: String,
-    },
+}
+
+/// The errors of the libraries are large, and a result is returned from everywhere: they travel in a box.
+macro_rules! boxed {
+    ($($variant:ident $error:ty;)*) => {$(
+        impl From<$error> for Cause {
+            fn from(error: $error) -> Self {
+                Self::$variant(Box::new(error))
+            }
+        }
+    )*};
+}
+boxed! {
+    Container rewarm_container::Error;
+    Store rewarm_store::Error;
+    Criu rewarm_criu::Error;
+    Snapshot rewarm_snapshot::Error;
+    Probe rewarm_probe::Error;
 }
 
 impl From<io::Error> for Cause {
@@ -59,33 +106,95 @@ impl Classify for Cause {
         match self {
             Cause::Usage { .. } => Class::Usage,
             Cause::Probe(error) => error.class(),
-            Cause::Unfit { .. } => Class::Incompatible,
-            Cause::File { .. } | Cause::Stdout(_) => Class::Failed,
+            Cause::Container(error) => error.class(),
+            Cause::Store(error) => error.class(),
+            Cause::Criu(error) => error.class(),
+            Cause::Snapshot(error) => error.class(),
+            Cause::NotReady { cause, .. } => cause.class(),
+            Cause::NoRunc => Class::Incompatible,
+            Cause::Interrupted { .. }
+            | Cause::Signals(_)
+            | Cause::Runtime(_)
+            | Cause::File { .. }
+            | Cause::Stdout(_) => Class::Failed,
         }
     }
 }
 
 impl Cause {
     /// What to do next, where we know it.
-    fn hint(&self) -> Option<String> {
-        use rewarm_probe::Error as Probe;
-        let hint = match self {
-            Cause::Probe(Probe::NotReady { .. }) => {
-                "--ready is asked inside the replica's network namespace; --ready-timeout waits longer"
+    fn hint(&self) -> Option<&'static str> {
+        match self {
+            Cause::NotReady { cause, .. } => cause.hint(),
+            Cause::Container(error) => hints::container(error),
+            Cause::Criu(error) => hints::criu(error),
+            Cause::Store(error) => hints::store(error),
+            Cause::Probe(error) => hints::probe(error),
+            Cause::Snapshot(error) => hints::snapshot(&error.cause),
+            Cause::NoRunc => {
+                Some("install runc 1.1 or later; `rewarm doctor` lists every need of this machine")
             }
-            Cause::Probe(Probe::NoPort { .. }) => {
-                "say the port in the probe file, or give the replica one by --port"
-            }
-            Cause::Probe(Probe::Differs(_)) => {
-                "if this part of the answer may vary, let the probe file compare less of it or with a tolerance (docs/probe.md)"
-            }
-            Cause::Probe(Probe::UnknownKey { .. } | Probe::BadValue { .. } | Probe::ParseFile { .. }) => {
-                "docs/probe.md lists every key of a probe file"
-            }
-            Cause::Unfit { .. } => "`rewarm doctor` lists every need with its fix",
-            Cause::Probe(_) | Cause::Usage { .. } | Cause::File { .. } | Cause::Stdout(_) => return None,
-        };
-        Some(hint.to_owned())
+            Cause::Usage { .. }
+            | Cause::Interrupted { .. }
+            | Cause::Signals(_)
+            | Cause::Runtime(_)
+            | Cause::File { .. }
+            | Cause::Stdout(_) => None,
+        }
+    }
+
+    /// What is true of the server now, where an operation on it failed.
+    fn aftermath(&self) -> Option<Aftermath> {
+        match self {
+            Cause::Snapshot(error) => Some(error.aftermath),
+            _ => None,
+        }
+    }
+
+    /// The messages, outermost first, without what `doing` says already.
+    fn chain(&self) -> Vec<String> {
+        match self {
+            Cause::NotReady { cause, .. } => cause.chain(),
+            Cause::Snapshot(error) => staged(error.stage, &error.cause),
+            other => messages(other),
+        }
+    }
+
+    /// What the server wrote, where that says why.
+    fn output(&self) -> Option<&str> {
+        match self {
+            Cause::NotReady { output, .. } => Some(output),
+            _ => None,
+        }
+    }
+}
+
+fn staged(stage: Stage, cause: &dyn Error) -> Vec<String> {
+    let mut chain = vec![format!("stage {stage}")];
+    chain.extend(messages(cause));
+    chain
+}
+
+/// The message of an error and of each of its sources; a source that the message before it repeats is left out.
+fn messages(error: &dyn Error) -> Vec<String> {
+    let mut chain: Vec<String> = Vec::new();
+    let mut next: Option<&dyn Error> = Some(error);
+    while let Some(error) = next {
+        let text = error.to_string();
+        if chain.last().is_none_or(|last| !last.ends_with(&text)) {
+            chain.push(text);
+        }
+        next = error.source();
+    }
+    chain
+}
+
+fn situation(aftermath: Aftermath) -> &'static str {
+    match aftermath {
+        Aftermath::Serving => "the server goes on serving",
+        Aftermath::Stopped => "the server is left stopped: look at `rewarm ps --all`",
+        Aftermath::Gone => "the server is gone",
+        Aftermath::Nothing => "nothing was touched",
     }
 }
 
@@ -98,29 +207,20 @@ pub(crate) struct Failure {
 }
 
 impl Failure {
-    /// The message of the error and of each of its sources, outermost first.
-    fn chain(&self) -> Vec<String> {
-        let mut chain = vec![self.cause.to_string()];
-        let mut source = self.cause.source();
-        while let Some(error) = source {
-            let text = error.to_string();
-            // Some libraries repeat the source in their own message.
-            if chain.last().is_some_and(|last| !last.ends_with(&text)) {
-                chain.push(text);
-            }
-            source = error.source();
-        }
-        chain
-    }
-
     /// The error as a person reads it, hint included.
     pub(crate) fn text(&self) -> String {
         let mut text = format!(
             "{} failed to {}: {}",
             render::paint("error:", "31"),
             self.doing,
-            self.chain().join(": ")
+            self.cause.chain().join(": ")
         );
+        if let Some(output) = self.cause.output() {
+            let _ = write!(text, "\n{output}");
+        }
+        if let Some(aftermath) = self.cause.aftermath() {
+            let _ = write!(text, "\n{}", situation(aftermath));
+        }
         if let Some(hint) = self.cause.hint() {
             let _ = write!(text, "\n{} {hint}", render::paint("hint:", "36"));
         }
@@ -131,10 +231,12 @@ impl Failure {
     fn json(&self, exit: Exit) -> serde_json::Value {
         json!({ "error": {
             "doing": self.doing,
-            "chain": self.chain(),
+            "chain": self.cause.chain(),
             "class": self.cause.class(),
             "exit": exit.code(),
             "hint": self.cause.hint(),
+            "output": self.cause.output(),
+            "aftermath": self.cause.aftermath(),
         }})
     }
 

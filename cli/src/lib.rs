@@ -9,11 +9,16 @@ mod doctor;
 pub mod env;
 pub mod exit;
 mod failure;
+mod hints;
+mod programs;
 mod render;
+mod replicas;
+mod signals;
 mod values;
 
 use std::ffi::OsString;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Parser;
 
@@ -24,20 +29,21 @@ use crate::failure::{Cause, Failure};
 /// Runs the program with the arguments of this process and gives its exit code.
 #[must_use]
 pub fn main_impl() -> ExitCode {
-    ExitCode::from(run(std::env::args_os()).code())
+    ExitCode::from(run(std::env::args_os()))
 }
 
-/// Runs the program with these arguments, the program's own name first.
-pub fn run(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Exit {
+/// Runs the program with these arguments, the program's own name first, and gives its exit code: one of [`Exit`], or, for
+/// `exec` and `wait`, that of what was executed or waited for.
+pub fn run(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> u8 {
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,
-        Err(error) => return refused(&error),
+        Err(error) => return refused(&error).code(),
     };
     log_to_stderr(cli.global.verbose);
     let json = cli.global.json;
     match dispatch(&cli) {
-        Ok(exit) => exit,
-        Err(cause) => Failure { doing: doing(&cli.command), cause }.tell(json),
+        Ok(code) => code,
+        Err(cause) => Failure { doing: doing(&cli.command), cause }.tell(json).code(),
     }
 }
 
@@ -48,15 +54,44 @@ fn refused(error: &clap::Error) -> Exit {
     if error.use_stderr() { Exit::Usage } else { Exit::Done }
 }
 
-fn dispatch(cli: &Cli) -> Result<Exit, Cause> {
+fn dispatch(cli: &Cli) -> Result<u8, Cause> {
     let global = &cli.global;
     match &cli.command {
         Command::Doctor(_) => commands::doctor::run(global),
+        Command::Run(args) => wait_for(commands::run::run(args, global)),
+        Command::Snapshot(args) => wait_for(commands::snapshot::run(args, global)),
+        Command::Restore(_) => todo!(),
+        Command::Ps(args) => commands::ps::run(args, global),
+        Command::Logs(args) => commands::logs::run(args, global),
+        Command::Exec(args) => wait_for(commands::exec::run(args, global)),
+        Command::Stop(args) => commands::stop::run(args, global),
+        Command::Wait(args) => commands::wait::run(args, global),
+        Command::Rm(args) => commands::rm::run(args, global),
+        Command::Ls(args) => wait_for(commands::ls::run(args, global)),
+        Command::Inspect(_) => todo!(),
         Command::Completions(args) => commands::completions::run(args),
         Command::Man(args) => commands::man::run(args, global),
+        Command::Shim(_) => todo!(),
         Command::Help(args) => commands::help::run(args),
-        _ => todo!(),
     }
+}
+
+/// How long an interrupted command waits for what undoes itself in the background, given up uploads above all.
+const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Runs an asynchronous command.
+fn wait_for(command: impl Future<Output = Result<u8, Cause>>) -> Result<u8, Cause> {
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Cause::Runtime)?;
+    let outcome = runtime.block_on(command);
+    if matches!(outcome, Err(Cause::Interrupted { .. })) {
+        let deadline = Instant::now() + UNDO_TIMEOUT;
+        while runtime.metrics().num_alive_tasks() > 0 && Instant::now() < deadline {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    // What still waits in a blocking call waits for a shim; the end of this process is the end of its lease.
+    runtime.shutdown_background();
+    outcome
 }
 
 /// What a failure of this command is a failure to do.
@@ -65,20 +100,24 @@ fn doing(command: &Command) -> String {
         Command::Doctor(_) => "examine this machine".to_owned(),
         Command::Run(args) => format!("run {}", args.name),
         Command::Snapshot(args) => format!("snapshot {} to {}", args.name, args.destination),
-        Command::Restore(args) => format!("restore {}", args.source),
+        Command::Restore(_) => todo!(),
         Command::Ps(_) => "list replicas".to_owned(),
         Command::Logs(args) => format!("read the logs of {}", args.name),
         Command::Exec(args) => format!("execute in {}", args.name),
-        Command::Stop(args) => format!("stop {}", args.names.join(", ")),
+        Command::Stop(args) => format!("stop {}", joined(&args.names)),
         Command::Wait(args) => format!("wait for {}", args.name),
-        Command::Rm(args) => format!("remove {}", args.names.join(", ")),
+        Command::Rm(args) => format!("remove {}", joined(&args.names)),
         Command::Ls(args) => format!("list {}", args.store),
-        Command::Inspect(args) => format!("inspect {}", args.reference),
+        Command::Inspect(_) => todo!(),
         Command::Completions(_) => "print completions".to_owned(),
         Command::Man(_) => "write manual pages".to_owned(),
-        Command::Shim(args) => format!("own {}", args.name),
+        Command::Shim(_) => todo!(),
         Command::Help(_) => "print help".to_owned(),
     }
+}
+
+fn joined(names: &[rewarm_container::Name]) -> String {
+    names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
 /// Warnings of the libraries go to stderr, beside the talk of the commands.

@@ -29,11 +29,6 @@ impl Output {
         Self { json: global.json, quiet: global.quiet }
     }
 
-    /// Whether the answer is JSON.
-    pub(crate) fn is_json(self) -> bool {
-        self.json
-    }
-
     /// Prints the answer: one line of JSON, or the text that `text` makes of it.
     pub(crate) fn answer<T: Serialize>(self, value: &T, text: impl FnOnce(&T) -> String) -> io::Result<()> {
         if !self.json {

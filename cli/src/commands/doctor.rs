@@ -16,13 +16,13 @@ struct Report {
     needs: Vec<Need>,
 }
 
-pub(crate) fn run(global: &Global) -> Result<Exit, Cause> {
+pub(crate) fn run(global: &Global) -> Result<u8, Cause> {
     let places = Places { criu: global.criu.clone(), cache: env::cache_dir(), state: global.state.clone() };
     let needs = examine(&places);
     let report = Report { ready: needs.iter().all(|need| need.state != State::Missing), needs };
     Output::new(global).answer(&report, text)?;
     // The table says all; a second telling as an error would only hide it.
-    Ok(if report.ready { Exit::Done } else { Exit::Incompatible })
+    Ok(if report.ready { Exit::Done } else { Exit::Incompatible }.code())
 }
 
 fn text(report: &Report) -> String {

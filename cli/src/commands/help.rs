@@ -7,7 +7,7 @@ use crate::exit::Exit;
 use crate::failure::Cause;
 use crate::render;
 
-pub(crate) fn run(args: &Help) -> Result<Exit, Cause> {
+pub(crate) fn run(args: &Help) -> Result<u8, Cause> {
     let mut root = Cli::command();
     // Building gives each verb the global flags and its full name.
     root.build();
@@ -25,5 +25,5 @@ pub(crate) fn run(args: &Help) -> Result<Exit, Cause> {
         },
     };
     render::print(&text)?;
-    Ok(Exit::Done)
+    Ok(Exit::Done.code())
 }

@@ -1,0 +1,75 @@
+//! What to do next: one line below an error, chosen by what the error is.
+
+use rewarm_container::Error as Container;
+use rewarm_criu::Error as Criu;
+use rewarm_probe::Error as Probe;
+use rewarm_report::{Class, Classify};
+use rewarm_snapshot::Cause as Snapshot;
+use rewarm_store::Error as Store;
+
+pub(crate) fn container(error: &Container) -> Option<&'static str> {
+    match error {
+        Container::NameInUse { .. } => {
+            Some("`rewarm ps --all` lists the replicas; stop this one or choose another name")
+        }
+        Container::UnknownName { .. } => Some("`rewarm ps --all` lists the replicas"),
+        Container::NotRunning { .. } => Some("`rewarm logs NAME` shows what it wrote"),
+        Container::Busy { .. } => Some("a replica that runs is stopped by `rewarm stop NAME`"),
+        Container::PortInUse { .. } => Some("host port 0 lets the kernel choose a free one"),
+        error if error.class() == Class::Incompatible => {
+            Some("`rewarm doctor` lists every need of this machine with its fix")
+        }
+        _ => None,
+    }
+}
+
+pub(crate) fn criu(error: &Criu) -> Option<&'static str> {
+    match error {
+        Criu::Missing { .. } | Criu::TooOld { .. } => {
+            Some("`make setup` builds CRIU; --criu or REWARM_CRIU names another; `rewarm doctor` says more")
+        }
+        _ => None,
+    }
+}
+
+pub(crate) fn store(error: &Store) -> Option<&'static str> {
+    match error {
+        Store::NotFound { .. } => Some("`rewarm ls STORE` lists the snapshots of a store"),
+        Store::Denied { .. } => {
+            Some("credentials come from the environment (AWS_*, GOOGLE_*, AZURE_*) or from ?option=value")
+        }
+        Store::Unreachable { .. } => Some("the endpoint comes from AWS_ENDPOINT_URL or from ?endpoint=URL"),
+        Store::TagTaken { .. } => Some("the other snapshot stands; take this one again"),
+        Store::Newer { .. } => Some("a newer rewarm reads it"),
+        _ => None,
+    }
+}
+
+pub(crate) fn probe(error: &Probe) -> Option<&'static str> {
+    match error {
+        Probe::NotReady { .. } => {
+            Some("--ready is asked inside the replica's network namespace; --ready-timeout waits longer")
+        }
+        Probe::NoPort { .. } => Some("say the port in the probe file, or give the replica one by --port"),
+        Probe::Differs(_) => Some(
+            "if this part of the answer may vary, let the probe file compare less of it or with a tolerance (docs/probe.md)",
+        ),
+        Probe::UnknownKey { .. } | Probe::BadValue { .. } | Probe::ParseFile { .. } => {
+            Some("docs/probe.md lists every key of a probe file")
+        }
+        _ => None,
+    }
+}
+
+pub(crate) fn snapshot(cause: &Snapshot) -> Option<&'static str> {
+    match cause {
+        Snapshot::Container(error) => container(error),
+        Snapshot::Criu(error) => criu(error),
+        Snapshot::Store(error) => store(error),
+        Snapshot::Probe(error) => probe(error),
+        Snapshot::NewConnection { .. } => {
+            Some("close it in a hook (--pre), or let clones find it closed with --tcp-close")
+        }
+        _ => None,
+    }
+}

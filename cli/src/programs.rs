@@ -1,0 +1,39 @@
+//! The programs that the pipelines start: found once, asked for their versions side by side.
+
+use std::process::Stdio;
+
+use rewarm_criu::Binary;
+
+use crate::args::Global;
+use crate::env;
+use crate::failure::Cause;
+
+/// CRIU and runc.
+pub(crate) struct Programs {
+    pub(crate) criu: Binary,
+    pub(crate) runc_version: String,
+}
+
+/// The folder that has `sbin/criu`.
+pub(crate) fn criu_cache() -> Option<std::path::PathBuf> {
+    env::cache_dir().map(|cache| cache.join("criu"))
+}
+
+/// Finds both.
+pub(crate) async fn find(global: &Global) -> Result<Programs, Cause> {
+    let explicit = global.criu.clone();
+    let criu =
+        tokio::task::spawn_blocking(move || Binary::find(explicit.as_deref(), criu_cache().as_deref()));
+    let runc_version = runc_version().await?;
+    let criu = criu.await.expect("looking for a program does not panic")?;
+    Ok(Programs { criu, runc_version })
+}
+
+async fn runc_version() -> Result<String, Cause> {
+    let path = env::program("runc").ok_or(Cause::NoRunc)?;
+    let asked = tokio::process::Command::new(&path).arg("--version").stdin(Stdio::null()).output().await;
+    let output = asked.map_err(|source| Cause::File { doing: "run", path, source })?;
+    let text = String::from_utf8_lossy(&output.stdout);
+    let version = text.lines().find_map(|line| line.strip_prefix("runc version "));
+    Ok(version.unwrap_or_default().trim().to_owned())
+}

@@ -1,0 +1,185 @@
+//! Replicas as the verbs see them: the state folder, a view for `--json`, the last lines of a log.
+
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
+use std::sync::Arc;
+
+use rewarm_container::shim::{Client, Paths};
+use rewarm_container::{Entry, Exit, ExitStatus, Name, Origin, Publish, State};
+use serde::Serialize;
+
+use crate::args::Global;
+use crate::failure::Cause;
+use crate::render;
+
+/// How much of the end of a log an error may quote.
+const QUOTED_BYTES_MAX: u64 = 16 << 10;
+const QUOTED_LINES_MAX: usize = 20;
+
+/// Opens the state folder and cleans up after shims that died.
+pub(crate) fn open(global: &Global) -> Result<State, Cause> {
+    let boot = rewarm_container::state::boot_id()?;
+    let state = State::open(&global.state, &boot)?;
+    for swept in state.sweep()? {
+        if swept.kept {
+            render::warn(&format!(
+                "replica {} had lost its shim and was ended; it is kept as crashed",
+                swept.name
+            ));
+        }
+    }
+    Ok(state)
+}
+
+/// The program that shims are made of: this one. `/proc/self/exe` still works when the file was replaced.
+pub(crate) fn program() -> std::path::PathBuf {
+    let link = || "/proc/self/exe".into();
+    std::env::current_exe().ok().filter(|path| path.exists()).unwrap_or_else(link)
+}
+
+/// Connects to the shim of a replica that runs.
+pub(crate) fn connect(state: &State, name: &Name) -> Result<Arc<Client>, Cause> {
+    Ok(Arc::new(Client::connect(state, name)?))
+}
+
+/// One published port in JSON.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Published {
+    address: String,
+    host_port: u16,
+    port: u16,
+}
+
+impl Published {
+    /// For a person: `0.0.0.0:8080->8000`.
+    pub(crate) fn describe(&self) -> String {
+        let address =
+            if self.address.contains(':') { format!("[{}]", self.address) } else { self.address.clone() };
+        format!("{address}:{}->{}", self.host_port, self.port)
+    }
+}
+
+impl From<&Publish> for Published {
+    fn from(publish: &Publish) -> Self {
+        Self { address: publish.address.to_string(), host_port: publish.host_port, port: publish.port }
+    }
+}
+
+/// A replica in JSON.
+#[derive(Debug, Serialize)]
+pub(crate) struct View {
+    name: String,
+    status: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    uuid: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    generation: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    created: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    started: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    source: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pid: Option<u32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    shim_pid: Option<u32>,
+    publish: Vec<Published>,
+    ports: Vec<u16>,
+    command: Vec<String>,
+    #[serde(skip_serializing_if = "std::collections::BTreeMap::is_empty")]
+    labels: std::collections::BTreeMap<String, String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory_bytes: Option<u64>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    exit: Option<Ended>,
+}
+
+/// How a replica ended, in JSON.
+#[derive(Debug, Clone, Serialize)]
+pub(crate) struct Ended {
+    /// As a shell shows it.
+    pub(crate) code: i32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    signal: Option<i32>,
+    #[serde(flatten)]
+    cause: rewarm_container::Cause,
+    ended: String,
+}
+
+impl From<&Exit> for Ended {
+    fn from(exit: &Exit) -> Self {
+        let signal = match exit.status {
+            ExitStatus::Signal(signal) => Some(signal),
+            ExitStatus::Code(_) | ExitStatus::Unknown => None,
+        };
+        Self { code: exit.status.code(), signal, cause: exit.cause.clone(), ended: exit.ended.to_string() }
+    }
+}
+
+impl From<&Entry> for View {
+    fn from(entry: &Entry) -> Self {
+        let record = entry.record.as_ref();
+        let (started, source) = match record.map(|record| &record.origin) {
+            None => (None, None),
+            Some(Origin::Cold) => (Some("cold"), None),
+            Some(Origin::Restored { source }) => (Some("restored"), Some(source.clone())),
+        };
+        let alive = entry.exit.is_none();
+        Self {
+            name: entry.name.to_string(),
+            status: entry.status.to_string(),
+            uuid: record.map(|record| record.uuid.to_string()),
+            generation: record.map(|record| record.generation),
+            created: record.map(|record| record.created.to_string()),
+            started,
+            source,
+            pid: record.and_then(|record| record.pid).filter(|_| alive),
+            shim_pid: record.map(|record| record.shim_pid).filter(|_| alive),
+            publish: record
+                .map(|record| record.published.iter().map(Published::from).collect())
+                .unwrap_or_default(),
+            ports: record.map(|record| record.spec.ports.clone()).unwrap_or_default(),
+            command: record.map(|record| record.spec.command.clone()).unwrap_or_default(),
+            labels: record.map(|record| record.spec.labels.clone()).unwrap_or_default(),
+            memory_bytes: record.and_then(|record| record.spec.memory_bytes),
+            exit: entry.exit.as_ref().map(Ended::from),
+        }
+    }
+}
+
+/// How a server ended, for a sentence: `ended with code 3 (out of memory)`.
+pub(crate) fn ending(exit: &Exit) -> String {
+    use rewarm_container::Cause as Why;
+    let why = match &exit.cause {
+        Why::Ended | Why::Stopped => String::new(),
+        Why::Killed(reason) => format!(", killed: {reason}"),
+        Why::OutOfMemory => ", since its memory limit was reached".to_owned(),
+        Why::Resident(reason) => format!(", killed because its memory could not be trusted: {reason}"),
+        Why::Crashed => ", together with its shim".to_owned(),
+    };
+    format!("it ended with {}{why}", exit.status)
+}
+
+/// The last lines that a server wrote, stdout before stderr, for the error of a start that failed.
+pub(crate) fn last_lines(paths: &Paths) -> String {
+    let quoted =
+        [("stdout", paths.stdout()), ("stderr", paths.stderr())].into_iter().filter_map(|(stream, path)| {
+            let text = tail(&path).ok()?;
+            (!text.is_empty()).then(|| format!("last lines of {stream}:\n{text}"))
+        });
+    quoted.collect::<Vec<_>>().join("\n")
+}
+
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(QUOTED_BYTES_MAX)))?;
+    let mut bytes = Vec::new();
+    file.take(QUOTED_BYTES_MAX).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    let from = lines.len().saturating_sub(QUOTED_LINES_MAX);
+    Ok(lines[from..].iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n"))
+}
