@@ -100,3 +100,24 @@ fn a_memory_limit_that_is_too_small_is_refused_before_the_start() {
     no_residue(&world, &traces);
     world.finish();
 }
+
+/// Replicas do not survive a reboot, but the folder that knew them may.
+#[test]
+fn what_an_earlier_boot_left_is_swept() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    replica.stop();
+    // As if the machine had lost power while it ran: no exit status, and the boot is another one.
+    let folder = world.state().join("replicas").join(replica.name());
+    fs::remove_file(folder.join("exit.json")).expect("a stopped replica has its status");
+    let boot = world.state().join("boot-id");
+    let today = fs::read_to_string(&boot).expect("the boot id");
+    fs::write(&boot, "00000000-0000-4000-8000-000000000000\n").expect("our own folder");
+    let list = world.rewarm_json().args(["ps"]).ok();
+    assert!(!list.stdout.contains(replica.name()), "{list}");
+    assert_eq!(fs::read_to_string(&boot).expect("the boot id"), today);
+    let again = world.start("plain", &server);
+    assert_eq!(again.json("/count")["count"], 1);
+    world.finish();
+}

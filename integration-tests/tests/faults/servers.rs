@@ -271,3 +271,26 @@ fn hand_over(socket: &Path, file: &Path) {
         Command::new("python3").args(["-c", HAND]).arg(socket).arg(file).output().expect("start Python");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
+
+/// Two snapshots of one server at once: one is made, the other waits or is told; the server serves in both cases.
+#[test]
+fn two_snapshots_of_one_server_at_once() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    let first = world
+        .snapshot_call(&source, "v1", &[])
+        .pause_at(Stage::Delta)
+        .timeout(Duration::from_secs(90))
+        .spawn();
+    first.await_stderr("paused at delta");
+    let second = world.snapshot_call(&source, "v2", &[]).timeout(Duration::from_secs(90)).run();
+    first.wait().expect_code(0);
+    assert!(matches!(second.code, Some(0 | 1)), "{second}");
+    if second.code == Some(1) {
+        second.says(&[source.name()]);
+    }
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}

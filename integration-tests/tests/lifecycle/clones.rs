@@ -106,3 +106,25 @@ fn an_environment_that_looks_like_secrets_is_warned_about() {
     }
     world.finish();
 }
+
+/// The state of a library's random generator is memory like any other: clones share it until a hook renews it.
+#[test]
+fn a_post_hook_renews_the_random_generator() {
+    let server = Server::renewing();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("renewing", &server);
+    world.snapshot(&source, "plain", &[]);
+    world.snapshot(
+        &source,
+        "hook",
+        &["--pre", "http://localhost/drain", "--post", "http://localhost/reseed"],
+    );
+    let numbers = |tag: &str| -> BTreeSet<String> {
+        let flags = ["--name", &world.name(&format!("clone-{tag}")), "--count", "2"];
+        let clones = world.restore("renewing", tag, server.port, &flags);
+        clones.iter().map(|clone| clone.json("/random")["number"].to_string()).collect()
+    };
+    assert_eq!(numbers("plain").len(), 1, "clones without a hook share the generator");
+    assert_eq!(numbers("hook").len(), 2, "the hook does not renew the generator");
+    world.finish();
+}

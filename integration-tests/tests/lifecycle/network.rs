@@ -1,7 +1,8 @@
 //! Ports and networks of replicas.
 
-use std::io::{Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
+use std::process::{Command, Stdio};
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::garage::free_port;
@@ -120,5 +121,62 @@ fn a_connection_through_a_published_port_survives_on_the_source() {
         assert_eq!(open, "0", "{}: a connection of the source is open", clone.name());
     }
     ask(&mut idle);
+    world.finish();
+}
+
+/// A namespace that somebody else made, such as a pod's: it is used as it is, and left as it is.
+#[test]
+fn a_network_namespace_given_by_path() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    // Brings its loopback up and waits; the namespace lives as long as it does.
+    let script = "import fcntl, socket, struct, sys\n\
+                  fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh22x', b'lo', 1))\n\
+                  print('up', flush=True)\nsys.stdin.read()";
+    let mut owner = Command::new("unshare")
+        .args(["--net", "python3", "-c", script])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("start unshare");
+    let mut line = String::new();
+    BufReader::new(owner.stdout.take().expect("piped")).read_line(&mut line).expect("text");
+    assert_eq!(line.trim(), "up");
+    let namespace = format!("ns:/proc/{}/ns/net", owner.id());
+    let source = world.start_with("plain", &server, &["--net", &namespace]);
+    let before = answers(&source, &server);
+    let inner = source.sh("readlink /proc/1/ns/net");
+    let wanted = std::fs::read_link(format!("/proc/{}/ns/net", owner.id())).expect("it runs");
+    assert_eq!(inner, wanted.to_string_lossy());
+    world.snapshot(&source, "v1", &["--stop"]);
+    let clones = world.restore("plain", "v1", server.port, &["--net", &namespace]);
+    server_answers_as_before(&clones[0], &server, &before);
+    assert_eq!(clones[0].sh("readlink /proc/1/ns/net"), inner);
+    clones[0].remove();
+    // From somebody else's network into one of its own.
+    let clones = world.restore("plain", "v1", server.port, &["--net", "private"]);
+    server_answers_as_before(&clones[0], &server, &before);
+    assert_ne!(clones[0].sh("readlink /proc/1/ns/net"), inner);
+    drop(owner.stdin.take());
+    owner.wait().expect("our own child");
+    world.finish();
+}
+
+#[test]
+fn without_a_network_a_server_is_reached_by_exec_only() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let name = world.name("plain");
+    let ready = "cmd:test -e /proc/1/exe";
+    world
+        .rewarm()
+        .args(["run", &name, "--net", "none", "--ready", ready, "--", "sh", "-c", "echo up; exec sleep 600"])
+        .ok();
+    let exec = |script: &str| world.rewarm().args(["exec", &name, "--", "sh", "-c", script]).ok().stdout;
+    assert_eq!(exec("cat /sys/class/net/lo/operstate").trim(), "down");
+    let reference = world.reference("plain", "v1");
+    world.rewarm().args(["snapshot", &name, &reference, "--stop"]).ok();
+    world.rewarm().args(["restore", &reference]).ok();
+    assert_eq!(exec("cat /sys/class/net/lo/operstate").trim(), "down");
     world.finish();
 }

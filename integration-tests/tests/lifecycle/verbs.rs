@@ -193,3 +193,32 @@ fn cgroup_values(world: &rewarm_integration_tests::World, name: &str) -> Vec<Str
         |path: std::path::PathBuf| std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned());
     groups.flat_map(|path| files.map(|file| path.join(file))).filter_map(read).collect()
 }
+
+/// A server that talks without end must not fill the disk.
+#[test]
+fn logs_have_a_limit() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    // 200 MiB over the server's own pipe.
+    replica.sh("head -c 209715200 /dev/zero | tr '\\0' 'x' | fold -w 1000 > /proc/1/fd/1; echo the end > /proc/1/fd/1");
+    let following = world.rewarm().args(["logs", "-n", "1", "-f", replica.name()]).spawn();
+    following.await_stdout("the end");
+    let folder = world.state().join("replicas").join(replica.name()).join("logs");
+    let size = |entry: std::fs::DirEntry| entry.metadata().map(|data| data.len()).unwrap_or_default();
+    let bytes: u64 = std::fs::read_dir(&folder).expect("the logs").flatten().map(size).sum();
+    assert!(bytes > 0 && bytes <= 64 << 20, "{bytes} bytes of logs in {}", folder.display());
+    drop(following);
+    assert_eq!(replica.json("/count")["count"], 1, "the server waits for its log");
+    world.finish();
+}
+
+#[test]
+fn labels_are_shown() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start_with("plain", &server, &["--label", "team=vision", "--label", "tier=a=b"]);
+    let entry = replica.entry().expect("ps shows it");
+    assert_eq!(entry["labels"], serde_json::json!({ "team": "vision", "tier": "a=b" }), "{entry}");
+    world.finish();
+}
