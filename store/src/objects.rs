@@ -281,10 +281,22 @@ impl Cause {
             {
                 return Self::Unreachable;
             }
+            match status(&error.to_string()) {
+                Some(404) => return Self::NotFound,
+                Some(401 | 403) => return Self::Denied,
+                _ => {}
+            }
             cause = error.source();
         }
         Self::Other
     }
+}
+
+/// The HTTP status in the text of an error. The library keeps the type that carries it to itself and sorts the answers
+/// to some requests, listing above all, as generic; the contract suite runs this against real servers.
+fn status(text: &str) -> Option<u16> {
+    let (_, rest) = text.split_once("Server returned non-2xx status code: ")?;
+    rest.get(..3)?.parse().ok()
 }
 
 #[cfg(test)]

@@ -2,13 +2,17 @@
 
 #[path = "contract/content.rs"]
 mod content;
+#[path = "contract/servers.rs"]
+mod servers;
 #[path = "contract/suite.rs"]
 mod suite;
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use object_store::memory::InMemory;
-use rewarm_store::{Store, StoreUrl};
+use rewarm_report::{Class, Classify};
+use rewarm_store::{Error, Store, StoreUrl};
 
 #[tokio::test(flavor = "multi_thread")]
 async fn folder() {
@@ -21,4 +25,59 @@ async fn folder() {
 async fn memory() {
     let objects = Arc::new(InMemory::new());
     suite::run(&|| std::future::ready(Ok(Store::from_objects(objects.clone(), "memory")))).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn garage() {
+    let Some(server) = servers::garage() else { return };
+    run_on(&server).await;
+    let wrong = server.with_options(&[("secret_access_key", "wrong")]);
+    refused(&wrong).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn azurite() {
+    let Some(server) = servers::azurite() else { return };
+    run_on(&server).await;
+    let wrong = server.with_options(&[("account_key", "d3Jvbmc=")]);
+    refused(&wrong).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn gcs() {
+    let Some(server) = servers::gcs() else { return };
+    run_on(&server).await;
+}
+
+async fn run_on(server: &servers::Server) {
+    let url = server.url();
+    suite::run(&|| Store::open(&url)).await;
+    let missing = Store::open(&server.other_bucket()).await.unwrap();
+    for error in [missing.begin(suite::destination("x")).await.unwrap_err(), missing.list().await.unwrap_err()] {
+        assert_eq!(error.class(), Class::NotFound, "{error:?}");
+    }
+}
+
+async fn refused(url: &StoreUrl) {
+    let store = Store::open(url).await.unwrap();
+    let begun = Instant::now();
+    for error in [store.begin(suite::destination("x")).await.unwrap_err(), store.list().await.unwrap_err()] {
+        assert!(matches!(error, Error::Denied { .. }), "{error:?}");
+        assert_eq!(error.class(), Class::Failed);
+    }
+    assert!(begun.elapsed() < Duration::from_secs(5), "took {:?}", begun.elapsed());
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn nobody_listens() {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    let port = listener.local_addr().unwrap().port();
+    drop(listener);
+    let url = format!("s3://b?endpoint=http://127.0.0.1:{port}&access_key_id=a&secret_access_key=b");
+    let store = Store::open(&url.parse().unwrap()).await.unwrap();
+    let begun = Instant::now();
+    let error = store.list().await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Failed);
+    assert!(begun.elapsed() < Duration::from_secs(15), "took {:?}", begun.elapsed());
 }

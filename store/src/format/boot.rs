@@ -6,7 +6,7 @@ use bytes::Bytes;
 use prost::Message;
 use uuid::Uuid;
 
-use crate::codec::{self, Codec, Compression};
+use crate::codec::{self, Compression};
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
 use crate::format::frame::{self, Magic};

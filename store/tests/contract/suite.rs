@@ -33,8 +33,9 @@ fn reference(name: &Name, tag: &str) -> Reference {
     Reference { store: "unused".parse().unwrap(), name: name.clone(), target: Target::Tag(tag.to_owned()) }
 }
 
-fn destination(name: &Name) -> SessionOptions {
-    SessionOptions { compression: Compression::Auto, destination: Some((name.clone(), "v1".to_owned())) }
+/// Options of a session that will publish `NAME@v1`.
+pub(crate) fn destination(text: &str) -> SessionOptions {
+    SessionOptions { compression: Compression::Auto, destination: Some((name(text), "v1".to_owned())) }
 }
 
 async fn write_region(session: &Session, kind: RegionKind, content: &Bytes, step: usize) {
@@ -53,7 +54,7 @@ async fn read_region(snapshot: &Snapshot, region: usize) -> Vec<u8> {
 }
 
 async fn publish_one(store: &Store, name: &Name, content: &Bytes) -> Published {
-    let session = store.begin(destination(name)).await.unwrap();
+    let session = store.begin(destination(name.as_str())).await.unwrap();
     write_region(&session, RegionKind::Task { pid: 1 }, content, MIB).await;
     session.publish(name, "v1", Facts::default()).await.unwrap()
 }
@@ -67,7 +68,7 @@ async fn what_is_written_is_read(store: &Store) {
         RegionKind::Tree { name: "upper".into() },
         RegionKind::File { name: "ghost".into() },
     ];
-    let session = store.begin(destination(&web)).await.unwrap();
+    let session = store.begin(destination("web")).await.unwrap();
     for (n, (content, kind)) in contents.iter().zip(&kinds).enumerate() {
         write_region(&session, kind.clone(), content, [MIB, 4096, MIB, 4096][n]).await;
     }
@@ -119,7 +120,7 @@ async fn what_is_there_is_not_written_again(store: &Store) {
 
 async fn dropping_a_session_leaves_nothing_visible(store: &Store) {
     let lost = name("lost");
-    let session = store.begin(destination(&lost)).await.unwrap();
+    let session = store.begin(destination("lost")).await.unwrap();
     write_region(&session, RegionKind::Task { pid: 1 }, &random(40 * MIB, 20), MIB).await;
     session.abort().await;
     let error = store.resolve(&reference(&lost, "v1")).await.unwrap_err();
@@ -131,7 +132,7 @@ async fn of_two_snapshots_at_once_one_wins(first: &Store, second: &Store) {
     let race = name("race");
     let mut sessions = Vec::new();
     for (n, store) in [first, second].into_iter().enumerate() {
-        let session = store.begin(destination(&race)).await.unwrap();
+        let session = store.begin(destination("race")).await.unwrap();
         write_region(&session, RegionKind::Task { pid: 1 }, &random(MIB, 30 + n as u64), MIB).await;
         sessions.push(session);
     }
