@@ -366,7 +366,7 @@ fn check_file(file: &RegularFile, mounts: &HashSet<i32>, allowed: &Allowed, foun
     if file.path.split('/').any(|part| part == "..") {
         found.push(Violation::Path { path: path() });
     }
-    if file.is_device() && !allowed.devices.iter().any(|device| *device == file.path) {
+    if file.is_device() && !allowed.devices.contains(&file.path) {
         found.push(Violation::Device { path: path() });
     }
     if file.external || (file.mount >= 0 && !mounts.is_empty() && !mounts.contains(&file.mount)) {

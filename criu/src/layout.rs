@@ -111,7 +111,7 @@ impl Layout {
     /// # Panics
     /// If the run is empty, unaligned, or begins before the end of the last one: CRIU's order is checked by the receiver.
     pub fn push(&mut self, run: Run) {
-        assert!(run.pages > 0 && run.vaddr % PAGE_BYTES == 0, "run {run:?} is empty or unaligned");
+        assert!(run.pages > 0 && run.vaddr.is_multiple_of(PAGE_BYTES), "run {run:?} is empty or unaligned");
         if let Some(last) = self.runs.last_mut() {
             assert!(last.end() <= run.vaddr, "run {run:?} begins before the end of {last:?}");
             if last.end() == run.vaddr && last.zero == run.zero && last.lazy == run.lazy {

@@ -309,7 +309,7 @@ impl<S: Read + Write> Session<S> {
         if header.pages == 0 {
             return Err(self.broken(header, "it is empty"));
         }
-        if header.vaddr % PAGE_BYTES != 0 {
+        if !header.vaddr.is_multiple_of(PAGE_BYTES) {
             return Err(self.broken(header, "it begins inside a page"));
         }
         if header.vaddr < behind {

@@ -61,22 +61,52 @@ pub struct Rearmed {
 ///
 /// - A periodic one that expired while everything was frozen is dumped with no time left, which at restore means: not
 ///   armed, never again. It is set to expire in a millisecond.
-/// - One that was set with an absolute time is dumped with the time left but restored as if that were the absolute
-///   time, which has passed long ago: it expires at once, a periodic one with a count of ticks since boot. With
-///   CLOCK_MONOTONIC and CLOCK_BOOTTIME it is set to the time left; with CLOCK_REALTIME to the absolute time again, which is
-///   `dumped` plus the time left, so that an alarm at noon stays at noon.
+/// - One that was set with an absolute time is restored by adding the time left to the clock's whole seconds, and so
+///   expires up to a second early. With CLOCK_MONOTONIC and CLOCK_BOOTTIME, which nobody can set, it is set to the time
+///   left.
+/// - One that was set with an absolute time and is not armed any more has no time left, to which CRIU adds the same: it
+///   expires once more. It stays as it is.
 ///
-/// `dumped` is the time of day at the dump, since 1970. To be applied once to each dump, before its first restore.
+/// To be applied after a dump, before its first restore; a second time changes nothing.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Image`] if `files.img` cannot be read or written.
-pub fn rearm_timerfds(directory: &Path, dumped: Duration) -> crate::Result<Vec<Rearmed>> {
+pub fn rearm_timerfds(directory: &Path) -> crate::Result<Vec<Rearmed>> {
+    set_timerfds(directory, |before| {
+        let mut after = before;
+        if before.value.is_zero() && !before.interval.is_zero() {
+            after.value = AT_ONCE;
+        }
+        if before.clock != CLOCK_REALTIME || after.value.is_zero() {
+            after.settime_flags &= !TIMER_ABSTIME;
+        }
+        after
+    })
+}
+
+/// Brings alarms (timer descriptors set to a time of day) forward by the time that has passed since the dump, so that an
+/// alarm at noon stays at noon; CRIU would give it the time that was left. Alarms that were missed go off at once.
+///
+/// To be applied once to each copy of the images, right before its restore.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Image`] if `files.img` cannot be read or written.
+pub fn forward_alarms(directory: &Path, passed: Duration) -> crate::Result<Vec<Rearmed>> {
+    set_timerfds(directory, |before| {
+        let is_alarm = before.clock == CLOCK_REALTIME && before.settime_flags & TIMER_ABSTIME != 0;
+        let value = before.value.saturating_sub(passed).max(AT_ONCE);
+        if is_alarm && !before.value.is_zero() { Timerfd { value, ..before } } else { before }
+    })
+}
+
+fn set_timerfds(directory: &Path, set: impl Fn(Timerfd) -> Timerfd) -> crate::Result<Vec<Rearmed>> {
     let mut changed = Vec::new();
     for file in files::read(directory)? {
-        if let OpenFile { id, kind: FileKind::Timerfd(before) } = file
-            && let Some(after) = rearm(before, dumped)
-        {
-            changed.push(Rearmed { id, before, after });
+        if let OpenFile { id, kind: FileKind::Timerfd(before) } = file {
+            let after = set(before);
+            if after != before {
+                changed.push(Rearmed { id, before, after });
+            }
         }
     }
     if changed.is_empty() {
@@ -94,21 +124,6 @@ pub fn rearm_timerfds(directory: &Path, dumped: Duration) -> crate::Result<Vec<R
         wire::with_numbers(body, &numbers).map(Some)
     })?;
     Ok(changed)
-}
-
-fn rearm(before: Timerfd, dumped: Duration) -> Option<Timerfd> {
-    let mut after = before;
-    if before.value.is_zero() && !before.interval.is_zero() {
-        after.value = AT_ONCE;
-    }
-    if before.settime_flags & TIMER_ABSTIME != 0 && !after.value.is_zero() {
-        if before.clock == CLOCK_REALTIME {
-            after.value = dumped.saturating_add(after.value);
-        } else {
-            after.settime_flags &= !TIMER_ABSTIME;
-        }
-    }
-    (after != before).then_some(after)
 }
 
 /// Makes chosen sockets come back closed: TCP connections and connected UDP sockets, by their ids in `files.img`. All
@@ -163,8 +178,8 @@ pub fn close_connections(directory: &Path, ids: &[u32]) -> crate::Result<usize> 
     Ok(inodes.len())
 }
 
-/// Asks for huge pages in every mapping of a task that overlaps one of the ranges, is private memory of no file and was
-/// not advised against them by the task itself. Returns those mappings.
+/// Asks for huge pages in every mapping of a task that overlaps one of the ranges, can be lazy and was not advised against
+/// them by the task itself. Returns those mappings.
 ///
 /// CRIU gives the advice last, after its own filling: only what is filled after the restore is finished gets huge
 /// pages.
@@ -175,7 +190,7 @@ pub fn advise_huge_pages(directory: &Path, pid: u32, ranges: &[Range<u64>]) -> c
     // Reads and checks the whole file before anything is written.
     let all = mm::read(directory, pid)?.vmas;
     let wanted = |vma: &Vma| {
-        vma.is_private_anonymous()
+        vma.can_be_lazy()
             && vma.madv & (MADV_NOHUGEPAGE | MADV_HUGEPAGE) == 0
             && ranges.iter().any(|range| range.start < vma.end && vma.start < range.end)
     };

@@ -125,7 +125,7 @@ fn convert(entry: PagemapEntry) -> Result<Entry, Fault> {
     let flags =
         flags.ok_or(Fault::Value { what: "flags of a run", seen: u64::from(bits), expected: "at most 7" })?;
     let end = pages.checked_mul(PAGE_BYTES).and_then(|bytes| vaddr.checked_add(bytes));
-    if vaddr % PAGE_BYTES != 0 {
+    if !vaddr.is_multiple_of(PAGE_BYTES) {
         return Err(Fault::Value { what: "address of a run", seen: vaddr, expected: "a page border" });
     }
     if pages == 0 || end.is_none_or(|end| end > ADDRESS_MAX) {
