@@ -28,7 +28,7 @@ logged() {
   shift
   if ! "$@" >>"$log" 2>&1 </dev/null; then
     printf '%s: the last lines of %s:\n' "$piece" "$log" >&2
-    tail -n 15 "$log" | sed 's/^/  | /' >&2
+    tail -n 6 "$log" | cut -c 1-160 | sed 's/^/  | /' >&2
     return 1
   fi
 }
