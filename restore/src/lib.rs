@@ -1,3 +1,21 @@
 //! The restore pipeline: a snapshot into running replicas.
+//!
+//! [`run`] is the whole of it; `pipeline.rs` has one line for each stage. A replica is handed out only after its answers
+//! were compared with the recorded ones; whatever fails before, nothing of it is left.
 
+mod admission;
+mod blueprint;
+pub mod cold;
+mod error;
+mod fetch;
+mod machine;
 pub mod pager;
+mod pages;
+mod pipeline;
+mod replica;
+mod verdict;
+
+pub use error::{Cause, Error, Result};
+pub use machine::{HostView, here};
+pub use pipeline::{Context, Outcome, Request, Restored, run};
+pub use verdict::{Lookup, Machine, Reason, reasons};

@@ -1,1 +1,19 @@
-//! The dump pipeline: a running server into a store.
+//! The dump pipeline: a running server becomes a snapshot in a store, and goes on.
+//!
+//! [`run`] is the whole of it; `pipeline.rs` has one line for each stage. Whatever fails, the server is serving
+//! afterwards, and the error says so.
+
+mod arena;
+mod capture;
+mod dump;
+mod error;
+mod facts;
+mod pipeline;
+mod preflight;
+mod receive;
+mod skeleton;
+mod upload;
+
+pub use error::{Cause, Error, Result};
+pub use pipeline::{Context, Outcome, Request, run};
+pub use preflight::Obstacle;

@@ -48,6 +48,17 @@ pub fn boot_id() -> io::Result<String> {
     Ok(std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
+/// Bytes of memory that can be taken without pushing anything out, as the kernel estimates it.
+///
+/// # Errors
+/// If `/proc/meminfo` cannot be read or lacks the line.
+pub fn free_bytes() -> io::Result<u64> {
+    let text = std::fs::read_to_string("/proc/meminfo")?;
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|rest| rest.trim().strip_suffix(" kB")).and_then(|kib| kib.parse::<u64>().ok());
+    kib.map(|kib| kib << 10).ok_or_else(|| io::Error::other("/proc/meminfo has no line MemAvailable"))
+}
+
 fn parse_cpuinfo(text: &str) -> Cpu {
     let field = |name: &str| {
         text.lines()

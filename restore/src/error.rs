@@ -1,0 +1,119 @@
+//! What can go wrong in a restore. Whatever it is, nothing of the replica is left.
+
+use std::io;
+
+use rewarm_report::{Class, Classify, Stage};
+
+use crate::verdict::Reason;
+
+/// Result of a restore.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A failed restore: the replica, the stage and the cause.
+#[derive(Debug, thiserror::Error)]
+#[error("restore {name}: stage {stage}")]
+pub struct Error {
+    /// The replica, or the reference while no replica has a name yet.
+    pub name: String,
+    /// The stage that failed.
+    pub stage: Stage,
+    /// Why.
+    #[source]
+    pub cause: Cause,
+}
+
+/// Why a stage failed.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// The snapshot does not fit this machine; nothing was fetched.
+    #[error("the snapshot does not fit this machine:{}", list(reasons))]
+    Incompatible {
+        /// Every reason.
+        reasons: Vec<Reason>,
+    },
+    /// The images ask for more than the bundle allows.
+    #[error("the images ask for more than the bundle allows: {}", violations.join("; "))]
+    Inadmissible {
+        /// Every violation.
+        violations: Vec<String>,
+    },
+    /// What the store holds contradicts itself although every digest is right: it was written by something else.
+    #[error("the snapshot contradicts itself: {what}")]
+    Inconsistent {
+        /// What.
+        what: String,
+    },
+    /// Another replica of the same restore has the whole error.
+    #[error("{what}")]
+    Shared {
+        /// What concerns all replicas.
+        what: String,
+    },
+    /// The server was started and did not become ready.
+    #[error("the server did not become ready{}", tail(log))]
+    NotStarted {
+        /// Why.
+        #[source]
+        source: Box<Cause>,
+        /// The last lines of its output.
+        log: Vec<String>,
+    },
+    /// A file or the system.
+    #[error("{action}")]
+    Io {
+        /// What was done, with its object.
+        action: String,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The container or its shim.
+    #[error(transparent)]
+    Container(#[from] rewarm_container::Error),
+    /// CRIU or its images.
+    #[error(transparent)]
+    Criu(#[from] rewarm_criu::Error),
+    /// The store.
+    #[error(transparent)]
+    Store(#[from] rewarm_store::Error),
+    /// Probe, hook or ready check.
+    #[error(transparent)]
+    Probe(#[from] rewarm_probe::Error),
+}
+
+fn list(reasons: &[Reason]) -> String {
+    reasons.iter().map(|reason| format!("\n  - {reason}")).collect()
+}
+
+fn tail(log: &[String]) -> String {
+    let lines: Vec<String> = log.iter().map(|line| format!("\n  | {line}")).collect();
+    if lines.is_empty() { String::new() } else { format!("; its last lines:{}\n", lines.concat()) }
+}
+
+impl Cause {
+    pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let action = action.into();
+        |source| Self::Io { action, source }
+    }
+}
+
+impl Classify for Cause {
+    fn class(&self) -> Class {
+        match self {
+            Self::Incompatible { .. } | Self::Inadmissible { .. } => Class::Incompatible,
+            Self::Inconsistent { .. } => Class::Integrity,
+            Self::Io { .. } | Self::Shared { .. } => Class::Failed,
+            Self::NotStarted { source, .. } => source.class(),
+            Self::Container(error) => error.class(),
+            Self::Criu(error) => error.class(),
+            Self::Store(error) => error.class(),
+            Self::Probe(error) => error.class(),
+        }
+    }
+}
+
+impl Classify for Error {
+    fn class(&self) -> Class {
+        self.cause.class()
+    }
+}

@@ -1,0 +1,371 @@
+//! The stages of a restore, in order. Open this file first.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures::future::join_all;
+use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
+use rewarm_probe::{Hook, Ready, Recorded};
+use rewarm_report::{Clock, Stage};
+use rewarm_store::{Boot, Manifest, Reference, Snapshot, Store, Target};
+use uuid::Uuid;
+
+use crate::blueprint::Blueprint;
+use crate::error::{Cause, Error, Result};
+use crate::fetch;
+use crate::machine::{HostView, here};
+use crate::replica::Replica;
+use crate::verdict::{Reason, memory_reasons, reasons};
+
+/// What a user asks for. What is absent comes from the snapshot.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// Which snapshot.
+    pub source: Reference,
+    /// Name of the replica.
+    pub name: Option<Name>,
+    /// How many replicas.
+    pub count: u32,
+    /// Ports of the host in front of them.
+    pub publish: Vec<Publish>,
+    /// Limit of memory in bytes.
+    pub memory_bytes: Option<u64>,
+    /// Limit of CPU time, in CPUs.
+    pub cpus: Option<f64>,
+    /// Environment as `K=V`, for a cold start and for commands that are run inside.
+    pub env: Vec<String>,
+    /// The network.
+    pub net: Option<Net>,
+    /// The ready check.
+    pub ready: Option<Ready>,
+    /// How long to wait for it.
+    pub ready_timeout: Duration,
+    /// Do not compare answers.
+    pub no_probe: bool,
+    /// How long a hook may take.
+    pub hook_timeout: Duration,
+    /// What to start cold if the restore fails: the command of the snapshot or another one.
+    pub cold_fallback: Option<Vec<String>>,
+}
+
+/// What the pipeline works with.
+#[derive(Clone)]
+pub struct Context {
+    /// The replicas of this machine.
+    pub state: State,
+    /// The CRIU program.
+    pub criu: PathBuf,
+    /// Its version.
+    pub criu_version: String,
+    /// The program whose hidden verb `shim` owns a replica.
+    pub program: PathBuf,
+    /// Measures the stages.
+    pub clock: Clock,
+}
+
+/// A replica that serves.
+#[derive(Debug, Clone)]
+pub struct Restored {
+    /// Its name.
+    pub name: Name,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Process number of its init, as the host sees it.
+    pub pid: u32,
+    /// Published ports, with those that the kernel chose.
+    pub published: Vec<Publish>,
+    /// From the start of the operation until it was ready.
+    pub ready_after: Duration,
+    /// Answers that were compared and equal.
+    pub answers: usize,
+    /// Why it was started cold, if it was.
+    pub cold: Option<String>,
+}
+
+/// What became of each replica.
+#[derive(Debug)]
+pub struct Outcome {
+    /// The snapshot's reference with its digest, if it was found.
+    pub source: Option<String>,
+    /// The replicas, in the order of their numbers.
+    pub replicas: Vec<Result<Restored>>,
+}
+
+/// A snapshot that fits this machine.
+struct Admitted {
+    source: String,
+    manifest: Manifest,
+    snapshot: Snapshot,
+    spec: Spec,
+    recorded: Option<Recorded>,
+    post: Option<Hook>,
+}
+
+/// Restores replicas side by side; each lives or fails for itself.
+///
+/// # Errors
+/// What concerns all of them: the snapshot is missing or does not fit. What concerns one is in [`Outcome::replicas`].
+pub async fn run(request: Request, context: Context) -> Result<Outcome> {
+    let clock = context.clock.clone();
+    let admitted = clock.stage(Stage::Admit, admit(&request, &context)).await;
+    let admitted = match admitted {
+        Ok(admitted) => Arc::new(admitted),
+        Err((cause, spec)) => return refused(&request, &context, cause, spec).await,
+    };
+    let names = names(&request, &admitted.manifest.name)?;
+    let (laid_out, boot) = tokio::join!(
+        clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, &context)),
+        admitted.snapshot.boot(),
+    );
+    let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
+    let fetched = clock.stage(Stage::Fetch, fetch(boot, &alive, &context)).await;
+    let shared = fetched.as_ref().err().map(ToString::to_string);
+    let mut fetch_failure = fetched.err();
+    let finishing = names.iter().zip(laid_out).map(|(name, replica)| {
+        let (failure, request, context, admitted) = (fetch_failure.take(), &request, &context, &admitted);
+        let shared = shared.clone();
+        async move {
+            let result = match (replica, failure, shared) {
+                (Err(cause), _, _) => Err((Stage::Sandbox, cause)),
+                (Ok(replica), None, None) => finish(&replica, request, context, admitted).await,
+                (Ok(replica), cause, text) => {
+                    replica.give_up("the snapshot could not be fetched").await;
+                    let what = text.unwrap_or_default();
+                    Err((Stage::Fetch, cause.unwrap_or(Cause::Shared { what })))
+                }
+            };
+            match result {
+                Ok(restored) => Ok(restored),
+                Err((stage, cause)) => {
+                    fall_back(name, request, context, Some(&admitted.spec), stage, cause).await
+                }
+            }
+        }
+    });
+    Ok(Outcome { source: Some(admitted.source.clone()), replicas: join_all(finishing).await })
+}
+
+/// From a replica that is laid out to one that serves.
+async fn finish(
+    replica: &Replica,
+    request: &Request,
+    context: &Context,
+    admitted: &Arc<Admitted>,
+) -> std::result::Result<Restored, (Stage, Cause)> {
+    let clock = &context.clock;
+    let steps = async {
+        let pid = at(clock, Stage::Skeleton, restore(replica, context, admitted)).await?;
+        at(clock, Stage::Identity, replica.hook(admitted.post.as_ref(), request.hook_timeout)).await?;
+        let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
+        let answers = at(clock, Stage::Replay, replica.replay(recorded)).await?;
+        let published = at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
+        Ok(Restored {
+            name: replica.record.name.clone(),
+            uuid: replica.record.uuid,
+            pid,
+            published,
+            ready_after: clock.elapsed(),
+            answers,
+            cold: None,
+        })
+    };
+    let result = steps.await;
+    if let Err((stage, cause)) = &result {
+        replica.give_up(&format!("restore failed at stage {stage}: {cause}")).await;
+    }
+    result
+}
+
+async fn restore(
+    replica: &Replica,
+    context: &Context,
+    admitted: &Admitted,
+) -> std::result::Result<u32, Cause> {
+    let (client, record) = (replica.client.clone(), replica.record.clone());
+    let (criu, bytes) = (context.criu.clone(), admitted.manifest.facts.memory.logical_bytes);
+    blocking(move || Replica::over(client, record).restore(criu, bytes)).await
+}
+
+/// Waits until the replica is ready, and lets it live on its own: its published ports open here and not before.
+async fn ready(
+    replica: &Replica,
+    request: &Request,
+    spec: &Spec,
+) -> std::result::Result<Vec<Publish>, Cause> {
+    let recorded = spec.ready.as_deref().map(str::parse::<Ready>).transpose()?;
+    replica.ready(request.ready.as_ref().or(recorded.as_ref()), request.ready_timeout).await?;
+    let client = replica.client.clone();
+    blocking(move || client.commit().map_err(Cause::from)).await?;
+    Ok(replica.record.published.clone())
+}
+
+async fn admit(
+    request: &Request,
+    context: &Context,
+) -> std::result::Result<Admitted, (Cause, Option<Box<Spec>>)> {
+    let early = |cause: Cause| (cause, None);
+    let store = Store::open(&request.source.store).await.map_err(|error| early(error.into()))?;
+    let variants = store.resolve_all(&request.source).await.map_err(|error| early(error.into()))?;
+    let machine =
+        here(&context.criu_version).map_err(|error| early(Cause::io("look at this machine")(error)))?;
+    let mut refusal = None;
+    // The first variant that fits, the newest first; if none does, the newest says why.
+    for snapshot in variants {
+        let spec = spec(request, snapshot.manifest()).map_err(early)?;
+        let facts = snapshot.manifest().facts.clone();
+        let (asked, known) = (spec.clone(), machine.clone());
+        let (count, limit) = (request.count, spec.memory_bytes);
+        let verdict = tokio::task::spawn_blocking(move || {
+            let mut found = reasons(&facts, &known, &HostView::new(&asked));
+            found.extend(memory_reasons(&facts, limit, count, known.free_bytes));
+            found.extend(missing_sources(&asked));
+            found
+        });
+        let found = verdict.await.expect("the verdict does not panic");
+        if found.is_empty() {
+            return admitted(request, snapshot, spec).map_err(early);
+        }
+        refusal.get_or_insert((Cause::Incompatible { reasons: found }, Some(Box::new(spec))));
+    }
+    Err(refusal.expect("a tag has at least one variant"))
+}
+
+fn admitted(request: &Request, snapshot: Snapshot, spec: Spec) -> std::result::Result<Admitted, Cause> {
+    let manifest = snapshot.manifest().clone();
+    let recorded = manifest.facts.probe.clone().map(Recorded::from_json).transpose()?;
+    let post = manifest.facts.hooks.post.as_deref().map(str::parse::<Hook>).transpose()?;
+    let digest = Reference { target: Target::Digest(snapshot.digest()), ..request.source.clone() };
+    Ok(Admitted { source: digest.to_string(), manifest, snapshot, spec, recorded, post })
+}
+
+fn missing_sources(spec: &Spec) -> Vec<Reason> {
+    let missing = spec.mounts.iter().filter(|mount| !mount.source.exists());
+    missing.map(|mount| Reason::MountSource { path: mount.source.display().to_string() }).collect()
+}
+
+/// The replica that the snapshot describes, with what the user wants otherwise.
+fn spec(request: &Request, manifest: &Manifest) -> std::result::Result<Spec, Cause> {
+    let stored: Spec = serde_json::from_value(manifest.facts.spec.clone())
+        .map_err(|error| Cause::Inconsistent { what: format!("the replica's description: {error}") })?;
+    Ok(overridden(request, stored))
+}
+
+fn overridden(request: &Request, spec: Spec) -> Spec {
+    Spec {
+        name: None,
+        publish: request.publish.clone(),
+        memory_bytes: request.memory_bytes.or(spec.memory_bytes),
+        cpus: request.cpus.or(spec.cpus),
+        net: request.net.clone().unwrap_or(spec.net),
+        env: spec.env.into_iter().chain(request.env.clone()).collect(),
+        ..spec
+    }
+}
+
+fn names(request: &Request, snapshot: &str) -> Result<Vec<Name>> {
+    let base = match &request.name {
+        Some(name) => Ok(name.clone()),
+        None => snapshot.parse(),
+    };
+    let all = base.and_then(|base: Name| match request.count {
+        1 => Ok(vec![base]),
+        count => (1..=count).map(|number| format!("{base}-{number}").parse()).collect(),
+    });
+    all.map_err(|error| Error { name: snapshot.to_owned(), stage: Stage::Admit, cause: error.into() })
+}
+
+async fn sandboxes(
+    names: &[Name],
+    admitted: &Arc<Admitted>,
+    context: &Context,
+) -> Vec<std::result::Result<Arc<Replica>, Cause>> {
+    let generation = admitted.manifest.facts.spec["generation"].as_u64().unwrap_or(0) + 1;
+    let each = names.iter().map(|name| {
+        let (name, spec, context) = (name.clone(), admitted.spec.clone(), context.clone());
+        let origin = Origin::Restored { source: admitted.source.clone() };
+        blocking(move || Replica::prepare(&context, &name, spec, origin, generation).map(Arc::new))
+    });
+    join_all(each).await
+}
+
+async fn fetch(
+    boot: std::result::Result<Boot, rewarm_store::Error>,
+    replicas: &[Arc<Replica>],
+    context: &Context,
+) -> std::result::Result<(), Cause> {
+    let boot = boot?;
+    if replicas.is_empty() {
+        return Ok(());
+    }
+    fetch::into(replicas, &Blueprint::of(&boot)?, &boot, context.clock.progress()).await
+}
+
+/// The snapshot cannot be used at all: all replicas start cold, or none.
+async fn refused(
+    request: &Request,
+    context: &Context,
+    cause: Cause,
+    spec: Option<Box<Spec>>,
+) -> Result<Outcome> {
+    let known = spec.as_deref();
+    let command =
+        request.cold_fallback.as_ref().is_some_and(|command| !command.is_empty() || known.is_some());
+    if !command {
+        return Err(Error { name: request.source.to_string(), stage: Stage::Admit, cause });
+    }
+    let names = names(request, request.source.name.as_str())?;
+    let mut cause = Some(cause);
+    let mut replicas = Vec::new();
+    for name in &names {
+        let why =
+            cause.take().unwrap_or_else(|| Cause::Shared { what: "the snapshot cannot be used".to_owned() });
+        replicas.push(fall_back(name, request, context, known, Stage::Admit, why).await);
+    }
+    Ok(Outcome { source: None, replicas })
+}
+
+/// Starts a replica cold if the user wants that, and says why; otherwise gives the failure.
+async fn fall_back(
+    name: &Name,
+    request: &Request,
+    context: &Context,
+    spec: Option<&Spec>,
+    stage: Stage,
+    cause: Cause,
+) -> Result<Restored> {
+    let Some(command) = &request.cold_fallback else {
+        return Err(Error { name: name.to_string(), stage, cause });
+    };
+    let why = Error { name: name.to_string(), stage, cause };
+    let mut chain = vec![why.to_string()];
+    let mut source = std::error::Error::source(&why);
+    while let Some(error) = source {
+        chain.push(error.to_string());
+        source = error.source();
+    }
+    let why = chain.join(": ");
+    context.clock.progress().warning(&format!("starting {name} cold: {why}"));
+    let mut spec = spec.cloned().unwrap_or_else(|| overridden(request, Spec::default()));
+    if !command.is_empty() {
+        spec.command.clone_from(command);
+    }
+    let ready = request.ready.clone();
+    let started = crate::cold::start(name, spec, ready, request.ready_timeout, context).await?;
+    Ok(Restored { cold: Some(why), ..started })
+}
+
+async fn at<T>(
+    clock: &Clock,
+    stage: Stage,
+    work: impl Future<Output = std::result::Result<T, Cause>>,
+) -> std::result::Result<T, (Stage, Cause)> {
+    clock.stage(stage, work).await.map_err(|cause| (stage, cause))
+}
+
+/// Runs what may block where it may.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, Cause> + Send + 'static,
+) -> std::result::Result<T, Cause> {
+    tokio::task::spawn_blocking(work).await.expect("calls to the shim do not panic")
+}

@@ -1,0 +1,116 @@
+//! One replica from its name to its commit, restored or cold. Whoever gives it up kills it first, so that nothing is left.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rewarm_container::dial::Inside;
+use rewarm_container::shim::{Client, Prepare, RestoreRequest};
+use rewarm_container::{Name, Origin, Record, Spec};
+use rewarm_criu::config::Config;
+use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
+
+use crate::admission;
+use crate::error::Cause;
+use crate::pipeline::Context;
+
+/// Beside what the bytes need at a slow 100 MB/s.
+const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// A replica that is being made.
+pub(crate) struct Replica {
+    pub(crate) client: Arc<Client>,
+    pub(crate) record: Record,
+    inside: Inside,
+}
+
+impl Replica {
+    /// Takes the name, starts the shim and lays everything out; nothing runs yet.
+    pub(crate) fn prepare(
+        context: &Context,
+        name: &Name,
+        spec: Spec,
+        origin: Origin,
+        generation: u64,
+    ) -> Result<Self, Cause> {
+        let claim = context.state.create(name)?;
+        let client = Arc::new(Client::spawn(claim, &context.program)?);
+        match client.prepare(Prepare { spec, origin, generation }) {
+            Ok(prepared) => Ok(Self { inside: Inside::new(client.clone()), client, record: prepared.record }),
+            Err(error) => {
+                let _ = client.kill("it could not be laid out");
+                Err(error.into())
+            }
+        }
+    }
+
+    /// A replica that was laid out before.
+    pub(crate) fn over(client: Arc<Client>, record: Record) -> Self {
+        Self { inside: Inside::new(client.clone()), client, record }
+    }
+
+    /// Compares the images with the bundle, then lets CRIU restore them.
+    pub(crate) fn restore(&self, criu: PathBuf, bytes: u64) -> Result<u32, Cause> {
+        let inside = self.client.inside();
+        admission::check(&inside.images(), &inside.bundle().join("config.json"))?;
+        let timeout = RESTORE_TIMEOUT + Duration::from_millis(bytes / 100_000);
+        let request = RestoreRequest {
+            criu,
+            config: Config::restore().to_string(),
+            tcp_established: true,
+            file_locks: true,
+            lazy_pages: false,
+            images_attached: false,
+            residents: Vec::new(),
+            timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+        };
+        Ok(self.client.restore(request, &[])?)
+    }
+
+    /// Runs the hook that gives a clone its own identity.
+    pub(crate) async fn hook(&self, hook: Option<&Hook>, timeout: Duration) -> Result<(), Cause> {
+        if let Some(hook) = hook {
+            hook.run(&self.inside, self.port(), timeout).await?;
+        }
+        Ok(())
+    }
+
+    /// Asks the recorded questions again. Gives the number of answers that were compared.
+    pub(crate) async fn replay(&self, recorded: Option<&Recorded>) -> Result<usize, Cause> {
+        match recorded {
+            Some(recorded) => Ok(rewarm_probe::replay(recorded, &self.inside).await?.equal),
+            None => Ok(0),
+        }
+    }
+
+    /// Waits for the ready check; without one, until the first port listens; without a port, not at all.
+    pub(crate) async fn ready(&self, ready: Option<&Ready>, timeout: Duration) -> Result<(), Cause> {
+        let port = self.port();
+        let Some(ready) = ready.cloned().or_else(|| port.map(Ready::tcp)) else { return Ok(()) };
+        wait_ready(&ready, &self.inside, port, timeout, ended(self.client.clone())).await?;
+        Ok(())
+    }
+
+    /// Kills what runs and waits until nothing is left.
+    pub(crate) async fn give_up(&self, reason: &str) {
+        let (client, reason) = (self.client.clone(), reason.to_owned());
+        // A shim that is gone has nothing left to kill; the next command sweeps.
+        let _ = tokio::task::spawn_blocking(move || client.kill(&reason)).await;
+    }
+
+    fn port(&self) -> Option<u16> {
+        self.record.spec.ports.first().copied()
+    }
+}
+
+/// Completes when the server has ended, with its status in words. The thread that waits ends with the process.
+async fn ended(client: Arc<Client>) -> String {
+    let (told, hear) = tokio::sync::oneshot::channel();
+    std::thread::spawn(move || {
+        let _ = told.send(client.wait());
+    });
+    match hear.await {
+        Ok(Ok(exit)) => exit.status.to_string(),
+        _ => "its shim vanished".to_owned(),
+    }
+}

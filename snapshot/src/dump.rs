@@ -1,0 +1,118 @@
+//! The freeze: CRIU dumps into the receiver; delta and `/dev/shm` are copied before its end is voted for.
+
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rewarm_container::shim::DumpRequest;
+use rewarm_criu::config::Config;
+use rewarm_criu::page_server;
+use rewarm_criu::stats::{self, DumpStats};
+use rewarm_report::Stage;
+
+use crate::arena::Arena;
+use crate::capture::{Captured, capture};
+use crate::error::Cause;
+use crate::pipeline::{Context, Replica, Request, blocking};
+use crate::preflight::Findings;
+use crate::receive::{Pages, Receiver};
+
+/// Beside what the server is known to have, so that it may grow until the freeze.
+const MARGIN_BYTES: u64 = 256 << 20;
+
+/// A frozen server, copied.
+pub(crate) struct Dumped {
+    pub(crate) pages: Pages,
+    pub(crate) upper: Captured,
+    pub(crate) shm: Captured,
+    pub(crate) stats: DumpStats,
+}
+
+impl Dumped {
+    pub(crate) fn received_bytes(&self) -> u64 {
+        self.pages.received_bytes()
+    }
+}
+
+/// What is copied inside the freeze: the upper layer and `/dev/shm`.
+type Copied = Option<(Captured, Captured)>;
+
+/// Dumps the replica. It goes on afterwards, or stays frozen if it was frozen before.
+pub(crate) async fn dump(
+    replica: &Replica,
+    findings: &Findings,
+    request: &Request,
+    context: &Context,
+) -> Result<Dumped, Cause> {
+    let budget = rewarm_sys::machine::free_bytes().map_err(Cause::io("look at free memory"))?;
+    let expected = findings.memory_bytes;
+    let touched =
+        tokio::task::spawn_blocking(move || Arena::touched(expected, (expected + MARGIN_BYTES).min(budget)));
+    let arena = touched
+        .await
+        .expect("touching memory does not panic")
+        .map_err(Cause::io("set memory aside for the server's pages"))?;
+    let copied = Arc::new(Mutex::new(Copied::default()));
+    let at_vote = copy_at_vote(replica, context, budget.saturating_sub(expected), copied.clone());
+    let (ours, theirs) = UnixStream::pair().map_err(Cause::io("make a socket pair for CRIU's pages"))?;
+    ours.set_read_timeout(Some(request.freeze_timeout)).map_err(Cause::io("set the deadline of the dump"))?;
+    let ended = ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?;
+    let receiving = tokio::task::spawn_blocking(move || {
+        let mut receiver = Receiver::new(arena, at_vote);
+        let received = page_server::serve(&ours, &mut receiver);
+        // Whatever went wrong, CRIU must notice: a dump has no deadline of its own.
+        let _ = ours.shutdown(std::net::Shutdown::Both);
+        (receiver, received)
+    });
+    let asked = DumpRequest {
+        criu: context.criu.clone(),
+        config: Config::dump().skip_in_flight().to_string(),
+        tcp_established: true,
+        file_locks: true,
+        timeout_ms: u64::try_from(request.freeze_timeout.as_millis()).unwrap_or(u64::MAX),
+    };
+    let client = replica.client.clone();
+    let dumping = blocking(move || client.dump(asked, theirs)).await;
+    let _ = ended.shutdown(std::net::Shutdown::Both);
+    let (mut receiver, received) = receiving.await.expect("receiving does not panic");
+    if let Some(failure) = receiver.take_failure() {
+        return Err(Cause::Receive(failure));
+    }
+    dumping.map_err(|error| explain(error, received.as_ref().err(), request.freeze_timeout))?;
+    received?;
+    let pages = receiver.finish().map_err(Cause::io("keep the server's pages"))?;
+    let trees = copied.lock().expect("no panic while copying").take();
+    let (upper, shm) = trees.expect("CRIU succeeded, so it asked for the vote");
+    let stats = stats::dump(&replica.client.inside().dump_work())?;
+    Ok(Dumped { pages, upper, shm, stats })
+}
+
+/// The work of the vote: everything is frozen, so files have exactly the sizes that the images name.
+fn copy_at_vote(
+    replica: &Replica,
+    context: &Context,
+    mut budget: u64,
+    copied: Arc<Mutex<Copied>>,
+) -> Box<dyn FnOnce() -> io::Result<()> + Send> {
+    let inside = replica.client.inside();
+    let clock = context.clock.clone();
+    Box::new(move || {
+        let start = Instant::now();
+        let upper = capture(&inside.upper(), &mut budget)?;
+        let shm = capture(&inside.shm(), &mut budget)?;
+        *copied.lock().expect("no panic while copying") = Some((upper, shm));
+        clock.record(Stage::Delta, start, start.elapsed());
+        Ok(())
+    })
+}
+
+/// The receiver's own reason says more than CRIU's "broken pipe" after it.
+fn explain(error: rewarm_container::Error, received: Option<&rewarm_criu::Error>, limit: Duration) -> Cause {
+    match received {
+        Some(rewarm_criu::Error::PageServer(page_server::Fault::Deadline { .. })) => {
+            Cause::Deadline { seconds: limit.as_secs() }
+        }
+        _ => Cause::Container(error),
+    }
+}

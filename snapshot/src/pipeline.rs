@@ -1,0 +1,293 @@
+//! The stages of a snapshot, in order. Open this file first.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rewarm_container::dial::Inside;
+use rewarm_container::shim::Client;
+use rewarm_container::{Name, Net, Record, State, Status};
+use rewarm_probe::{Hook, Probe, Recorded};
+use rewarm_report::{Aftermath, Clock, Stage};
+use rewarm_store::{Compression, Published, Reference, Session, SessionOptions, Store, Target};
+
+use crate::dump::Dumped;
+use crate::error::{Cause, Error, Result};
+use crate::preflight::{self, Findings, Rules};
+use crate::{dump, facts, skeleton, upload};
+
+/// What a user asks for.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The replica.
+    pub name: Name,
+    /// Where to.
+    pub destination: Reference,
+    /// End the server once the snapshot is published.
+    pub stop: bool,
+    /// Questions whose answers every restored replica must repeat.
+    pub probe: Option<Probe>,
+    /// Hook before the dump.
+    pub pre: Option<Hook>,
+    /// Hook after it, here and in each restored replica.
+    pub post: Option<Hook>,
+    /// How long a hook may take.
+    pub hook_timeout: Duration,
+    /// How chunks are stored.
+    pub compression: Compression,
+    /// Connections to the outside come back closed instead of being refused.
+    pub tcp_close: bool,
+    /// How long the server may be frozen before the dump is given up.
+    pub freeze_timeout: Duration,
+}
+
+/// What the pipeline works with.
+#[derive(Clone)]
+pub struct Context {
+    /// The replicas of this machine.
+    pub state: State,
+    /// The CRIU program.
+    pub criu: PathBuf,
+    /// Its version.
+    pub criu_version: String,
+    /// runc's version.
+    pub runc_version: String,
+    /// Measures the stages.
+    pub clock: Clock,
+}
+
+/// A snapshot that was made.
+#[derive(Debug, Clone)]
+pub struct Outcome {
+    /// Where it lies.
+    pub reference: Reference,
+    /// Its digest and its sums.
+    pub published: Published,
+    /// How long CRIU held the server.
+    pub frozen: Duration,
+    /// Bytes that CRIU sent.
+    pub received_bytes: u64,
+    /// Answers recorded by the probe.
+    pub probe_answers: usize,
+    /// Things a person should read.
+    pub warnings: Vec<String>,
+}
+
+/// Makes a snapshot of a running replica.
+///
+/// # Errors
+/// Whatever stage fails; the error says in which state the server was found after everything was undone.
+pub async fn run(request: Request, context: Context) -> Result<Outcome> {
+    let mut attempt = Attempt { request, context, warnings: Vec::new(), replica: None, drained: false };
+    let result = attempt.stages().await;
+    let aftermath = attempt.undo(result.is_ok()).await;
+    let warnings = std::mem::take(&mut attempt.warnings);
+    result.map(|outcome| Outcome { warnings, ..outcome }).map_err(|(stage, cause)| Error {
+        name: attempt.request.name.to_string(),
+        stage,
+        cause,
+        aftermath,
+    })
+}
+
+/// The replica that is being dumped.
+pub(crate) struct Replica {
+    pub(crate) client: Arc<Client>,
+    pub(crate) record: Record,
+    pub(crate) inside: Inside,
+}
+
+struct Attempt {
+    request: Request,
+    context: Context,
+    warnings: Vec<String>,
+    replica: Option<Replica>,
+    /// The pre hook ran, so the post hook is due.
+    drained: bool,
+}
+
+type Staged<T> = std::result::Result<T, (Stage, Cause)>;
+
+impl Attempt {
+    async fn stages(&mut self) -> Staged<Outcome> {
+        let clock = self.context.clock.clone();
+        let (findings, session) = at(&clock, Stage::Preflight, self.preflight()).await?;
+        let recorded = at(&clock, Stage::Record, self.record()).await?;
+        at(&clock, Stage::Drain, self.drain()).await?;
+        let dumped = at(&clock, Stage::Dump, self.dump(&findings)).await?;
+        at(&clock, Stage::Resume, self.resume()).await?;
+        let (frozen, received_bytes) = (dumped.stats.frozen, dumped.received_bytes());
+        let facts = at(&clock, Stage::Upload, self.upload(&session, dumped, recorded.as_ref())).await?;
+        let published = at(&clock, Stage::Publish, self.publish(session, facts)).await?;
+        Ok(Outcome {
+            reference: self.request.destination.clone(),
+            published,
+            frozen,
+            received_bytes,
+            probe_answers: recorded.map_or(0, |recorded| recorded.exchanges.len()),
+            warnings: Vec::new(),
+        })
+    }
+
+    async fn preflight(&mut self) -> std::result::Result<(Findings, Session), Cause> {
+        let (state, name) = (self.context.state.clone(), self.request.name.clone());
+        let client = Arc::new(blocking(move || Client::connect(&state, &name)).await?);
+        let asked = client.clone();
+        let record = blocking(move || asked.status()).await?;
+        self.replica = Some(Replica { inside: Inside::new(client.clone()), client, record: record.clone() });
+        let (Status::Ready, Some(pid)) = (record.status, record.pid) else {
+            return Err(Cause::State { status: record.status.to_string() });
+        };
+        let rules = Rules { tcp_close: self.request.tcp_close, private_net: record.spec.net == Net::Private };
+        let examined = tokio::task::spawn_blocking(move || {
+            preflight::examine(signed(pid), signed(record.shim_pid), rules)
+        });
+        let findings = examined.await.expect("the preflight does not panic");
+        let mut findings = findings.map_err(|obstacles| Cause::Obstacles { obstacles })?;
+        for warning in &findings.warnings {
+            self.context.clock.progress().warning(warning);
+        }
+        self.warnings.append(&mut findings.warnings);
+        let session = self.open_store().await?;
+        Ok((findings, session))
+    }
+
+    /// Before anything is frozen: a store that cannot be reached must cost the server nothing.
+    async fn open_store(&self) -> std::result::Result<Session, Cause> {
+        let destination = &self.request.destination;
+        let store = Store::open(&destination.store).await?;
+        let options = SessionOptions {
+            compression: self.request.compression,
+            destination: Some((destination.name.clone(), self.tag().to_owned())),
+        };
+        Ok(store.begin(options).await?)
+    }
+
+    async fn record(&mut self) -> std::result::Result<Option<Recorded>, Cause> {
+        let Some(probe) = &self.request.probe else { return Ok(None) };
+        let replica = self.replica.as_ref().expect("connected at the preflight");
+        Ok(Some(probe.record(&replica.inside, replica.port()).await?))
+    }
+
+    async fn drain(&mut self) -> std::result::Result<(), Cause> {
+        self.drained = true;
+        let Some(hook) = &self.request.pre else { return Ok(()) };
+        let replica = self.replica.as_ref().expect("connected at the preflight");
+        hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await?;
+        Ok(())
+    }
+
+    async fn dump(&mut self, findings: &Findings) -> std::result::Result<Dumped, Cause> {
+        let replica = self.replica.as_ref().expect("connected at the preflight");
+        if self.request.stop {
+            let client = replica.client.clone();
+            blocking(move || client.freeze()).await?;
+        }
+        dump::dump(replica, findings, &self.request, &self.context).await
+    }
+
+    /// The server goes on; with `--stop` it stays frozen until the snapshot exists.
+    async fn resume(&mut self) -> std::result::Result<(), Cause> {
+        if !self.request.stop {
+            self.post_hook().await;
+        }
+        Ok(())
+    }
+
+    async fn upload(
+        &mut self,
+        session: &Session,
+        dumped: Dumped,
+        recorded: Option<&Recorded>,
+    ) -> std::result::Result<rewarm_store::Facts, Cause> {
+        let replica = self.replica.as_ref().expect("connected at the preflight");
+        let closed = skeleton::store(session, replica, self.request.tcp_close).await?;
+        if closed > 0 {
+            tracing::debug!(closed, "connections will come back closed");
+        }
+        let mut facts = facts::gather(replica, &dumped, &self.request, &self.context, recorded).await?;
+        let client = replica.client.clone();
+        blocking(move || client.release_dump()).await?;
+        facts.memory = upload::all(session, dumped, self.context.clock.progress().as_ref()).await?;
+        Ok(facts)
+    }
+
+    async fn publish(
+        &mut self,
+        session: Session,
+        facts: rewarm_store::Facts,
+    ) -> std::result::Result<Published, Cause> {
+        let published = session.publish(&self.request.destination.name, self.tag(), facts).await?;
+        if self.request.stop {
+            let client = self.replica.as_ref().expect("connected at the preflight").client.clone();
+            blocking(move || client.kill("snapshot --stop")).await?;
+        }
+        Ok(published)
+    }
+
+    /// Lets the server go on whatever happened, runs the post hook if it is still due, and looks at what is true.
+    async fn undo(&mut self, succeeded: bool) -> Aftermath {
+        let Some(replica) = &self.replica else { return Aftermath::Nothing };
+        if self.request.stop && !succeeded {
+            let client = replica.client.clone();
+            // Not frozen by us is as good: what counts is the state that is read below.
+            let _ = blocking(move || client.thaw()).await;
+        }
+        if !succeeded || !self.request.stop {
+            self.post_hook().await;
+        }
+        let replica = self.replica.as_ref().expect("matched above");
+        let client = replica.client.clone();
+        match blocking(move || client.status()).await.map(|record| record.status) {
+            Ok(Status::Ready) => Aftermath::Serving,
+            Ok(Status::Frozen) => Aftermath::Stopped,
+            _ => Aftermath::Gone,
+        }
+    }
+
+    async fn post_hook(&mut self) {
+        if !std::mem::take(&mut self.drained) {
+            return;
+        }
+        let (Some(hook), Some(replica)) = (&self.request.post, &self.replica) else { return };
+        if let Err(error) = hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await {
+            // The snapshot itself is as good as without it: clones run the hook for themselves.
+            let warning = format!("the post hook failed on the source: {error}");
+            self.context.clock.progress().warning(&warning);
+            self.warnings.push(warning);
+        }
+    }
+
+    fn tag(&self) -> &str {
+        match &self.request.destination.target {
+            Target::Tag(tag) => tag,
+            Target::Digest(_) => unreachable!("the command line refuses a digest as a destination"),
+        }
+    }
+}
+
+impl Replica {
+    /// The port that probes and hooks mean when they name none.
+    pub(crate) fn port(&self) -> Option<u16> {
+        self.record.spec.ports.first().copied()
+    }
+}
+
+async fn at<T>(
+    clock: &Clock,
+    stage: Stage,
+    work: impl Future<Output = std::result::Result<T, Cause>>,
+) -> Staged<T> {
+    clock.stage(stage, work).await.map_err(|cause| (stage, cause))
+}
+
+/// Runs a call to the shim where it may block.
+pub(crate) async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> std::result::Result<T, rewarm_container::Error> + Send + 'static,
+) -> std::result::Result<T, rewarm_container::Error> {
+    tokio::task::spawn_blocking(work).await.expect("calls to the shim do not panic")
+}
+
+fn signed(pid: u32) -> i32 {
+    i32::try_from(pid).expect("the kernel's largest pid fits")
+}

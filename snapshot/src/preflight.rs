@@ -1,0 +1,310 @@
+//! Looks for what cannot be dumped, before anything is touched.
+//!
+//! Reads `/proc` of every task of the replica and answers with every reason at once. What only CRIU can see is left to
+//! CRIU: a dump that it refuses leaves the server running.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::net::SocketAddr;
+
+use procfs::net::TcpState;
+use procfs::process::{FDTarget, Process};
+
+/// CRIU copies a deleted file that is still open into the image, up to this size (`ghost-limit`).
+pub(crate) const GHOST_BYTES_MAX: u64 = 1 << 30;
+
+/// One thing that cannot be dumped, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum Obstacle {
+    /// An io_uring exists; CRIU cannot carry it.
+    #[error(
+        "process {pid} holds an io_uring (fd {fd}), which cannot be carried; start the server under `rewarm run`, which makes libraries fall back"
+    )]
+    IoUring {
+        /// Which process.
+        pid: i32,
+        /// Which descriptor.
+        fd: i32,
+    },
+    /// A GPU device is open; this version has no device plane.
+    #[error("process {pid} holds {path}: device state is not carried yet")]
+    Device {
+        /// Which process.
+        pid: i32,
+        /// The device file.
+        path: String,
+    },
+    /// A deleted file that is open is larger than CRIU may copy.
+    #[error(
+        "process {pid} holds the deleted file {path} of {bytes} bytes; at most {GHOST_BYTES_MAX} bytes are carried"
+    )]
+    Ghost {
+        /// Which process.
+        pid: i32,
+        /// Its former path.
+        path: String,
+        /// Its size.
+        bytes: u64,
+    },
+    /// A file is open that lies in none of the replica's mounts.
+    #[error(
+        "process {pid} holds {path} (fd {fd}), which lies outside of the replica's mounts; bring it in with --mount"
+    )]
+    OutsideFile {
+        /// Which process.
+        pid: i32,
+        /// Which descriptor.
+        fd: i32,
+        /// The path as the process sees it.
+        path: String,
+    },
+    /// A connection leaves the replica.
+    #[error(
+        "process {pid} holds a connection from {local} to {remote} outside of the replica; close it in a pre hook, or let clones find it closed with --tcp-close"
+    )]
+    Outside {
+        /// Which process.
+        pid: i32,
+        /// The replica's end.
+        local: SocketAddr,
+        /// The other end.
+        remote: SocketAddr,
+    },
+    /// The server's memory does not fit into what is free.
+    #[error("the server has {server_bytes} bytes of memory to copy and {free_bytes} bytes are free")]
+    Memory {
+        /// Anonymous and shared bytes of all tasks.
+        server_bytes: u64,
+        /// What the system can give without pressure.
+        free_bytes: u64,
+    },
+}
+
+/// What the preflight learned of a replica that can be dumped.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Findings {
+    /// Bytes that CRIU will send, at most.
+    pub(crate) memory_bytes: u64,
+    /// Inodes of sockets that must come back closed in a clone.
+    pub(crate) close: Vec<u64>,
+    /// Things a person should read.
+    pub(crate) warnings: Vec<String>,
+}
+
+/// What the caller allows.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rules {
+    /// Connections to the outside come back closed instead of being refused.
+    pub(crate) tcp_close: bool,
+    /// Every socket in the network namespace that is not the server's is Rewarm's own.
+    pub(crate) private_net: bool,
+}
+
+/// Examines the task `init` and all its descendants.
+pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Vec<Obstacle>> {
+    let tasks = descendants(init);
+    let mut obstacles = Vec::new();
+    let mut findings = Findings::default();
+    let mut sockets: BTreeMap<u64, i32> = BTreeMap::new();
+    for task in &tasks {
+        findings.memory_bytes += task_bytes(task);
+        descriptors(task, &mut sockets, &mut obstacles);
+    }
+    findings.warnings.extend(secrets(&tasks));
+    connections(init, shim, rules, &sockets, &mut findings, &mut obstacles);
+    let free_bytes = rewarm_sys::machine::free_bytes().unwrap_or(0);
+    if findings.memory_bytes > free_bytes {
+        obstacles.push(Obstacle::Memory { server_bytes: findings.memory_bytes, free_bytes });
+    }
+    if obstacles.is_empty() { Ok(findings) } else { Err(obstacles) }
+}
+
+/// A task and all that descend from it, `init` first. Tasks that end meanwhile are left out.
+pub(crate) fn descendants(init: i32) -> Vec<Process> {
+    let mut found = Vec::new();
+    let mut queue = vec![init];
+    while let Some(pid) = queue.pop() {
+        let Ok(process) = Process::new(pid) else { continue };
+        for thread in process.tasks().into_iter().flatten().flatten() {
+            queue.extend(
+                thread.children().unwrap_or_default().into_iter().filter_map(|pid| i32::try_from(pid).ok()),
+            );
+        }
+        found.push(process);
+    }
+    found
+}
+
+/// Bytes of a task that CRIU will send: its own pages, and shared memory that has no file.
+fn task_bytes(task: &Process) -> u64 {
+    let Ok(status) = task.status() else { return 0 };
+    let kib = |value: Option<u64>| value.unwrap_or(0) * 1024;
+    kib(status.rssanon) + kib(status.rssshmem)
+}
+
+fn descriptors(task: &Process, sockets: &mut BTreeMap<u64, i32>, obstacles: &mut Vec<Obstacle>) {
+    let pid = task.pid();
+    let mounts: BTreeSet<String> = task
+        .mountinfo()
+        .map(|list| list.into_iter().map(|mount| mount.mnt_id.to_string()).collect())
+        .unwrap_or_default();
+    for fd in task.fd().into_iter().flatten().flatten() {
+        match &fd.target {
+            FDTarget::Socket(inode) => {
+                sockets.insert(*inode, pid);
+            }
+            FDTarget::AnonInode(kind) if kind.contains("io_uring") => {
+                obstacles.push(Obstacle::IoUring { pid, fd: fd.fd });
+            }
+            FDTarget::Path(path) => file(pid, fd.fd, &path.to_string_lossy(), &mounts, obstacles),
+            _ => {}
+        }
+    }
+}
+
+fn file(pid: i32, fd: i32, path: &str, mounts: &BTreeSet<String>, obstacles: &mut Vec<Obstacle>) {
+    if path.starts_with("/dev/nvidia") {
+        obstacles.push(Obstacle::Device { pid, path: path.to_owned() });
+        return;
+    }
+    // A memfd is named like a deleted file and is carried as memory, whatever its size.
+    if path.starts_with("/memfd:") {
+        return;
+    }
+    if let Some(path) = path.strip_suffix(" (deleted)") {
+        let bytes = std::fs::metadata(format!("/proc/{pid}/fd/{fd}")).map(|m| m.len()).unwrap_or(0);
+        if bytes > GHOST_BYTES_MAX {
+            obstacles.push(Obstacle::Ghost { pid, path: path.to_owned(), bytes });
+        }
+        return;
+    }
+    // The kernel names the mount of every descriptor; one that the process's own namespace lacks was handed in.
+    let info = std::fs::read_to_string(format!("/proc/{pid}/fdinfo/{fd}")).unwrap_or_default();
+    let mount = info.lines().find_map(|line| line.strip_prefix("mnt_id:")).map(str::trim);
+    if let Some(mount) = mount
+        && path.starts_with('/')
+        && path != "/dev/null"
+        && !mounts.is_empty()
+        && !mounts.contains(mount)
+    {
+        obstacles.push(Obstacle::OutsideFile { pid, fd, path: path.to_owned() });
+    }
+}
+
+/// Sorts the established connections of the replica: inside (carried), Rewarm's own (closed in a clone), outside.
+fn connections(
+    init: i32,
+    shim: i32,
+    rules: Rules,
+    sockets: &BTreeMap<u64, i32>,
+    findings: &mut Findings,
+    obstacles: &mut Vec<Obstacle>,
+) {
+    let Ok(process) = Process::new(init) else { return };
+    let entries: Vec<_> = process
+        .tcp()
+        .into_iter()
+        .chain(process.tcp6())
+        .flatten()
+        .filter(|e| e.state != TcpState::Listen)
+        .collect();
+    let ours: BTreeSet<u64> = Process::new(shim)
+        .and_then(|process| process.fd())
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|fd| if let FDTarget::Socket(inode) = fd.target { Some(inode) } else { None })
+        .collect();
+    for entry in &entries {
+        let Some(pid) = sockets.get(&entry.inode) else { continue };
+        let peer = entries.iter().find(|other| {
+            other.local_address == entry.remote_address && other.remote_address == entry.local_address
+        });
+        match peer {
+            Some(peer) if sockets.contains_key(&peer.inode) => {}
+            Some(peer) if rules.private_net || ours.contains(&peer.inode) => findings.close.push(entry.inode),
+            // The other end is gone already: nobody can notice that it does not come back.
+            None if rules.private_net => findings.close.push(entry.inode),
+            _ if rules.tcp_close => findings.close.push(entry.inode),
+            _ => obstacles.push(Obstacle::Outside {
+                pid: *pid,
+                local: entry.local_address,
+                remote: entry.remote_address,
+            }),
+        }
+    }
+}
+
+/// Warns of environment variables whose names look like secrets: a snapshot carries their values.
+fn secrets(tasks: &[Process]) -> Vec<String> {
+    const MARKS: [&str; 6] = ["TOKEN", "SECRET", "PASSWORD", "PASSWD", "CREDENTIAL", "API_KEY"];
+    let mut names = BTreeSet::new();
+    for task in tasks {
+        for name in task.environ().unwrap_or_default().into_keys() {
+            let name = name.to_string_lossy().into_owned();
+            let upper = name.to_uppercase();
+            if MARKS.iter().any(|mark| upper.contains(mark)) || upper.ends_with("_KEY") {
+                names.insert(name);
+            }
+        }
+    }
+    if names.is_empty() {
+        return Vec::new();
+    }
+    let names: Vec<String> = names.into_iter().collect();
+    vec![format!(
+        "the environment looks as if it held secrets ({}): every clone gets them, and so does whoever can read the store",
+        names.join(", ")
+    )]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_can_be_examined_and_its_own_loopback_connection_is_inside() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let _client = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
+        let _server = listener.accept().expect("accepted");
+        let pid = i32::try_from(std::process::id()).expect("a pid");
+        let findings =
+            examine(pid, pid, Rules { tcp_close: false, private_net: false }).expect("nothing in the way");
+        assert!(findings.memory_bytes > 0);
+        assert_eq!(findings.close, [] as [u64; 0]);
+    }
+
+    #[test]
+    fn a_connection_whose_other_end_is_elsewhere_is_refused_with_both_addresses() {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
+        let address = listener.local_addr().expect("bound");
+        // The peer is another process that does not belong to the replica.
+        let mut peer = std::process::Command::new("bash")
+            .args(["-c", &format!("exec 3<>/dev/tcp/127.0.0.1/{}; read -t 20 <&3", address.port())])
+            .spawn()
+            .expect("bash");
+        let (_server, remote) = listener.accept().expect("accepted");
+        let pid = i32::try_from(std::process::id()).expect("a pid");
+        let sockets = {
+            let mut sockets = BTreeMap::new();
+            descriptors(&Process::myself().expect("proc"), &mut sockets, &mut Vec::new());
+            sockets
+        };
+        let rules = Rules { tcp_close: false, private_net: false };
+        let (mut findings, mut obstacles) = (Findings::default(), Vec::new());
+        connections(pid, pid, rules, &sockets, &mut findings, &mut obstacles);
+        let seen = obstacles.iter().any(
+            |o| matches!(o, Obstacle::Outside { local, remote: r, .. } if *local == address && *r == remote),
+        );
+        let (mut closed, mut none) = (Findings::default(), Vec::new());
+        connections(pid, pid, Rules { tcp_close: true, ..rules }, &sockets, &mut closed, &mut none);
+        peer.kill().expect("killed");
+        peer.wait().expect("reaped");
+        assert!(seen, "{obstacles:?}");
+        assert!(!closed.close.is_empty());
+    }
+
+    #[test]
+    fn a_missing_process_has_no_descendants() {
+        assert!(descendants(i32::MAX).is_empty());
+    }
+}
