@@ -4,10 +4,14 @@
 
 mod abi;
 pub mod fdpass;
+pub mod guard;
 pub mod machine;
 pub mod mount;
 pub mod netns;
 pub mod pidfd;
 pub mod process;
 pub mod procmem;
+#[cfg(feature = "testing")]
+pub mod trial;
+pub mod shared;
 pub mod uffd;

@@ -14,7 +14,7 @@ use crate::error::{Damage, Error, Result};
 use crate::format::index::ChunkRef;
 use crate::format::pack_path;
 use crate::limits::{DECODE_BYTES, GAP_BYTES, REQUEST_BYTES};
-use crate::reader::{Boot, BootInner, ChunkMap};
+use crate::reader::{Boot, BootInner, Chunk, ChunkMap};
 
 /// Receives the content of a region.
 pub trait Sink: Send + Sync {
@@ -67,8 +67,27 @@ impl Boot {
     /// # Panics
     /// If there is no such region.
     pub async fn fetch(&self, region: usize, sink: Arc<dyn Sink>, parallel: usize) -> Result<Fetched> {
+        self.fetch_where(region, |_| true, sink, parallel).await
+    }
+
+    /// Fetches those chunks of a region that `wanted` names, as [`Boot::fetch`] does: for content that is needed before
+    /// the rest.
+    ///
+    /// # Errors
+    /// As [`Boot::fetch`].
+    ///
+    /// # Panics
+    /// If there is no such region.
+    pub async fn fetch_where(
+        &self,
+        region: usize,
+        wanted: impl Fn(Chunk) -> bool,
+        sink: Arc<dyn Sink>,
+        parallel: usize,
+    ) -> Result<Fetched> {
         let map = self.chunks(region).await?;
-        let requests = plan(map.refs());
+        let chosen = (0..map.len()).filter(|&n| wanted(map.get(n).expect("it is below the length"))).collect();
+        let requests = plan(map.refs(), chosen);
         let job = Arc::new(Job { boot: self.inner.clone(), map, region, sink });
         let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
         let fetched = stream::iter(requests)
@@ -132,8 +151,7 @@ impl Sink for Nowhere {
 }
 
 /// Joins chunks that lie near each other in a pack to requests of about [`REQUEST_BYTES`].
-fn plan(refs: &[ChunkRef]) -> Vec<Request> {
-    let mut order: Vec<usize> = (0..refs.len()).collect();
+fn plan(refs: &[ChunkRef], mut order: Vec<usize>) -> Vec<Request> {
     order.sort_by_key(|&n| (refs[n].pack, refs[n].offset));
     let mut requests: Vec<Request> = Vec::new();
     for n in order {
