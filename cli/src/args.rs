@@ -91,6 +91,9 @@ pub(crate) enum Command {
     /// Own a replica. Started by `run` and `restore`, not by hand.
     #[command(hide = true)]
     Shim(Shim),
+    /// Fill a restored replica's memory. Started by its shim, not by hand.
+    #[command(hide = true)]
+    Pager(Pager),
     /// Print this help, or that of a verb, or the exit codes.
     Help(Help),
 }
@@ -218,6 +221,9 @@ pub(crate) struct Restore {
     /// How long to wait for it.
     #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10m")]
     pub(crate) ready_timeout: Duration,
+    /// When memory is filled: lazy (while the server runs), eager (before it runs) or auto.
+    #[arg(long, value_name = "MODE", value_enum, default_value = "auto")]
+    pub(crate) mode: Mode,
     /// Do not ask the recorded questions: the replica may answer otherwise and nobody would know.
     #[arg(long)]
     pub(crate) no_probe: bool,
@@ -227,6 +233,17 @@ pub(crate) struct Restore {
     /// The command of a cold fallback.
     #[arg(last = true, value_name = "CMD", requires = "cold_fallback")]
     pub(crate) command: Vec<String>,
+}
+
+/// When a restored replica's memory is filled.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub(crate) enum Mode {
+    /// What suits the snapshot.
+    Auto,
+    /// While the server runs; what is touched comes first.
+    Lazy,
+    /// Before the server runs.
+    Eager,
 }
 
 #[derive(Debug, Args)]
@@ -335,6 +352,16 @@ pub(crate) struct Shim {
     /// The replica.
     #[arg(long, value_name = "NAME")]
     pub(crate) name: Name,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Pager {
+    /// CRIU's work directory.
+    #[arg(value_name = "WORK")]
+    pub(crate) work: PathBuf,
+    /// A folder whose cgroup.procs lists the server's processes.
+    #[arg(value_name = "CGROUP")]
+    pub(crate) cgroup: PathBuf,
 }
 
 #[derive(Debug, Args)]

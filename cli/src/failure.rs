@@ -8,10 +8,37 @@ use std::io;
 use std::path::PathBuf;
 
 use rewarm_report::{Aftermath, Class, Classify, Stage};
+use serde::Serialize;
 use serde_json::json;
 
 use crate::exit::Exit;
 use crate::{hints, render};
+
+/// A failure in JSON.
+#[derive(Debug, Serialize)]
+pub(crate) struct Told {
+    /// What failed, as a phrase after "failed to".
+    #[serde(skip_serializing_if = "Option::is_none")]
+    doing: Option<String>,
+    /// The replica, where it is one of several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stage: Option<Stage>,
+    /// The messages, outermost first.
+    chain: Vec<String>,
+    class: Class,
+    /// The exit code of this class.
+    exit: u8,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hint: Option<&'static str>,
+    /// The last lines of the server's output.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    output: Option<String>,
+    /// What is true of the server now.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    aftermath: Option<Aftermath>,
+}
 
 /// Why a command did not do what it was asked for.
 #[derive(Debug, thiserror::Error)]
@@ -34,6 +61,22 @@ pub(crate) enum Cause {
     /// A stage of the snapshot pipeline.
     #[error(transparent)]
     Snapshot(Box<rewarm_snapshot::Error>),
+    /// A stage of the restore pipeline.
+    #[error(transparent)]
+    Restore(Box<rewarm_restore::Error>),
+    /// Some of several replicas could not be restored; the others serve.
+    #[error("{failed} of {of} replicas could not be restored; the others serve")]
+    SomeFailed {
+        /// How many failed.
+        failed: usize,
+        /// How many were wanted.
+        of: usize,
+        /// Why each of them.
+        causes: Vec<Cause>,
+    },
+    /// `/proc` does not tell what this machine is.
+    #[error("look at this machine")]
+    Machine(#[source] io::Error),
     /// There is no runc.
     #[error("no runc program in PATH")]
     NoRunc,
@@ -91,6 +134,7 @@ boxed! {
     Store rewarm_store::Error;
     Criu rewarm_criu::Error;
     Snapshot rewarm_snapshot::Error;
+    Restore rewarm_restore::Error;
     Probe rewarm_probe::Error;
 }
 
@@ -110,9 +154,12 @@ impl Classify for Cause {
             Cause::Store(error) => error.class(),
             Cause::Criu(error) => error.class(),
             Cause::Snapshot(error) => error.class(),
+            Cause::Restore(error) => error.class(),
             Cause::NotReady { cause, .. } => cause.class(),
             Cause::NoRunc => Class::Incompatible,
-            Cause::Interrupted { .. }
+            Cause::SomeFailed { .. }
+            | Cause::Machine(_)
+            | Cause::Interrupted { .. }
             | Cause::Signals(_)
             | Cause::Runtime(_)
             | Cause::File { .. }
@@ -131,10 +178,13 @@ impl Cause {
             Cause::Store(error) => hints::store(error),
             Cause::Probe(error) => hints::probe(error),
             Cause::Snapshot(error) => hints::snapshot(&error.cause),
+            Cause::Restore(error) => hints::restore(&error.cause),
             Cause::NoRunc => {
                 Some("install runc 1.1 or later; `rewarm doctor` lists every need of this machine")
             }
             Cause::Usage { .. }
+            | Cause::SomeFailed { .. }
+            | Cause::Machine(_)
             | Cause::Interrupted { .. }
             | Cause::Signals(_)
             | Cause::Runtime(_)
@@ -156,7 +206,50 @@ impl Cause {
         match self {
             Cause::NotReady { cause, .. } => cause.chain(),
             Cause::Snapshot(error) => staged(error.stage, &error.cause),
+            Cause::Restore(error) => staged(error.stage, &error.cause),
             other => messages(other),
+        }
+    }
+
+    /// The failure as a program reads it.
+    pub(crate) fn json(&self) -> serde_json::Value {
+        json!({
+            "chain": self.chain(),
+            "class": self.class(),
+            "exit": Exit::from(self.class()).code(),
+            "hint": self.hint(),
+            "output": self.output(),
+            "aftermath": self.aftermath(),
+        })
+    }
+
+    /// The failure as a program reads it.
+    pub(crate) fn told(&self) -> Told {
+        Told {
+            doing: None,
+            name: match self {
+                Cause::Restore(error) => Some(error.name.clone()),
+                _ => None,
+            },
+            stage: match self {
+                Cause::Snapshot(error) => Some(error.stage),
+                Cause::Restore(error) => Some(error.stage),
+                _ => None,
+            },
+            chain: self.chain(),
+            class: self.class(),
+            exit: Exit::from(self.class()).code(),
+            hint: self.hint(),
+            output: self.output().map(str::to_owned),
+            aftermath: self.aftermath(),
+        }
+    }
+
+    /// Which of several replicas it is about.
+    fn subject(&self) -> String {
+        match self {
+            Cause::Restore(error) => format!("{}: ", error.name),
+            _ => String::new(),
         }
     }
 
@@ -215,6 +308,11 @@ impl Failure {
             self.doing,
             self.cause.chain().join(": ")
         );
+        if let Cause::SomeFailed { causes, .. } = &self.cause {
+            for cause in causes {
+                let _ = write!(text, "\n  {}{}", cause.subject(), cause.chain().join(": "));
+            }
+        }
         if let Some(output) = self.cause.output() {
             let _ = write!(text, "\n{output}");
         }
@@ -225,19 +323,6 @@ impl Failure {
             let _ = write!(text, "\n{} {hint}", render::paint("hint:", "36"));
         }
         text
-    }
-
-    /// The error as a program reads it.
-    fn json(&self, exit: Exit) -> serde_json::Value {
-        json!({ "error": {
-            "doing": self.doing,
-            "chain": self.cause.chain(),
-            "class": self.cause.class(),
-            "exit": exit.code(),
-            "hint": self.cause.hint(),
-            "output": self.cause.output(),
-            "aftermath": self.cause.aftermath(),
-        }})
     }
 
     /// Tells it and gives the exit code. A reader who closed the pipe has what it wanted.
@@ -251,7 +336,7 @@ impl Failure {
         render::talk(&self.text());
         if json {
             // A stdout that is gone is told on stderr already.
-            let _ = render::print(&format!("{}\n", self.json(exit)));
+            let _ = render::print(&format!("{}\n", self.json()));
         }
         exit
     }

@@ -4,6 +4,7 @@ use rewarm_container::Error as Container;
 use rewarm_criu::Error as Criu;
 use rewarm_probe::Error as Probe;
 use rewarm_report::{Class, Classify};
+use rewarm_restore::Cause as Restore;
 use rewarm_snapshot::Cause as Snapshot;
 use rewarm_store::Error as Store;
 
@@ -70,6 +71,19 @@ pub(crate) fn snapshot(cause: &Snapshot) -> Option<&'static str> {
         Snapshot::NewConnection { .. } => {
             Some("close it in a hook (--pre), or let clones find it closed with --tcp-close")
         }
+        _ => None,
+    }
+}
+
+pub(crate) fn restore(cause: &Restore) -> Option<&'static str> {
+    match cause {
+        Restore::Container(error) => container(error),
+        Restore::Criu(error) => criu(error),
+        Restore::Store(error) => store(error),
+        Restore::Probe(error) => probe(error),
+        Restore::Incompatible { .. } => Some(
+            "take a snapshot on this kind of machine under the same tag, or start cold where it does not fit with --cold-fallback",
+        ),
         _ => None,
     }
 }

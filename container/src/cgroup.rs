@@ -114,6 +114,15 @@ impl Cgroup {
         self.dirs().iter().any(|dir| dir.exists())
     }
 
+    /// A directory whose `cgroup.procs` lists its members, as the host sees them.
+    #[must_use]
+    pub fn processes_dir(&self) -> &Path {
+        match &self.layout {
+            Layout::V1(_) => self.controller("freezer").expect("this layout was chosen because it has one"),
+            Layout::V2(dir) => dir,
+        }
+    }
+
     /// Process numbers of its members, as the host sees them.
     #[must_use]
     pub fn pids(&self) -> Vec<u32> {

@@ -5,11 +5,14 @@
 //! and published ports. [`tree`] carries a directory (the root file system's delta, `/dev/shm`) from one replica to another.
 //! This crate knows neither the store nor CRIU's images.
 
+pub mod bundle;
 pub mod cgroup;
+pub mod dial;
 mod error;
 pub mod namespaces;
 pub mod record;
 pub mod rootfs;
+pub mod runc;
 pub mod shim;
 pub mod spec;
 pub mod state;

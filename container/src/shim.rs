@@ -19,16 +19,28 @@
 //!
 //! **States**: `starting -> ready <-> frozen`, any of them `-> stopping -> exited`, and any `-> crashed` if the shim dies.
 
+mod children;
 pub mod client;
+mod dump;
+mod exec;
+mod life;
+mod logs;
 mod paths;
 pub mod protocol;
+mod publish;
+mod replica;
 pub mod resident;
+mod restore;
+mod server;
+mod start;
+mod supervise;
 
 pub use client::{Client, RunningExec};
 pub use paths::Paths;
 pub use protocol::{
     DumpRequest, ExecOutput, ExecRequest, Prepare, Prepared, ResidentRequest, RestoreRequest,
 };
+pub use server::main;
 
 /// The number under which the shim finds the locked file of its replica's directory.
 pub const LOCK_FD: i32 = 3;

@@ -48,6 +48,8 @@ pub enum Cause {
     Shared {
         /// What concerns all replicas.
         what: String,
+        /// What the caller can do about it.
+        class: Class,
     },
     /// The server was started and did not become ready.
     #[error("the server did not become ready{}", tail(log))]
@@ -91,6 +93,18 @@ fn tail(log: &[String]) -> String {
 }
 
 impl Cause {
+    /// The same failure for each of several replicas.
+    pub(crate) fn shared(&self) -> Self {
+        let mut chain = vec![self.to_string()];
+        let mut source = std::error::Error::source(self);
+        while let Some(error) = source {
+            chain.push(error.to_string());
+            source = error.source();
+        }
+        chain.dedup();
+        Self::Shared { what: chain.join(": "), class: self.class() }
+    }
+
     pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
         let action = action.into();
         |source| Self::Io { action, source }
@@ -102,7 +116,8 @@ impl Classify for Cause {
         match self {
             Self::Incompatible { .. } | Self::Inadmissible { .. } => Class::Incompatible,
             Self::Inconsistent { .. } => Class::Integrity,
-            Self::Io { .. } | Self::Shared { .. } => Class::Failed,
+            Self::Io { .. } => Class::Failed,
+            Self::Shared { class, .. } => *class,
             Self::NotStarted { source, .. } => source.class(),
             Self::Container(error) => error.class(),
             Self::Criu(error) => error.class(),

@@ -9,12 +9,13 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use rewarm_container::tree::Applier;
 use rewarm_criu::image::pagemap::{self, Pagemap};
-use rewarm_criu::page_server::Flags;
+use rewarm_criu::page_server::{Flags, Object};
 use rewarm_report::{Progress, Stage};
-use rewarm_store::{Boot, Sink};
+use rewarm_store::{Boot, Chunk, Sink};
 
 use crate::blueprint::{Blueprint, Place};
 use crate::error::Cause;
+use crate::lazy::Lazy;
 use crate::pages::{PagesImage, Reads};
 use crate::replica::Replica;
 
@@ -35,13 +36,23 @@ impl Meter {
     }
 }
 
-/// Fetches everything for these replicas.
-pub(crate) async fn into(
+/// What is fetched before CRIU starts, and the rest that follows.
+pub(crate) struct Fetching {
+    /// The stream that pagers read; absent if CRIU reads everything itself.
+    pub(crate) lazy: Option<Arc<Lazy>>,
+    boot: Boot,
+    /// Objects whose rest is still to come.
+    rest: Vec<(usize, Arc<Pages>)>,
+}
+
+/// Fetches all that CRIU insists on for these replicas. With `Reads::All` that is everything.
+pub(crate) async fn begin(
     replicas: &[Arc<Replica>],
     blueprint: &Blueprint,
     boot: &Boot,
+    reads: Reads,
     progress: &Arc<dyn Progress>,
-) -> Result<(), Cause> {
+) -> Result<Fetching, Cause> {
     let total = blueprint.content_bytes();
     let meter = Arc::new(Meter { progress: progress.clone(), done: AtomicU64::new(0), total });
     let images: Vec<_> = replicas.iter().map(|replica| replica.client.inside().images()).collect();
@@ -53,6 +64,59 @@ pub(crate) async fn into(
                 .map_err(Cause::io(format!("write {}", path.display())))?;
         }
     }
+    trees(replicas, blueprint, boot, &meter).await?;
+    for (region, name, bytes) in &blueprint.files {
+        let files =
+            images.iter().map(|directory| new_file(&directory.join(name))).collect::<Result<_, _>>()?;
+        boot.fetch(*region, Arc::new(Files { files, bytes: *bytes, meter: meter.clone() }), PARALLEL).await?;
+    }
+    let lazy = match (reads, images.first()) {
+        (Reads::NotLazy, Some(directory)) => Some(Arc::new(Lazy::plan(blueprint, directory)?)),
+        _ => None,
+    };
+    let mut rest = Vec::new();
+    for object in &blueprint.objects {
+        // Shared memory is never filled later: CRIU has no userfaultfd for it.
+        let lazy = lazy.clone().filter(|_| matches!(object.object, Object::Task { .. }));
+        let reads = if lazy.is_some() { Reads::NotLazy } else { Reads::All };
+        let image = PagesImage::plan(&object.layout, reads);
+        let mut files = Vec::new();
+        for directory in &images {
+            files.push(pages_file(directory, object.object, object.pages_id, &image)?);
+        }
+        let sink = Arc::new(Pages { image, files, lazy, pages_id: object.pages_id, meter: meter.clone() });
+        let first = |chunk: Chunk| sink.image.needs(chunk.offset, chunk.bytes.into());
+        boot.fetch_where(object.region, first, sink.clone(), PARALLEL).await?;
+        rest.push((object.region, sink));
+    }
+    Ok(Fetching { lazy, boot: boot.clone(), rest })
+}
+
+impl Fetching {
+    /// Fetches what pagers still wait for. If it fails, they and their replicas give up.
+    pub(crate) async fn finish(&self) -> Result<(), Cause> {
+        let result = self.all().await;
+        if let (Err(_), Some(lazy)) = (&result, &self.lazy) {
+            lazy.fail();
+        }
+        result
+    }
+
+    async fn all(&self) -> Result<(), Cause> {
+        for (region, sink) in &self.rest {
+            let rest = |chunk: Chunk| !sink.image.needs(chunk.offset, chunk.bytes.into());
+            self.boot.fetch_where(*region, rest, sink.clone(), PARALLEL).await?;
+        }
+        Ok(())
+    }
+}
+
+async fn trees(
+    replicas: &[Arc<Replica>],
+    blueprint: &Blueprint,
+    boot: &Boot,
+    meter: &Arc<Meter>,
+) -> Result<(), Cause> {
     for (region, place, tree) in &blueprint.trees {
         let begin = |replica: &Arc<Replica>| {
             let inside = replica.client.inside();
@@ -67,29 +131,11 @@ pub(crate) async fn into(
             applier.finish()?;
         }
     }
-    for (region, name, bytes) in &blueprint.files {
-        let files =
-            images.iter().map(|directory| new_file(&directory.join(name))).collect::<Result<_, _>>()?;
-        boot.fetch(*region, Arc::new(Files { files, bytes: *bytes, meter: meter.clone() }), PARALLEL).await?;
-    }
-    for object in &blueprint.objects {
-        let image = PagesImage::plan(&object.layout, Reads::All);
-        let mut files = Vec::new();
-        for directory in &images {
-            files.push(pages_file(directory, object.object, object.pages_id, &image)?);
-        }
-        boot.fetch(object.region, Arc::new(Pages { image, files, meter: meter.clone() }), PARALLEL).await?;
-    }
     Ok(())
 }
 
 /// Writes the pagemap of an object and makes its pages image, still empty.
-fn pages_file(
-    directory: &Path,
-    object: rewarm_criu::page_server::Object,
-    pages_id: u32,
-    image: &PagesImage,
-) -> Result<File, Cause> {
+fn pages_file(directory: &Path, object: Object, pages_id: u32, image: &PagesImage) -> Result<File, Cause> {
     let entries = image.entries().iter().map(|entry| {
         let lazy = if entry.lazy { Flags::LAZY } else { Flags::default() };
         let present = if entry.present { Flags::PRESENT } else { Flags::default() };
@@ -145,6 +191,8 @@ impl Sink for Files {
 struct Pages {
     image: PagesImage,
     files: Vec<File>,
+    lazy: Option<Arc<Lazy>>,
+    pages_id: u32,
     meter: Arc<Meter>,
 }
 
@@ -152,6 +200,9 @@ impl Sink for Pages {
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         for file in &self.files {
             self.image.place(offset, bytes, |at, part| file.write_all_at(part, at))?;
+        }
+        if let Some(lazy) = &self.lazy {
+            lazy.put(self.pages_id, offset, bytes)?;
         }
         self.meter.add(bytes.len());
         Ok(())

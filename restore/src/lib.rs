@@ -8,14 +8,16 @@ mod blueprint;
 pub mod cold;
 mod error;
 mod fetch;
+mod lazy;
 mod machine;
 pub mod pager;
 mod pages;
 mod pipeline;
 mod replica;
+pub mod resident;
 mod verdict;
 
 pub use error::{Cause, Error, Result};
 pub use machine::{HostView, here};
-pub use pipeline::{Context, Outcome, Request, Restored, run};
+pub use pipeline::{Context, Mode, Outcome, Request, Restored, run};
 pub use verdict::{Lookup, Machine, Reason, reasons};

@@ -100,9 +100,10 @@ impl PagesImage {
         self.file_bytes
     }
 
-    /// Bytes of the content stream that the image takes.
-    pub(crate) fn content_bytes(&self) -> u64 {
-        self.pieces.iter().map(|piece| piece.bytes).sum()
+    /// Whether any byte of this part of the content stream goes into the image.
+    pub(crate) fn needs(&self, stream: u64, bytes: u64) -> bool {
+        let first = self.pieces.partition_point(|piece| piece.stream + piece.bytes <= stream);
+        self.pieces.get(first).is_some_and(|piece| piece.stream < stream + bytes)
     }
 
     /// Says where a part of the content stream goes: `write` gets the offset in the image and the bytes, for each piece.
@@ -180,7 +181,7 @@ mod tests {
             image.entries().iter().map(|e| (e.lazy, e.present)).collect::<Vec<_>>(),
             [(true, false), (true, false), (false, true)]
         );
-        assert_eq!(image.content_bytes(), 2 * PAGE_BYTES);
+        assert!(!image.needs(0, 3 * PAGE_BYTES) && image.needs(2 * PAGE_BYTES, PAGE_BYTES + 1));
         let stream: Vec<u8> = (1..=5u8).flat_map(|page| [page; PAGE_BYTES as usize]).collect();
         let firsts: Vec<u8> =
             fill(&image, &stream, 4096).chunks(PAGE_BYTES as usize).map(|page| page[0]).collect();

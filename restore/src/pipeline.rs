@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt;
 use futures::future::join_all;
 use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_probe::{Hook, Ready, Recorded};
@@ -13,8 +14,10 @@ use uuid::Uuid;
 
 use crate::blueprint::Blueprint;
 use crate::error::{Cause, Error, Result};
-use crate::fetch;
+use crate::fetch::{self, Fetching};
+use crate::lazy::Lazy;
 use crate::machine::{HostView, here};
+use crate::pages::Reads;
 use crate::replica::Replica;
 use crate::verdict::{Reason, memory_reasons, reasons};
 
@@ -41,12 +44,26 @@ pub struct Request {
     pub ready: Option<Ready>,
     /// How long to wait for it.
     pub ready_timeout: Duration,
+    /// When memory is filled.
+    pub mode: Mode,
     /// Do not compare answers.
     pub no_probe: bool,
     /// How long a hook may take.
     pub hook_timeout: Duration,
     /// What to start cold if the restore fails: the command of the snapshot or another one.
     pub cold_fallback: Option<Vec<String>>,
+}
+
+/// When a replica's memory is filled.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// As this version of Rewarm thinks best: lazily.
+    #[default]
+    Auto,
+    /// While the server runs already; what is touched comes first.
+    Lazy,
+    /// Before the server runs, by CRIU itself.
+    Eager,
 }
 
 /// What the pipeline works with.
@@ -119,21 +136,15 @@ pub async fn run(request: Request, context: Context) -> Result<Outcome> {
         admitted.snapshot.boot(),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
-    let fetched = clock.stage(Stage::Fetch, fetch(boot, &alive, &context)).await;
-    let shared = fetched.as_ref().err().map(ToString::to_string);
-    let mut fetch_failure = fetched.err();
+    let reads = if request.mode == Mode::Eager { Reads::All } else { Reads::NotLazy };
+    let fetched = clock.stage(Stage::Fetch, fetch(boot, &alive, reads, &context)).await;
+    let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).map(|(name, replica)| {
-        let (failure, request, context, admitted) = (fetch_failure.take(), &request, &context, &admitted);
-        let shared = shared.clone();
+        let (request, context, admitted, rest) = (&request, &context, &admitted, &rest);
         async move {
-            let result = match (replica, failure, shared) {
-                (Err(cause), _, _) => Err((Stage::Sandbox, cause)),
-                (Ok(replica), None, None) => finish(&replica, request, context, admitted).await,
-                (Ok(replica), cause, text) => {
-                    replica.give_up("the snapshot could not be fetched").await;
-                    let what = text.unwrap_or_default();
-                    Err((Stage::Fetch, cause.unwrap_or(Cause::Shared { what })))
-                }
+            let result = match replica {
+                Ok(replica) => finish(&replica, request, context, admitted, rest).await,
+                Err(cause) => Err((Stage::Sandbox, cause)),
             };
             match result {
                 Ok(restored) => Ok(restored),
@@ -146,20 +157,60 @@ pub async fn run(request: Request, context: Context) -> Result<Outcome> {
     Ok(Outcome { source: Some(admitted.source.clone()), replicas: join_all(finishing).await })
 }
 
+/// The content that follows while replicas are restored, and how its fetch ended.
+struct Rest {
+    lazy: Option<Arc<Lazy>>,
+    done: futures::future::Shared<futures::future::BoxFuture<'static, std::result::Result<(), Arc<Cause>>>>,
+}
+
+impl Rest {
+    fn start(fetched: std::result::Result<Option<Fetching>, Cause>) -> Self {
+        let (lazy, begun) = match fetched {
+            Ok(fetching) => (fetching.as_ref().and_then(|fetching| fetching.lazy.clone()), Ok(fetching)),
+            Err(cause) => (None, Err(Arc::new(cause))),
+        };
+        // A task of its own: it must go on whoever waits for it.
+        let task = tokio::spawn(async move {
+            match begun? {
+                Some(fetching) => fetching.finish().await.map_err(Arc::new),
+                None => Ok(()),
+            }
+        });
+        let done = task.map(|ended| ended.expect("fetching does not panic")).boxed().shared();
+        Self { lazy, done }
+    }
+
+    /// Waits until everything has arrived.
+    async fn all(&self) -> std::result::Result<(), (Stage, Cause)> {
+        self.done.clone().await.map_err(|cause| (Stage::Fetch, cause.shared()))
+    }
+
+    /// Completes only if something did not arrive.
+    async fn failure(&self) -> (Stage, Cause) {
+        match self.all().await {
+            Err(failure) => failure,
+            Ok(()) => std::future::pending().await,
+        }
+    }
+}
+
 /// From a replica that is laid out to one that serves.
 async fn finish(
     replica: &Replica,
     request: &Request,
     context: &Context,
     admitted: &Arc<Admitted>,
+    rest: &Rest,
 ) -> std::result::Result<Restored, (Stage, Cause)> {
     let clock = &context.clock;
     let steps = async {
-        let pid = at(clock, Stage::Skeleton, restore(replica, context, admitted)).await?;
+        let pid = at(clock, Stage::Skeleton, restore(replica, context, admitted, rest.lazy.clone())).await?;
         at(clock, Stage::Identity, replica.hook(admitted.post.as_ref(), request.hook_timeout)).await?;
         let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
         let answers = at(clock, Stage::Replay, replica.replay(recorded)).await?;
-        let published = at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
+        at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
+        rest.all().await?;
+        let published = commit(replica).await.map_err(|cause| (Stage::Ready, cause))?;
         Ok(Restored {
             name: replica.record.name.clone(),
             uuid: replica.record.uuid,
@@ -170,7 +221,12 @@ async fn finish(
             cold: None,
         })
     };
-    let result = steps.await;
+    let result = tokio::select! {
+        // What the store did says more than what its consequences look like.
+        biased;
+        failure = rest.failure() => Err(failure),
+        result = steps => result,
+    };
     if let Err((stage, cause)) = &result {
         replica.give_up(&format!("restore failed at stage {stage}: {cause}")).await;
     }
@@ -181,20 +237,21 @@ async fn restore(
     replica: &Replica,
     context: &Context,
     admitted: &Admitted,
+    lazy: Option<Arc<Lazy>>,
 ) -> std::result::Result<u32, Cause> {
     let (client, record) = (replica.client.clone(), replica.record.clone());
     let (criu, bytes) = (context.criu.clone(), admitted.manifest.facts.memory.logical_bytes);
-    blocking(move || Replica::over(client, record).restore(criu, bytes)).await
+    blocking(move || Replica::over(client, record).restore(criu, bytes, lazy.as_deref())).await
 }
 
-/// Waits until the replica is ready, and lets it live on its own: its published ports open here and not before.
-async fn ready(
-    replica: &Replica,
-    request: &Request,
-    spec: &Spec,
-) -> std::result::Result<Vec<Publish>, Cause> {
+/// Waits until the replica is ready.
+async fn ready(replica: &Replica, request: &Request, spec: &Spec) -> std::result::Result<(), Cause> {
     let recorded = spec.ready.as_deref().map(str::parse::<Ready>).transpose()?;
-    replica.ready(request.ready.as_ref().or(recorded.as_ref()), request.ready_timeout).await?;
+    replica.ready(request.ready.as_ref().or(recorded.as_ref()), request.ready_timeout).await
+}
+
+/// Lets the replica live on its own: its published ports open here and not before.
+async fn commit(replica: &Replica) -> std::result::Result<Vec<Publish>, Cause> {
     let client = replica.client.clone();
     blocking(move || client.commit().map_err(Cause::from)).await?;
     Ok(replica.record.published.clone())
@@ -292,13 +349,15 @@ async fn sandboxes(
 async fn fetch(
     boot: std::result::Result<Boot, rewarm_store::Error>,
     replicas: &[Arc<Replica>],
+    reads: Reads,
     context: &Context,
-) -> std::result::Result<(), Cause> {
+) -> std::result::Result<Option<Fetching>, Cause> {
     let boot = boot?;
     if replicas.is_empty() {
-        return Ok(());
+        return Ok(None);
     }
-    fetch::into(replicas, &Blueprint::of(&boot)?, &boot, context.clock.progress()).await
+    let blueprint = Blueprint::of(&boot)?;
+    fetch::begin(replicas, &blueprint, &boot, reads, context.clock.progress()).await.map(Some)
 }
 
 /// The snapshot cannot be used at all: all replicas start cold, or none.
@@ -315,12 +374,9 @@ async fn refused(
         return Err(Error { name: request.source.to_string(), stage: Stage::Admit, cause });
     }
     let names = names(request, request.source.name.as_str())?;
-    let mut cause = Some(cause);
     let mut replicas = Vec::new();
     for name in &names {
-        let why =
-            cause.take().unwrap_or_else(|| Cause::Shared { what: "the snapshot cannot be used".to_owned() });
-        replicas.push(fall_back(name, request, context, known, Stage::Admit, why).await);
+        replicas.push(fall_back(name, request, context, known, Stage::Admit, cause.shared()).await);
     }
     Ok(Outcome { source: None, replicas })
 }
@@ -337,14 +393,7 @@ async fn fall_back(
     let Some(command) = &request.cold_fallback else {
         return Err(Error { name: name.to_string(), stage, cause });
     };
-    let why = Error { name: name.to_string(), stage, cause };
-    let mut chain = vec![why.to_string()];
-    let mut source = std::error::Error::source(&why);
-    while let Some(error) = source {
-        chain.push(error.to_string());
-        source = error.source();
-    }
-    let why = chain.join(": ");
+    let why = format!("stage {stage}: {}", cause.shared());
     context.clock.progress().warning(&format!("starting {name} cold: {why}"));
     let mut spec = spec.cloned().unwrap_or_else(|| overridden(request, Spec::default()));
     if !command.is_empty() {

@@ -4,14 +4,16 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rewarm_container::cgroup::Cgroup;
 use rewarm_container::dial::Inside;
-use rewarm_container::shim::{Client, Prepare, RestoreRequest};
+use rewarm_container::shim::{Client, Prepare, ResidentRequest, RestoreRequest};
 use rewarm_container::{Name, Origin, Record, Spec};
 use rewarm_criu::config::Config;
 use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
 
 use crate::admission;
 use crate::error::Cause;
+use crate::lazy::Lazy;
 use crate::pipeline::Context;
 
 /// Beside what the bytes need at a slow 100 MB/s.
@@ -50,7 +52,7 @@ impl Replica {
     }
 
     /// Compares the images with the bundle, then lets CRIU restore them.
-    pub(crate) fn restore(&self, criu: PathBuf, bytes: u64) -> Result<u32, Cause> {
+    pub(crate) fn restore(&self, criu: PathBuf, bytes: u64, lazy: Option<&Lazy>) -> Result<u32, Cause> {
         let inside = self.client.inside();
         admission::check(&inside.images(), &inside.bundle().join("config.json"))?;
         let timeout = RESTORE_TIMEOUT + Duration::from_millis(bytes / 100_000);
@@ -59,12 +61,27 @@ impl Replica {
             config: Config::restore().to_string(),
             tcp_established: true,
             file_locks: true,
-            lazy_pages: false,
+            lazy_pages: lazy.is_some(),
             images_attached: false,
-            residents: Vec::new(),
+            residents: lazy.map(|_| self.pager()).transpose()?.into_iter().collect(),
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         };
-        Ok(self.client.restore(request, &[])?)
+        let files = lazy.map(Lazy::files);
+        Ok(self.client.restore(request, files.as_ref().map_or(&[], |files| files.as_slice()))?)
+    }
+
+    /// The process that fills the replica's memory while it runs: a child of its shim.
+    fn pager(&self) -> Result<ResidentRequest, Cause> {
+        let work = self.client.paths().work();
+        let cgroup = Cgroup::open(&self.record.cgroup)?;
+        let text = |path: &std::path::Path| path.display().to_string();
+        Ok(ResidentRequest {
+            name: "pager".to_owned(),
+            program: None,
+            args: vec!["pager".to_owned(), text(&work), text(cgroup.processes_dir())],
+            fds: 3,
+            ready_timeout_ms: 10_000,
+        })
     }
 
     /// Runs the hook that gives a clone its own identity.

@@ -75,6 +75,14 @@ impl Control {
         protocol::send(&self.0, message, fds)
     }
 
+    /// The same socket once more, for a thread that listens while another speaks.
+    ///
+    /// # Errors
+    /// If this process has no descriptor left.
+    pub fn duplicate(&self) -> io::Result<Self> {
+        self.0.try_clone().map(Self)
+    }
+
     /// Waits for the shim's next word; `None` if it is gone.
     ///
     /// # Errors

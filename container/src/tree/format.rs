@@ -8,11 +8,11 @@ use crate::error::Error;
 use crate::tree::ALIGN;
 
 /// Most entries of a tree. A root file system's delta has some hundreds as a rule; a million fit into 64 MiB.
-pub const ENTRIES_MAX: usize = 1 << 20;
+pub(super) const ENTRIES_MAX: usize = 1 << 20;
 /// Longest path in bytes (`PATH_MAX` without its end).
-pub const PATH_BYTES_MAX: usize = 4095;
+pub(super) const PATH_BYTES_MAX: usize = 4095;
 /// Most bytes of a tree's description.
-pub const ENCODED_BYTES_MAX: usize = 256 << 20;
+pub(super) const ENCODED_BYTES_MAX: usize = 256 << 20;
 
 /// A directory's content, without the bytes of its files. Parents come before what is in them.
 #[derive(Clone, PartialEq, Message)]
@@ -198,11 +198,7 @@ fn check_entry(entry: &Entry, seen: &HashMap<&[u8], Kind>) -> Result<(), Error> 
     }
     match kind {
         Kind::Unknown => return Err(bad(path, "a kind that does not exist")),
-        Kind::Symlink => {
-            if entry.target.is_empty() || entry.target.len() > PATH_BYTES_MAX || entry.target.contains(&0) {
-                return Err(bad(path, "a target that no symbolic link can have"));
-            }
-        }
+        Kind::Symlink => check_target(path, &entry.target)?,
         // Only names of this very tree, listed before: a link can lead nowhere else.
         Kind::Hardlink => match seen.get(entry.target.as_slice()) {
             Some(Kind::Directory | Kind::Hardlink) | None => {
@@ -227,6 +223,13 @@ fn check_entry(entry: &Entry, seen: &HashMap<&[u8], Kind>) -> Result<(), Error> 
         return Err(bad(path, "a length that no file can have"));
     }
     entry.xattrs.iter().try_for_each(|xattr| check_xattr(path, xattr))
+}
+
+fn check_target(path: &[u8], target: &[u8]) -> Result<(), Error> {
+    if target.is_empty() || target.len() > PATH_BYTES_MAX || target.contains(&0) {
+        return Err(bad(path, "a target that no symbolic link can have"));
+    }
+    Ok(())
 }
 
 fn check_path(path: &[u8]) -> Result<(), Error> {

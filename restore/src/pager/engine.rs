@@ -236,9 +236,9 @@ impl Engine {
             let next = space.state().pending.next_in_stream(at);
             let Some(next) = next.filter(|&next| next < part.end) else { return Ok(()) };
             let chunk = self.source.chunk(space.task, next);
-            let parts = vec![next..part.end.min(chunk.end)];
+            let wanted = next..part.end.min(chunk.end);
             at = chunk.end;
-            self.fill_parts(space, &chunk, &parts, Patience::Always)?;
+            self.fill_parts(space, &chunk, std::slice::from_ref(&wanted), Patience::Always)?;
         }
     }
 

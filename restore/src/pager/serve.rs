@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_criu::lazy_pages::{Listener, Message};
+use rewarm_sys::guard::Guard;
 use rewarm_sys::uffd::Uffd;
 
 use super::control::{self, Command, Report};
@@ -49,6 +50,9 @@ pub fn run(
 ) -> Result<Summary, Error> {
     let killable = config.tasks.clone();
     let spare = control.try_clone().map_err(Error::Control)?;
+    // Before there is a userfaultfd to guard; dropped, and ended, when nothing depends on it any more.
+    let farewell = control::frame(&Report::Failed { chain: vec!["pager died".to_owned()] });
+    let _guard = farewell.and_then(|frame| Guard::start(&spare, &frame)).map_err(Error::Control)?;
     let mut pager = None;
     let served = catch_unwind(AssertUnwindSafe(|| {
         let pager = pager.insert(Pager::start(config, tasks, source, listener, control)?);

@@ -1,0 +1,107 @@
+//! `rewarm inspect`
+//!
+//! Shows every variant of a reference, and the verdict that a restore on this machine would begin with.
+
+use rewarm_container::Spec;
+use rewarm_restore::{HostView, Machine, Reason, here, reasons};
+use rewarm_store::{Manifest, Snapshot, Store};
+use serde::Serialize;
+
+use crate::args::{Global, Inspect};
+use crate::failure::Cause;
+use crate::programs;
+use crate::render::{Output, bytes, table};
+
+#[derive(Serialize)]
+struct Report {
+    reference: String,
+    variants: Vec<Variant>,
+}
+
+#[derive(Serialize)]
+struct Variant {
+    digest: String,
+    verdict: Verdict,
+    manifest: Manifest,
+}
+
+#[derive(Serialize)]
+struct Verdict {
+    /// Whether this machine can restore it.
+    fits: bool,
+    reasons: Vec<String>,
+}
+
+pub(crate) async fn run(args: &Inspect, global: &Global) -> Result<u8, Cause> {
+    let store = Store::open(&args.reference.store).await?;
+    let snapshots = store.resolve_all(&args.reference).await?;
+    let machine = machine(global).await?;
+    let variants = snapshots.iter().map(|snapshot| variant(snapshot, &machine)).collect();
+    let report = Report { reference: args.reference.to_string(), variants };
+    Output::new(global).answer(&report, text)?;
+    Ok(0)
+}
+
+/// This machine; without a usable CRIU the verdict says so, instead of no verdict at all.
+async fn machine(global: &Global) -> Result<Machine, Cause> {
+    let explicit = global.criu.clone();
+    let find = move || rewarm_criu::Binary::find(explicit.as_deref(), programs::criu_cache().as_deref());
+    let found = tokio::task::spawn_blocking(find).await.expect("looking for a program does not panic");
+    let version = found.map_or_else(|_| "none".to_owned(), |binary| binary.version.to_string());
+    here(&version).map_err(Cause::Machine)
+}
+
+fn variant(snapshot: &Snapshot, machine: &Machine) -> Variant {
+    let manifest = snapshot.manifest().clone();
+    let reasons = match serde_json::from_value::<Spec>(manifest.facts.spec.clone()) {
+        Ok(spec) => reasons(&manifest.facts, machine, &HostView::new(&spec)).iter().map(Reason::to_string).collect(),
+        Err(error) => vec![format!("the recorded specification cannot be read: {error}")],
+    };
+    Variant {
+        digest: snapshot.digest().to_string(),
+        verdict: Verdict { fits: reasons.is_empty(), reasons },
+        manifest,
+    }
+}
+
+fn text(report: &Report) -> String {
+    let shown: Vec<String> = report.variants.iter().map(describe).collect();
+    format!("{}\n{}", report.reference, shown.join("\n"))
+}
+
+fn describe(variant: &Variant) -> String {
+    let (manifest, facts) = (&variant.manifest, &variant.manifest.facts);
+    let probe = facts.probe.as_ref().and_then(|probe| probe.get("exchanges")?.as_array().map(Vec::len));
+    let list = |ports: &[u16]| ports.iter().map(u16::to_string).collect::<Vec<_>>().join(", ");
+    let or_none = |text: String| if text.is_empty() { "none".to_owned() } else { text };
+    let rows = [
+        ("digest", variant.digest.clone()),
+        ("created", manifest.created.clone()),
+        ("command", facts.command.join(" ")),
+        ("ports", or_none(list(&facts.ports))),
+        ("memory", format!("{}, {} of it zero", bytes(facts.memory.logical_bytes), bytes(facts.memory.zero_bytes))),
+        ("content", bytes(manifest.totals.content_bytes)),
+        ("stored", format!("{}, {} of it new", bytes(manifest.totals.stored_bytes), bytes(manifest.totals.new_bytes))),
+        ("made with", format!("kernel {}, CRIU {}, runc {}", facts.kernel, facts.criu, facts.runc)),
+        ("processor", format!("{}, {}", facts.architecture, facts.cpu.model)),
+        ("host files", facts.host_files.len().to_string()),
+        ("probe", probe.map_or_else(|| "none".to_owned(), |answers| format!("{answers} answers"))),
+        ("hooks", or_none(hooks(manifest))),
+    ];
+    let rows = rows.into_iter().map(|(name, value)| vec![name.to_owned(), value]);
+    format!("{}{}", table(&["FACT", "VALUE"], rows), verdict(&variant.verdict))
+}
+
+fn hooks(manifest: &Manifest) -> String {
+    let hooks = &manifest.facts.hooks;
+    let named = |name, hook: &Option<String>| hook.as_ref().map(|hook| format!("{name} {hook}"));
+    [named("pre", &hooks.pre), named("post", &hooks.post)].into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+fn verdict(verdict: &Verdict) -> String {
+    if verdict.fits {
+        return "this machine can restore it\n".to_owned();
+    }
+    let reasons: String = verdict.reasons.iter().map(|reason| format!("  - {reason}\n")).collect();
+    format!("this machine cannot restore it:\n{reasons}")
+}

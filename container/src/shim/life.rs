@@ -1,0 +1,196 @@
+//! The end of a replica: who may bring it about, and what is cleaned up in which order.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use rewarm_sys::mount;
+
+use crate::error::{Context, Error};
+use crate::record::{Cause, Exit, ExitStatus, Record, Status, write_json};
+use crate::shim::children::signal;
+use crate::shim::publish;
+use crate::shim::replica::{Asker, Inner, KILL_DEADLINE, LEASE, Replica};
+use crate::state::{remove_tree, strip};
+
+/// How long an operation may take to notice that it must end: CRIU's time to roll back, twice.
+const BUSY_DEADLINE: Duration = Duration::from_secs(15);
+/// How long the log pipes may stay open after the last process was killed.
+const LOG_DEADLINE: Duration = Duration::from_secs(1);
+
+impl Replica {
+    /// Only the connection that made the replica may do this.
+    pub(super) fn require_lease(&self, request: &'static str, asker: Asker<'_>) -> Result<(), Error> {
+        let inner = self.lock();
+        let status = inner.record.as_ref().map_or(Status::Starting, |record| record.status);
+        if asker.id == LEASE && !inner.committed {
+            return Ok(());
+        }
+        Err(self.out_of_order(request, status, "being made by this command"))
+    }
+
+    /// From here on the replica lives without any command.
+    pub(super) fn commit(&self) -> Result<(), Error> {
+        let parts = self.parts("commit")?;
+        {
+            let mut inner = self.lock();
+            self.require_running("commit", &inner)?;
+            inner.committed = true;
+        }
+        let ports =
+            std::mem::take(&mut *parts.ports.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
+        let namespace = parts.network.namespace().context("duplicate", "the network namespace")?;
+        publish::open(ports, namespace)?;
+        self.set_status(Status::Ready)
+    }
+
+    pub(super) fn lease_lost(&self) {
+        let abandoned = self.change(|inner| {
+            if !inner.committed {
+                inner.abandoned = true;
+            }
+            inner.abandoned
+        });
+        if abandoned {
+            self.doom(Cause::Killed("the command that made it is gone".into()));
+        }
+    }
+
+    /// Ends the server by a signal that it may handle.
+    pub(super) fn stop(&self, asker: Asker<'_>, timeout: Duration) -> Result<Exit, Error> {
+        let init = {
+            let mut inner = self.lock();
+            if let Some(owner) = inner.frozen_by
+                && owner != asker.id
+            {
+                return Err(self.busy_with("another command has frozen it"));
+            }
+            if let Some(busy @ "dump") = inner.busy {
+                return Err(self.busy_with(busy));
+            }
+            inner.cause.get_or_insert(Cause::Stopped);
+            inner.abandoned |= !inner.committed;
+            inner.init.filter(|_| inner.exit.is_none())
+        };
+        self.set_status(Status::Stopping)?;
+        if let (Some(pid), Some(parts)) = (init, self.parts.get()) {
+            let frozen = self.change(|inner| inner.frozen_by.take());
+            if frozen.is_some() {
+                parts.cgroup.thaw()?;
+            }
+            // The first process of a namespace gets only those signals from outside that it handles.
+            if handles_term(pid) {
+                signal(pid.cast_signed(), nix::libc::SIGTERM);
+                self.wait_until(Some(timeout), |inner| inner.exit.is_some());
+            }
+        }
+        self.doom(Cause::Stopped);
+        Ok(self.wait_finished())
+    }
+
+    pub(super) fn kill(&self, reason: String) -> Exit {
+        self.change(|inner| inner.abandoned |= !inner.committed);
+        self.doom(Cause::Killed(reason));
+        self.wait_finished()
+    }
+
+    /// Waits until the server has ended and everything is cleaned up.
+    pub(super) fn wait_finished(&self) -> Exit {
+        self.wait_until(None, |inner| inner.finished);
+        exit_of(&self.lock())
+    }
+
+    pub(super) fn status(&self) -> Result<Record, Error> {
+        let inner = self.lock();
+        let record = inner.record.clone();
+        let mut record = record.ok_or_else(|| self.out_of_order("status", Status::Starting, "prepared"))?;
+        if let Some(exit) = &inner.exit {
+            let crashed = matches!(exit.cause, Cause::Resident(_) | Cause::Crashed);
+            record.status = if crashed { Status::Crashed } else { Status::Exited };
+        }
+        Ok(record)
+    }
+
+    /// The main thread's part: waits for the end and cleans up.
+    pub(super) fn live(&self) {
+        self.wait_until(None, |inner| inner.exit.is_some() || inner.doomed || inner.abandoned);
+        self.change(|inner| inner.doomed = true);
+        if !self.wait_until(Some(BUSY_DEADLINE), |inner| inner.busy.is_none()) {
+            tracing::error!("an operation does not end");
+        }
+        self.kill_processes();
+        self.wait_until(Some(KILL_DEADLINE), |inner| inner.init.is_none() || inner.exit.is_some());
+        if let Some(pump) = self.change(|inner| inner.pump.take()) {
+            pump.finish(LOG_DEADLINE);
+        }
+        for resident in self.change(|inner| std::mem::take(&mut inner.residents)) {
+            resident.kill();
+        }
+        for error in self.clean_up() {
+            tracing::error!(error = %error, "clean up");
+        }
+        if self.lock().abandoned {
+            self.vanish();
+            return;
+        }
+        let exit = exit_of(&self.lock());
+        let status = if matches!(exit.cause, Cause::Resident(_)) { Status::Crashed } else { Status::Exited };
+        let results = [self.set_status(status), write_json(&self.paths.exit(), &exit)];
+        for error in results.into_iter().filter_map(Result::err) {
+            tracing::error!(error = %error, "write the exit down");
+        }
+        if self.lock().committed {
+            if let Err(error) = strip(&self.paths) {
+                tracing::error!(error = %error, "clean up");
+            }
+            self.finish();
+        } else {
+            // The command reads the logs and CRIU's words before it lets go.
+            self.change(|inner| inner.finished = true);
+            self.wait_until(None, |inner| inner.abandoned);
+            self.vanish();
+        }
+    }
+
+    /// Takes everything away that the kernel does not take away by itself.
+    fn clean_up(&self) -> Vec<Error> {
+        let mut results = vec![self.release_dump()];
+        if let Some(parts) = self.parts.get() {
+            results.push(parts.cgroup.remove());
+            results.push(remove_tree(&parts.runc.state()));
+        }
+        // They would go with this process, but their memory is wanted back and the directories are to be removed.
+        for path in [self.paths.rootfs(), self.paths.shm(), self.paths.images(), self.paths.layer()] {
+            while mount::detach(&path).is_ok() {}
+        }
+        results.into_iter().filter_map(Result::err).collect()
+    }
+
+    fn vanish(&self) {
+        if let Err(error) = remove_tree(self.paths.dir()) {
+            tracing::error!(error = %error, "clean up");
+        }
+        self.finish();
+    }
+
+    fn finish(&self) {
+        self.change(|inner| inner.finished = true);
+        self.last_answers();
+    }
+}
+
+fn exit_of(inner: &Inner) -> Exit {
+    inner.exit.clone().unwrap_or_else(|| Exit {
+        status: ExitStatus::Unknown,
+        cause: inner.cause.clone().unwrap_or(Cause::Ended),
+        ended: Timestamp::now(),
+    })
+}
+
+/// Whether a process handles SIGTERM, as the kernel tells it.
+fn handles_term(pid: u32) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let caught = status.lines().find_map(|line| line.strip_prefix("SigCgt:"));
+    let mask = caught.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    // Unreadable means that it has ended or that nothing is known: the signal does no harm.
+    mask.is_none_or(|mask| mask & (1 << (nix::libc::SIGTERM - 1)) != 0)
+}

@@ -1,0 +1,155 @@
+//! Memory that is filled while the server runs: the content stream that the pagers of all replicas read, and what each
+//! of them is told.
+//!
+//! The command fetches, verifies and decodes once and writes into one shared stream; each replica's pager copies from
+//! it. No pager has credentials or parses what came from a network.
+
+use std::fs::File;
+use std::io::{Seek, Write};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rewarm_criu::image::mm::{self, Vma};
+use rewarm_criu::page_server::Object;
+use rewarm_sys::shared::Writer;
+use serde::{Deserialize, Serialize};
+
+use crate::blueprint::{Blueprint, ObjectRegion};
+use crate::error::Cause;
+use crate::pager::{AtFork, Mapping, Run};
+
+/// What a pager copies at a time, and the unit in which content becomes readable.
+const BLOCK_BYTES: u64 = 512 << 10;
+
+const PROT_WRITE: u32 = 2;
+const MADV_DONTFORK: u64 = 1 << 10;
+const MADV_WIPEONFORK: u64 = 1 << 18;
+
+/// What a pager is told, as JSON in a memory file.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct Orders {
+    /// The tasks whose memory it fills.
+    pub(crate) tasks: Vec<TaskOrders>,
+}
+
+/// The memory of one task.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub(crate) struct TaskOrders {
+    /// Pid inside its pid namespace.
+    pub(crate) pid: u32,
+    /// Where its content begins in the shared stream; a multiple of the block length.
+    pub(crate) base: u64,
+    /// Length of its content.
+    pub(crate) bytes: u64,
+    /// Mappings: start, end, writable, and 0 copied, 1 wiped, 2 absent at fork.
+    pub(crate) mappings: Vec<(u64, u64, bool, u8)>,
+    /// Runs: address, bytes, offset in the task's content.
+    pub(crate) runs: Vec<(u64, u64, u64)>,
+}
+
+impl TaskOrders {
+    pub(crate) fn mappings(&self) -> Vec<Mapping> {
+        let at_fork = |kind| match kind {
+            1 => AtFork::Wiped,
+            2 => AtFork::Absent,
+            _ => AtFork::Copied,
+        };
+        let mapping = |&(start, end, writable, kind): &(u64, u64, bool, u8)| Mapping {
+            start,
+            end,
+            writable,
+            at_fork: at_fork(kind),
+        };
+        self.mappings.iter().map(mapping).collect()
+    }
+
+    pub(crate) fn runs(&self) -> Vec<Run> {
+        self.runs.iter().map(|&(vaddr, bytes, offset)| Run { vaddr, bytes, offset }).collect()
+    }
+}
+
+/// The shared stream and the orders of one restore.
+pub(crate) struct Lazy {
+    writer: Writer,
+    orders: OwnedFd,
+    /// Where the content of each object begins, by its pages id.
+    bases: Vec<(u32, u64)>,
+}
+
+impl Lazy {
+    /// Plans the filling of a snapshot's tasks. `images` holds their `mm` images already.
+    pub(crate) fn plan(blueprint: &Blueprint, images: &Path) -> Result<Self, Cause> {
+        let mut tasks = Vec::new();
+        let mut bases = Vec::new();
+        let mut base = 0u64;
+        for object in &blueprint.objects {
+            let Object::Task { pid } = object.object else { continue };
+            let bytes = object.layout.stream_bytes();
+            tasks.push(orders(object, pid, base, images)?);
+            bases.push((object.pages_id, base));
+            base += bytes.next_multiple_of(BLOCK_BYTES);
+        }
+        let writer =
+            Writer::create(base, BLOCK_BYTES, true).map_err(Cause::io("make room for the content"))?;
+        pad(&writer, &tasks).map_err(Cause::io("make room for the content"))?;
+        let orders = memory_file(&Orders { tasks }).map_err(Cause::io("write the pager's orders"))?;
+        Ok(Self { writer, orders, bases })
+    }
+
+    /// Takes a part of an object's content.
+    pub(crate) fn put(&self, pages_id: u32, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
+        match self.bases.iter().find(|(id, _)| *id == pages_id) {
+            Some((_, base)) => self.writer.put(base + offset, bytes),
+            None => Ok(()),
+        }
+    }
+
+    /// The rest will not come: every pager gives up, and its replica with it.
+    pub(crate) fn fail(&self) {
+        self.writer.fail();
+    }
+
+    /// What a pager gets, in this order: its orders, the content, the table.
+    pub(crate) fn files(&self) -> [BorrowedFd<'_>; 3] {
+        let [content, table] = self.writer.files();
+        [self.orders.as_fd(), content, table]
+    }
+}
+
+/// Between two tasks the stream has a gap up to the next block: it counts as arrived.
+fn pad(writer: &Writer, tasks: &[TaskOrders]) -> std::io::Result<()> {
+    for task in tasks {
+        let gap = task.bytes.next_multiple_of(BLOCK_BYTES) - task.bytes;
+        writer.put(task.base + task.bytes, &vec![0; usize::try_from(gap).map_err(std::io::Error::other)?])?;
+    }
+    Ok(())
+}
+
+fn orders(object: &ObjectRegion, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {
+    let vmas = mm::read(images, pid)?.vmas;
+    let lazy = object.layout.placed().filter(|(_, run)| run.lazy && !run.zero);
+    Ok(TaskOrders {
+        pid,
+        base,
+        bytes: object.layout.stream_bytes(),
+        mappings: vmas.iter().filter(|vma| vma.can_be_lazy()).map(mapping).collect(),
+        runs: lazy.map(|(offset, run)| (run.vaddr, run.stream_bytes(), offset)).collect(),
+    })
+}
+
+fn mapping(vma: &Vma) -> (u64, u64, bool, u8) {
+    let at_fork = match vma.madv {
+        madv if madv & MADV_DONTFORK != 0 => 2,
+        madv if madv & MADV_WIPEONFORK != 0 => 1,
+        _ => 0,
+    };
+    (vma.start, vma.end, vma.protection & PROT_WRITE != 0, at_fork)
+}
+
+fn memory_file(orders: &Orders) -> std::io::Result<OwnedFd> {
+    let fd = nix::sys::memfd::memfd_create(c"rewarm-orders", nix::sys::memfd::MFdFlags::MFD_CLOEXEC)?;
+    let mut file = File::from(fd);
+    file.write_all(&serde_json::to_vec(orders)?)?;
+    file.rewind()?;
+    Ok(file.into())
+}

@@ -1,0 +1,157 @@
+//! The pager as a process: a resident of the shim, started before CRIU, gone when all memory is in place.
+//!
+//! ```text
+//! command --stream--> pager::run <--duplicates, reports--> relay (this file) --> shim
+//! ```
+//!
+//! The relay passes duplicates of every userfaultfd on to the shim, so that they outlive this process: a pager that dies
+//! leaves its server stopped, never reading zeros, until the shim has killed it. If the shim dies, the pager kills the
+//! server itself.
+
+use std::fs::File;
+use std::io::{self, Read};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
+
+use rewarm_container::shim::resident::{Control, ToShim};
+use rewarm_criu::lazy_pages::Listener;
+use rewarm_sys::shared::Reader;
+
+use crate::lazy::{Orders, TaskOrders};
+use crate::pager::{
+    self, Config, Heard, Holder, Mode, Plan, Report, Source, SourceError, Task, Tasks, WorkingSet,
+};
+
+/// How long CRIU may take to connect, and again between two of its messages.
+const CRIU_WITHIN: Duration = Duration::from_secs(120);
+/// How long one block may take to arrive. The command that fetches retries for less than this.
+const BLOCK_WITHIN: Duration = Duration::from_secs(300);
+/// More threads than this do not fill faster: they meet in the kernel's lock of one address space.
+const THREADS_MAX: usize = 8;
+
+/// Runs the pager; what it is told comes in descriptors. `work` is CRIU's work directory, `cgroup` a folder with the
+/// server's `cgroup.procs`. Gives the exit code.
+#[must_use]
+pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
+    let Ok(control) = Control::inherited() else { return 1 };
+    match start(&control, work, cgroup) {
+        Ok(holder) => relay(&control, holder),
+        Err(error) => {
+            let _ = control.tell(&ToShim::Failed(format!("start the pager: {error}")), &[]);
+            1
+        }
+    }
+}
+
+/// Starts the pager in a thread of its own and tells the shim that CRIU may begin.
+fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Holder> {
+    let mut text = Vec::new();
+    File::from(Control::given(0)?).read_to_end(&mut text)?;
+    let orders: Orders = serde_json::from_slice(&text)?;
+    let stream = Reader::open(Control::given(1)?, Control::given(2)?)?;
+    let plan = |task: &TaskOrders| {
+        let plan = Plan::new(task.mappings(), &task.runs(), task.bytes).map_err(io::Error::other)?;
+        Ok(Task { pid: task.pid, plan: Arc::new(plan) })
+    };
+    let tasks = orders.tasks.iter().map(plan).collect::<io::Result<Vec<_>>>()?;
+    let config = Config {
+        mode: Mode::Lazy,
+        threads: std::thread::available_parallelism().map_or(2, usize::from).min(THREADS_MAX),
+        record: false,
+        working_set: WorkingSet::default(),
+        tasks: Tasks::Cgroup(cgroup),
+        criu_within: CRIU_WITHIN,
+        chunk_within: BLOCK_WITHIN,
+    };
+    let listener = Listener::bind(work).map_err(io::Error::other)?;
+    let (shim_end, pager_end) = UnixStream::pair()?;
+    let source = Arc::new(Stream { stream, tasks: orders.tasks });
+    std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
+    let holder = Holder::new(shim_end);
+    watch(control, &holder)?;
+    control.tell(&ToShim::Ready, &[])?;
+    Ok(holder)
+}
+
+/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server.
+fn watch(control: &Control, holder: &Holder) -> io::Result<()> {
+    let listening = control.duplicate()?;
+    let socket = holder.control().try_clone()?;
+    std::thread::spawn(move || {
+        while let Ok(Some(_)) = listening.next() {}
+        let _ = socket.shutdown(std::net::Shutdown::Both);
+    });
+    Ok(())
+}
+
+fn relay(control: &Control, mut holder: Holder) -> u8 {
+    loop {
+        match holder.hear() {
+            Heard::Report(Report::Held { id, .. }) => {
+                let held = holder.duplicate(id).map(AsFd::as_fd);
+                if control.tell(&ToShim::Hold, held.as_slice()).is_err() {
+                    // The shim is gone; `watch` has told the pager. Wait for it to have killed the server.
+                    continue;
+                }
+            }
+            Heard::Report(_) => {}
+            Heard::Done(_) => {
+                let _ = control.tell(&ToShim::Done, &[]);
+                return 0;
+            }
+            Heard::Kill { chain } => {
+                let reason = if chain.is_empty() { "the pager ended".to_owned() } else { chain.join(": ") };
+                let told = control.tell(&ToShim::Failed(reason), &[]);
+                // The duplicates stay open until the shim has killed the server and then us.
+                while told.is_ok() && matches!(control.next(), Ok(Some(_))) {}
+                drop(holder);
+                // Time for the pager's own kill, where the shim died first.
+                std::thread::sleep(Duration::from_secs(5));
+                return 1;
+            }
+        }
+    }
+}
+
+/// Content of all tasks in the shared stream.
+struct Stream {
+    stream: Reader,
+    tasks: Vec<TaskOrders>,
+}
+
+impl Stream {
+    fn task(&self, pid: u32) -> &TaskOrders {
+        self.tasks.iter().find(|task| task.pid == pid).expect("only these tasks are asked for")
+    }
+
+    fn block(&self, task: &TaskOrders, offset: u64) -> u64 {
+        (task.base + offset) / self.stream.block_bytes()
+    }
+}
+
+impl Source for Stream {
+    fn chunk(&self, task: u32, offset: u64) -> Range<u64> {
+        let bytes = self.task(task).bytes;
+        let block = self.stream.block_bytes();
+        let start = offset / block * block;
+        start..(start + block).min(bytes)
+    }
+
+    fn read(&self, task: u32, chunk: Range<u64>, out: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
+        let task = self.task(task);
+        let block = self.block(task, chunk.start);
+        let bytes =
+            self.stream.wait(block, BLOCK_WITHIN).map_err(|error| SourceError::Gone(Box::new(error)))?;
+        let length = usize::try_from(chunk.end - chunk.start).expect("a chunk is a block at most");
+        out(&bytes[..length]);
+        Ok(())
+    }
+
+    fn is_near(&self, task: u32, offset: u64) -> bool {
+        self.stream.has(self.block(self.task(task), offset))
+    }
+}

@@ -1,0 +1,149 @@
+//! Memory that is filled right, whatever its owner does.
+
+use libtest_mimic::{Failed, Trial};
+use rewarm_restore::pager::{Command, Heard, Mode, Report, WorkingSet};
+
+use crate::world::{PATIENCE, Scene, World, seed};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("fills::lazily_with_every_event", lazily_with_every_event),
+        Trial::test("fills::lazily_from_a_near_source", lazily_from_a_near_source),
+        Trial::test("fills::lazily_from_a_slow_source", lazily_from_a_slow_source),
+        Trial::test("fills::eagerly_before_the_first_instruction", eagerly_before_the_first_instruction),
+        Trial::test(
+            "fills::a_working_set_is_recorded_and_comes_first",
+            a_working_set_is_recorded_and_comes_first,
+        ),
+        Trial::test("fills::the_subject_runs_before_all_is_there", the_subject_runs_before_all_is_there),
+    ]
+}
+
+/// How often a scene with random events is repeated; a long proof sets more.
+fn rounds() -> u64 {
+    std::env::var("REWARM_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(8)
+}
+
+fn ends_right(scene: &Scene) -> Result<(), Failed> {
+    let at = format!("seed {} (repeat with REWARM_SEED)", scene.shape.seed);
+    let mut world = World::start(scene);
+    let heard = world.hear_all();
+    let Heard::Done(summary) = heard else { return Err(format!("{at}: {heard:?}").into()) };
+    let status = world.end_of_subject();
+    if !status.success() {
+        return Err(format!("{at}: subject ended with {status}, {summary:?}").into());
+    }
+    let status = world.end_of_pager();
+    if status.success() { Ok(()) } else { Err(format!("{at}: pager ended with {status}").into()) }
+}
+
+fn lazily_with_every_event() -> Result<(), Failed> {
+    (0..rounds()).try_for_each(|_| {
+        let mut scene = Scene::new(seed());
+        scene.manner.delay_us = 300;
+        ends_right(&scene)
+    })
+}
+
+fn lazily_from_a_near_source() -> Result<(), Failed> {
+    (0..rounds()).try_for_each(|_| {
+        let mut scene = Scene::new(seed());
+        scene.manner.near = true;
+        scene.manner.delay_us = 100;
+        ends_right(&scene)
+    })
+}
+
+fn lazily_from_a_slow_source() -> Result<(), Failed> {
+    (0..rounds() / 4).try_for_each(|_| {
+        let mut scene = Scene::new(seed());
+        scene.manner.delay_us = 15_000;
+        scene.manner.chunk = 64 << 10;
+        ends_right(&scene)
+    })
+}
+
+fn eagerly_before_the_first_instruction() -> Result<(), Failed> {
+    let mut scene = Scene::new(seed());
+    scene.mode = Mode::Eager;
+    scene.shape.pages = 3000;
+    let mut world = World::start(&scene);
+    world.hear_until(|report| *report == Report::Finished);
+    world.wait_stopped();
+    world.tell(Command::Fill);
+    let heard = world.hear_all();
+    let Heard::Done(summary) = heard else { return Err(format!("{heard:?}").into()) };
+    if summary.eager_bytes == 0 || summary.background_bytes != 0 {
+        return Err(format!("{summary:?}: all should be written from outside").into());
+    }
+    World::signal(world.subject.id(), nix::sys::signal::Signal::SIGCONT);
+    let status = world.end_of_subject();
+    if status.success() { Ok(()) } else { Err(format!("seed {}: {status}", scene.shape.seed).into()) }
+}
+
+fn a_working_set_is_recorded_and_comes_first() -> Result<(), Failed> {
+    let mut scene = Scene::new(seed());
+    (scene.shape.dense, scene.shape.pages) = (true, 4000);
+    (scene.mode, scene.record, scene.touch_first) = (Mode::LazyWhenTold, true, 1000);
+    let (set, first) = run_recorded(&scene)?;
+    // The first 1000 pages, and the page in the middle of each of four areas that the restorer touches.
+    let least = 1000 * 4096;
+    if set.bytes() < least || set.bytes() > least + 6 * (64 << 10) {
+        return Err(format!("{} bytes recorded for {least} touched: {set:?}", set.bytes()).into());
+    }
+    scene.working_set = set;
+    let (_, second) = run_recorded(&scene)?;
+    if second * 4 > first {
+        return Err(format!("{second} faults with a working set, {first} without").into());
+    }
+    Ok(())
+}
+
+/// The working set and the number of faults until the subject has touched its first pages.
+fn run_recorded(scene: &Scene) -> Result<(WorkingSet, u64), Failed> {
+    let mut world = World::start(scene);
+    world.hear_until(|report| *report == Report::Finished);
+    if !scene.working_set.extents.is_empty() {
+        // As a server does: the first request comes when the working set is in place.
+        std::thread::sleep(std::time::Duration::from_millis(200));
+    }
+    if world.line() != "touched" {
+        return Err("the subject did not touch its first pages".into());
+    }
+    world.tell(Command::StopRecording);
+    let Report::Recorded { set } = world.hear_until(|report| matches!(report, Report::Recorded { .. }))
+    else {
+        return Err("no working set".into());
+    };
+    let faults = set.extents.iter().map(|extent| extent.length.div_ceil(64 << 10)).sum();
+    world.tell(Command::Fill);
+    world.go_on();
+    let heard = world.hear_all();
+    let Heard::Done(_) = heard else { return Err(format!("{heard:?}").into()) };
+    let status = world.end_of_subject();
+    if status.success() { Ok((set, faults)) } else { Err(format!("{status}").into()) }
+}
+
+fn the_subject_runs_before_all_is_there() -> Result<(), Failed> {
+    let mut scene = Scene::new(seed());
+    (scene.touch_first, scene.shape.dense, scene.shape.pages) = (10, true, 4000);
+    // 250 chunks of 10 ms, in two threads: more than a second.
+    (scene.manner.delay_us, scene.manner.chunk) = (10_000, 256 << 10);
+    let mut world = World::start(&scene);
+    world.hear_until(|report| *report == Report::Finished);
+    let start = std::time::Instant::now();
+    if world.line() != "touched" {
+        return Err("the subject did not touch its first pages".into());
+    }
+    let touched = start.elapsed();
+    world.go_on();
+    let heard = world.hear_all();
+    let Heard::Done(summary) = heard else { return Err(format!("{heard:?}").into()) };
+    let present = std::time::Duration::from_micros(summary.present_us);
+    assert!(present < PATIENCE);
+    if touched * 4 > present {
+        return Err(format!("first pages after {touched:?}, all after {present:?}").into());
+    }
+    let status = world.end_of_subject();
+    if status.success() { Ok(()) } else { Err(format!("{status}").into()) }
+}
