@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use object_store::memory::InMemory;
 use rewarm_report::{Class, Classify};
+use rewarm_store::fault::{Faults, FaultyStore, Wrong};
 use rewarm_store::{Error, Store, StoreUrl};
 
 #[tokio::test(flavor = "multi_thread")]
@@ -25,6 +26,33 @@ async fn folder() {
 async fn memory() {
     let objects = Arc::new(InMemory::new());
     suite::run(&|| std::future::ready(Ok(Store::from_objects(objects.clone(), "memory")))).await;
+}
+
+/// Every fifth request fails once: the suite must not notice.
+#[tokio::test(flavor = "multi_thread")]
+async fn faulty() {
+    let faults = Arc::new(Faults::default());
+    let objects = Arc::new(FaultyStore::new(Arc::new(InMemory::new()), faults.clone()));
+    faults.set(Wrong { every: 5, ..Wrong::default() });
+    suite::run(&|| std::future::ready(Ok(Store::from_objects(objects.clone(), "faulty")))).await;
+    assert!(faults.failed() > 10, "{faults:?}");
+}
+
+/// The claims on a tag's numbers take the place of conditional writes.
+#[tokio::test(flavor = "multi_thread")]
+async fn without_conditions() {
+    let faults = Arc::new(Faults::default());
+    let objects = Arc::new(FaultyStore::new(Arc::new(InMemory::new()), faults.clone()));
+    faults.set(Wrong { unconditional: true, delay: Duration::from_millis(1), ..Wrong::default() });
+    suite::run(&|| std::future::ready(Ok(Store::from_objects(objects.clone(), "unconditional")))).await;
+    for round in 0..20 {
+        suite::race_of_many(
+            &Store::from_objects(objects.clone(), "unconditional"),
+            &format!("race{round}"),
+            4,
+        )
+        .await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -53,7 +81,9 @@ async fn run_on(server: &servers::Server) {
     let url = server.url();
     suite::run(&|| Store::open(&url)).await;
     let missing = Store::open(&server.other_bucket()).await.unwrap();
-    for error in [missing.begin(suite::destination("x")).await.unwrap_err(), missing.list().await.unwrap_err()] {
+    for error in
+        [missing.begin(suite::destination("x")).await.unwrap_err(), missing.list().await.unwrap_err()]
+    {
         assert_eq!(error.class(), Class::NotFound, "{error:?}");
     }
 }

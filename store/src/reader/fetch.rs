@@ -86,7 +86,8 @@ impl Boot {
         parallel: usize,
     ) -> Result<Fetched> {
         let map = self.chunks(region).await?;
-        let chosen = (0..map.len()).filter(|&n| wanted(map.get(n).expect("it is below the length"))).collect();
+        let chosen =
+            (0..map.len()).filter(|&n| wanted(map.get(n).expect("it is below the length"))).collect();
         let requests = plan(map.refs(), chosen);
         let job = Arc::new(Job { boot: self.inner.clone(), map, region, sink });
         let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));

@@ -367,3 +367,16 @@ fn age(id: &Uuid) -> Duration {
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     now.saturating_sub(made)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_claim_knows_its_age() {
+        let fresh = Uuid::now_v7();
+        assert!(age(&fresh) < Duration::from_secs(1), "{:?}", age(&fresh));
+        let parsed = Uuid::parse_str("018f0000-0000-7000-8000-000000000000").unwrap();
+        assert!(age(&parsed) > CLAIM_AGE_MAX);
+    }
+}

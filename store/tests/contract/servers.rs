@@ -66,7 +66,11 @@ pub(crate) fn cache() -> PathBuf {
 pub(crate) fn skip(need: &str, missing: &std::path::Path) {
     eprintln!("skipped: needs {need} at {}", missing.display());
     let needs = std::env::var("REWARM_TEST_NEEDS").unwrap_or_default();
-    assert!(!needs.split(',').any(|met| met == need), "{need} must be there and is not: {}", missing.display());
+    assert!(
+        !needs.split(',').any(|met| met == need),
+        "{need} must be there and is not: {}",
+        missing.display()
+    );
 }
 
 /// Garage, one node.
@@ -105,7 +109,8 @@ pub(crate) fn garage() -> Option<Server> {
     });
     let made = client(&["key", "create", "test"]);
     let field = |name: &str| {
-        let line = made.lines().find_map(|line| line.trim().strip_prefix(name)).expect("a key has this field");
+        let line =
+            made.lines().find_map(|line| line.trim().strip_prefix(name)).expect("a key has this field");
         line.trim().to_owned()
     };
     let (id, secret) = (field("Key ID:"), field("Secret key:"));
@@ -177,7 +182,7 @@ pub(crate) fn gcs() -> Option<Server> {
     command.args([&port.to_string(), "rewarm-test"]);
     let options = [
         ("base_url".to_owned(), format!("http://127.0.0.1:{port}")),
-        ("skip_signature".to_owned(), "true".to_owned()),
+        ("bearer_token".to_owned(), "test".to_owned()),
     ];
     Some(start(command, folder, port, "gs://rewarm-test", &options))
 }

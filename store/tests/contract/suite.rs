@@ -150,6 +150,33 @@ async fn of_two_snapshots_at_once_one_wins(first: &Store, second: &Store) {
     snapshot.boot().await.unwrap().verify(2).await.unwrap();
 }
 
+/// Of `count` snapshots at once exactly one wins.
+pub(crate) async fn race_of_many(store: &Store, text: &str, count: u64) {
+    let race = name(text);
+    let mut sessions = Vec::new();
+    for n in 0..count {
+        let session = store.begin(destination(text)).await.unwrap();
+        write_region(&session, RegionKind::Task { pid: 1 }, &random(4096, 100 + n), 4096).await;
+        sessions.push(session);
+    }
+    let mut publishing = Vec::new();
+    for session in sessions {
+        let race = race.clone();
+        publishing.push(tokio::spawn(async move { session.publish(&race, "v1", Facts::default()).await }));
+    }
+    let mut won = Vec::new();
+    for publishing in publishing {
+        match publishing.await.unwrap() {
+            Ok(published) => won.push(published.digest),
+            Err(error) => assert!(matches!(error, Error::TagTaken { .. }), "{error:?}"),
+        }
+    }
+    assert_eq!(won.len(), 1, "{text}");
+    let snapshot = store.resolve(&reference(&race, "v1")).await.unwrap();
+    assert_eq!(snapshot.digest(), won[0]);
+    snapshot.boot().await.unwrap().verify(2).await.unwrap();
+}
+
 async fn unknown_references_are_not_found(store: &Store) {
     let digest = rewarm_store::Digest::of(b"nothing");
     let by_digest = Reference { target: Target::Digest(digest), ..reference(&name("web"), "v1") };
