@@ -5,19 +5,21 @@
 //! CRIU runs, [`check`] compares the images with what the bundle of the new replica grants. Everything that the images
 //! want beyond it is listed at once.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
 
 use crate::Error;
 use crate::image::core::{self, Credentials, Ids, SeccompMode, Thread};
 use crate::image::files::{self, FileKind, OpenFile, RegularFile};
+use crate::image::mounts::Mount;
 use crate::image::seccomp::{self, Filter};
-use crate::image::{inventory, mm, mounts, namespaces, pstree};
+use crate::image::{self, inventory, mm, namespaces, pstree};
 
 mod bpf;
 mod connections;
 mod host_files;
+mod mounts;
 mod violation;
 
 pub use connections::{Connection, Listener, Peer, connections, listeners};
@@ -42,12 +44,15 @@ pub struct Capabilities {
     pub ambient: u64,
 }
 
-/// A mount that the bundle asks for, or that the runtime makes by itself (masked and read-only paths).
+/// A mount that the bundle asks for, or that the runtime makes by itself: a masked path is given twice, as a `bind` (of
+/// `/dev/null`, over a file) and as a read-only `tmpfs` (over a folder), a read-only path as a read-only `bind`. Those
+/// below `/proc` and `/sys` must be in the images if the path exists on this machine.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct AllowedMount {
     /// Where, absolute.
     pub mountpoint: String,
-    /// Type of file system, such as `tmpfs`; `bind` for a bind mount of anything.
+    /// Type of file system, such as `tmpfs`; `bind` for a bind mount of anything; `cgroup` for the cgroups of either
+    /// version.
     pub kind: String,
     /// It must come back read-only.
     pub read_only: bool,
@@ -143,8 +148,9 @@ pub fn check(directory: &Path, allowed: &Allowed) -> crate::Result<Vec<Violation
     if !namespaces::users(directory)?.is_empty() {
         found.push(Violation::UserNamespace { pid: None });
     }
-    check_mounts(directory, allowed, &mut found)?;
-    check_files(directory, allowed, &mut found)?;
+    let mounted = image::mounts::read(directory)?;
+    mounts::check(&mounted, &allowed.mounts, Path::exists, &mut found);
+    check_files(directory, &mounted, allowed, &mut found)?;
     found.dedup();
     Ok(found)
 }
@@ -307,47 +313,13 @@ fn chain(filters: &[Filter], innermost: Option<u32>) -> Vec<&Filter> {
     chain
 }
 
-/// File systems that hold no data of the host's disks.
-const PSEUDO: &[&str] = &["proc", "sysfs", "tmpfs", "devpts", "mqueue", "cgroup", "cgroup2"];
-
-fn check_mounts(directory: &Path, allowed: &Allowed, found: &mut Vec<Violation>) -> crate::Result<()> {
-    let mut roots = HashSet::new();
-    for mount in mounts::read(directory)? {
-        // The root is what the runtime has mounted there; CRIU takes it from its command line.
-        if mount.mountpoint == "/" && roots.insert(mount.namespace) {
-            continue;
-        }
-        let asked = allowed.mounts.iter().find(|allowed| allowed.mountpoint == mount.mountpoint);
-        let is_kind = |asked: &AllowedMount| asked.kind == mount.kind || asked.kind == "bind";
-        match asked {
-            // What an external mount binds is decided by the runtime, from the bundle.
-            Some(asked) if mount.external.is_some() || is_kind(asked) => {
-                if mount.external.is_none() && !PSEUDO.contains(&mount.kind.as_str()) {
-                    found.push(Violation::Mount {
-                        mountpoint: mount.mountpoint,
-                        kind: mount.kind,
-                        source: mount.source,
-                    });
-                } else if asked.read_only && !mount.is_read_only() {
-                    found.push(Violation::WritableMount { mountpoint: mount.mountpoint });
-                }
-            }
-            _ => found.push(Violation::Mount {
-                mountpoint: mount.mountpoint,
-                kind: mount.kind,
-                source: mount.source,
-            }),
-        }
-        if mount.by_plugin {
-            found.push(Violation::PluginMount { id: mount.id });
-        }
-    }
-    Ok(())
-}
-
-fn check_files(directory: &Path, allowed: &Allowed, found: &mut Vec<Violation>) -> crate::Result<()> {
-    let known: HashSet<i32> =
-        mounts::read(directory)?.iter().filter_map(|mount| i32::try_from(mount.id).ok()).collect();
+fn check_files(
+    directory: &Path,
+    mounted: &[Mount],
+    allowed: &Allowed,
+    found: &mut Vec<Violation>,
+) -> crate::Result<()> {
+    let known: HashSet<i32> = mounted.iter().filter_map(|mount| i32::try_from(mount.id).ok()).collect();
     for OpenFile { id, kind } in files::read(directory)? {
         match kind {
             FileKind::Regular(file) => check_file(&file, &known, allowed, found),
@@ -372,11 +344,6 @@ fn check_file(file: &RegularFile, mounts: &HashSet<i32>, allowed: &Allowed, foun
     if file.external || (file.mount >= 0 && !mounts.is_empty() && !mounts.contains(&file.mount)) {
         found.push(Violation::OutsideFile { path: path() });
     }
-}
-
-/// Owners of files by id, for listings.
-fn owners(directory: &Path) -> crate::Result<BTreeMap<u32, Vec<files::Descriptor>>> {
-    files::descriptors(directory)
 }
 
 /// Ids of files that some task maps or runs.

@@ -6,8 +6,6 @@ use std::path::Path;
 
 use crate::image::files::{self, Descriptor, FileKind, InetSocket, OpenFile, Protocol, SocketState};
 
-use super::owners;
-
 /// Where the other side of a connection is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Peer {
@@ -58,7 +56,7 @@ pub struct Listener {
 /// # Errors
 /// [`crate::Error::Io`] or [`crate::Error::Image`] if the images cannot be read.
 pub fn connections(directory: &Path) -> crate::Result<Vec<Connection>> {
-    let mut owners = owners(directory)?;
+    let mut owners = files::descriptors(directory)?;
     let sockets = sockets(directory)?;
     let mut by_address: HashMap<(u32, SocketAddr, SocketAddr), u32> = HashMap::new();
     let mut listening = HashSet::new();
@@ -100,7 +98,7 @@ pub fn connections(directory: &Path) -> crate::Result<Vec<Connection>> {
 /// # Errors
 /// [`crate::Error::Io`] or [`crate::Error::Image`] if the images cannot be read.
 pub fn listeners(directory: &Path) -> crate::Result<Vec<Listener>> {
-    let mut owners = owners(directory)?;
+    let mut owners = files::descriptors(directory)?;
     let listening = sockets(directory)?.into_iter().filter(|(_, socket)| socket.state == SocketState::Listen);
     let listener = |(id, socket): (u32, InetSocket)| Listener {
         id,

@@ -57,6 +57,11 @@ pub enum Violation {
         /// Where.
         mountpoint: String,
     },
+    /// A mask or a read-only part of the kernel's interfaces is missing.
+    MissingMount {
+        /// Where.
+        mountpoint: String,
+    },
     /// A mount that a plugin of CRIU would make.
     PluginMount {
         /// Number of the mount.
@@ -189,6 +194,10 @@ impl fmt::Display for Violation {
             Self::WritableMount { mountpoint } => {
                 write!(f, "mount at {mountpoint} is writable, expected read-only")
             }
+            Self::MissingMount { mountpoint } => write!(
+                f,
+                "mount at {mountpoint} is missing, which the replica's configuration hides or protects"
+            ),
             Self::PluginMount { id } => write!(f, "mount {id} is made by a plugin of criu"),
             Self::Path { path } => write!(f, "open file {path} has .. in its path"),
             Self::Device { path } => write!(f, "device {path} is open, which the replica is not granted"),

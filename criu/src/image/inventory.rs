@@ -18,8 +18,6 @@ pub struct Inventory {
     pub tcp_close: bool,
     /// Security module of the dumping host: 0 none, 1 SELinux, 2 AppArmor.
     pub lsm: u32,
-    /// Uptime of the dumping host, in microseconds.
-    pub uptime_us: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -30,8 +28,6 @@ struct InventoryEntry {
     root_ids: Option<super::core::IdsEntry>,
     #[prost(uint32, tag = "6")]
     lsm: u32,
-    #[prost(uint64, tag = "8")]
-    uptime_us: u64,
     #[prost(bool, tag = "10")]
     tcp_close: bool,
 }
@@ -47,6 +43,5 @@ pub fn read(directory: &Path) -> crate::Result<Inventory> {
         host: entry.root_ids.unwrap_or_default().into(),
         tcp_close: entry.tcp_close,
         lsm: entry.lsm,
-        uptime_us: entry.uptime_us,
     })
 }

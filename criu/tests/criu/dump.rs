@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::{self, Read};
+use std::slice;
 use std::thread;
 use std::time::Duration;
 
@@ -137,7 +138,8 @@ fn a_tree_comes_back_lazily_from_a_peer_that_fills_it() {
     receive(&world, &mut store);
     world.gone();
 
-    let marked = patch::advise_huge_pages(&world.images(), world.pid(), &[0..u64::MAX]).expect("advice");
+    let marked = patch::advise_huge_pages(&world.images(), world.pid(), slice::from_ref(&(0..u64::MAX)))
+        .expect("advice");
     assert!(marked.iter().any(|vma| vma.bytes() >= 32 << 20), "{marked:?}");
     let is_lazy = |entry: &Entry| entry.flags.contains(Flags::LAZY);
     write_pages(&world, &store, is_lazy);

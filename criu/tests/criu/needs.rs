@@ -17,6 +17,7 @@ pub(crate) fn criu() -> Option<Binary> {
     Some(binary)
 }
 
+#[expect(clippy::print_stderr, reason = "whoever runs the tests must see what was left out")]
 fn missing<T>(need: &str) -> Option<T> {
     let met = std::env::var("REWARM_TEST_NEEDS").unwrap_or_default();
     assert!(!met.split(',').any(|met| met.trim() == need), "this machine should have {need}, and has not");

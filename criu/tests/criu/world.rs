@@ -30,6 +30,10 @@ pub(crate) struct World {
 }
 
 impl World {
+    #[expect(
+        clippy::zombie_processes,
+        reason = "the tree is waited for by its pids, as what CRIU restores is"
+    )]
     pub(crate) fn start(criu: Binary) -> Self {
         // The tree's orphans and what CRIU restores become children of the test, which can wait for their end then.
         process::become_subreaper().expect("a subreaper");
