@@ -1,6 +1,11 @@
 //! A state directory of its own, servers to put into it, and a look at what is left afterwards.
 
-#![allow(dead_code, reason = "each test binary uses a part of it")]
+#![allow(
+    dead_code,
+    unreachable_pub,
+    clippy::print_stdout,
+    reason = "each test binary uses a part of it and says what it skips"
+)]
 
 use std::collections::BTreeSet;
 use std::io::{Read, Write};
