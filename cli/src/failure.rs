@@ -212,18 +212,6 @@ impl Cause {
     }
 
     /// The failure as a program reads it.
-    pub(crate) fn json(&self) -> serde_json::Value {
-        json!({
-            "chain": self.chain(),
-            "class": self.class(),
-            "exit": Exit::from(self.class()).code(),
-            "hint": self.hint(),
-            "output": self.output(),
-            "aftermath": self.aftermath(),
-        })
-    }
-
-    /// The failure as a program reads it.
     pub(crate) fn told(&self) -> Told {
         Told {
             doing: None,
@@ -336,7 +324,8 @@ impl Failure {
         render::talk(&self.text());
         if json {
             // A stdout that is gone is told on stderr already.
-            let _ = render::print(&format!("{}\n", self.json()));
+            let told = Told { doing: Some(self.doing.clone()), ..self.cause.told() };
+            let _ = render::print(&format!("{}\n", json!({ "error": told })));
         }
         exit
     }

@@ -54,7 +54,9 @@ async fn machine(global: &Global) -> Result<Machine, Cause> {
 fn variant(snapshot: &Snapshot, machine: &Machine) -> Variant {
     let manifest = snapshot.manifest().clone();
     let reasons = match serde_json::from_value::<Spec>(manifest.facts.spec.clone()) {
-        Ok(spec) => reasons(&manifest.facts, machine, &HostView::new(&spec)).iter().map(Reason::to_string).collect(),
+        Ok(spec) => {
+            reasons(&manifest.facts, machine, &HostView::new(&spec)).iter().map(Reason::to_string).collect()
+        }
         Err(error) => vec![format!("the recorded specification cannot be read: {error}")],
     };
     Variant {
@@ -79,9 +81,19 @@ fn describe(variant: &Variant) -> String {
         ("created", manifest.created.clone()),
         ("command", facts.command.join(" ")),
         ("ports", or_none(list(&facts.ports))),
-        ("memory", format!("{}, {} of it zero", bytes(facts.memory.logical_bytes), bytes(facts.memory.zero_bytes))),
+        (
+            "memory",
+            format!("{}, {} of it zero", bytes(facts.memory.logical_bytes), bytes(facts.memory.zero_bytes)),
+        ),
         ("content", bytes(manifest.totals.content_bytes)),
-        ("stored", format!("{}, {} of it new", bytes(manifest.totals.stored_bytes), bytes(manifest.totals.new_bytes))),
+        (
+            "stored",
+            format!(
+                "{}, {} of it new",
+                bytes(manifest.totals.stored_bytes),
+                bytes(manifest.totals.new_bytes)
+            ),
+        ),
         ("made with", format!("kernel {}, CRIU {}, runc {}", facts.kernel, facts.criu, facts.runc)),
         ("processor", format!("{}, {}", facts.architecture, facts.cpu.model)),
         ("host files", facts.host_files.len().to_string()),
@@ -95,7 +107,11 @@ fn describe(variant: &Variant) -> String {
 fn hooks(manifest: &Manifest) -> String {
     let hooks = &manifest.facts.hooks;
     let named = |name, hook: &Option<String>| hook.as_ref().map(|hook| format!("{name} {hook}"));
-    [named("pre", &hooks.pre), named("post", &hooks.post)].into_iter().flatten().collect::<Vec<_>>().join(", ")
+    [named("pre", &hooks.pre), named("post", &hooks.post)]
+        .into_iter()
+        .flatten()
+        .collect::<Vec<_>>()
+        .join(", ")
 }
 
 fn verdict(verdict: &Verdict) -> String {

@@ -6,7 +6,7 @@ use rewarm_restore::{Context, Mode, Outcome, Request, Restored};
 use serde::Serialize;
 
 use crate::args::{self, Global, Restore};
-use crate::failure::Cause;
+use crate::failure::{Cause, Told};
 use crate::render::{self, Output, seconds};
 use crate::replicas::{self, Published};
 use crate::signals::Interrupts;
@@ -28,7 +28,7 @@ struct Report {
 #[serde(untagged)]
 enum Replica {
     Serving(Serving),
-    Failed { error: serde_json::Value },
+    Failed { error: Told },
 }
 
 #[derive(Serialize)]
@@ -116,7 +116,7 @@ fn conclude(outcome: Outcome, clock: &Clock, output: Output) -> Result<u8, Cause
             Ok(restored) => shown.push(Replica::Serving(Serving::from(&restored))),
             Err(error) => {
                 let cause = Cause::from(error);
-                shown.push(Replica::Failed { error: cause.json() });
+                shown.push(Replica::Failed { error: cause.told() });
                 failures.push(cause);
             }
         }
