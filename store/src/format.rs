@@ -13,10 +13,13 @@
 
 pub(crate) mod boot;
 pub(crate) mod frame;
+#[cfg(test)]
+mod hostile;
 pub(crate) mod index;
 pub mod manifest;
 pub(crate) mod pack;
 pub mod tag;
+pub(crate) mod wire;
 
 use object_store::path::Path;
 use uuid::Uuid;

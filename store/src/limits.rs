@@ -29,6 +29,10 @@ pub(crate) const LEAF_BYTES_LIMIT: u64 = MIB;
 pub(crate) const LEAF_CHUNKS_LIMIT: u64 = 4096;
 /// Most regions of a snapshot: one for each task or shared memory of the largest process tree that is sensible.
 pub(crate) const REGIONS_LIMIT: u64 = 65_536;
+/// Most leaves of a snapshot: every region may end with a short one.
+pub(crate) const LEAVES_LIMIT: u64 = (CONTENT_BYTES_LIMIT >> 30) + REGIONS_LIMIT;
+/// Most files of a skeleton: a few for each task of the largest process tree.
+pub(crate) const SKELETON_FILES_LIMIT: u64 = 1 << 20;
 /// Most packs that one snapshot may refer to: 16 TiB at the smallest size of a full pack.
 pub(crate) const PACKS_LIMIT: u64 = 1 << 20;
 /// Most bytes of content in one snapshot. Above it a sum of lengths could not be trusted to fit.

@@ -2,6 +2,8 @@
 
 #[path = "contract/content.rs"]
 mod content;
+#[path = "contract/kept.rs"]
+mod kept;
 #[path = "contract/servers.rs"]
 mod servers;
 #[path = "contract/suite.rs"]

@@ -11,9 +11,10 @@ use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
 use crate::format::frame::{self, Magic};
 use crate::format::manifest::RegionKind;
+use crate::format::wire::{self, Allowed};
 use crate::limits::{
-    BOOT_BYTES_LIMIT, CONTENT_BYTES_LIMIT, LEAF_BYTES_LIMIT, LEAF_CHUNKS_LIMIT, PACK_BYTES_LIMIT,
-    PACKS_LIMIT, PAGE_BYTES, REGIONS_LIMIT,
+    BOOT_BYTES_LIMIT, CONTENT_BYTES_LIMIT, LEAF_BYTES_LIMIT, LEAF_CHUNKS_LIMIT, LEAVES_LIMIT,
+    PACK_BYTES_LIMIT, PACKS_LIMIT, PAGE_BYTES, REGIONS_LIMIT, SKELETON_FILES_LIMIT,
 };
 
 /// Root of the index and skeleton, checked.
@@ -202,10 +203,17 @@ pub(crate) fn decode(bytes: &[u8], raw_bytes: u64, store: &str, object: &str) ->
     read_message(Bytes::from(raw)).map_err(damaged)
 }
 
+/// What is counted before the message is decoded.
+const LEAVES: Allowed = Allowed { tag: 10, what: "leaves", limit: LEAVES_LIMIT, inner: None };
+const ALLOWED: &[Allowed] = &[
+    Allowed { tag: 1, what: "packs", limit: PACKS_LIMIT, inner: None },
+    Allowed { tag: 2, what: "regions", limit: REGIONS_LIMIT, inner: Some(&LEAVES) },
+    Allowed { tag: 3, what: "skeleton files", limit: SKELETON_FILES_LIMIT, inner: None },
+];
+
 fn read_message(raw: Bytes) -> Result<Root, Damage> {
+    wire::check(&raw, ALLOWED)?;
     let message = BootMessage::decode(raw)?;
-    bound("packs", message.packs.len() as u64, PACKS_LIMIT)?;
-    bound("regions", message.regions.len() as u64, REGIONS_LIMIT)?;
     let index = match message.index {
         Some(index) => Some((digest_of(&index.digest)?, index.bytes)),
         None => None,

@@ -9,8 +9,9 @@
 use prost::Message;
 use uuid::Uuid;
 
-use crate::digest::ChunkId;
+use crate::digest::{ChunkId, Digest};
 use crate::error::Damage;
+use crate::format::frame::HEADER_BYTES;
 use crate::format::index::{ChunkRef, Location, decode_leaf, encode_leaf};
 use crate::limits::LEAF_CHUNKS_LIMIT;
 
@@ -44,10 +45,11 @@ pub(crate) fn ending(chunks: &[(ChunkId, Location)]) -> Vec<u8> {
     out
 }
 
-/// The chunks that a whole pack's footer lists.
-pub(crate) fn read_ending(id: Uuid, pack: &[u8]) -> Result<Vec<(ChunkId, Location)>, Damage> {
-    let short = || Damage::Length { found: pack.len() as u64, expected: TRAILER_BYTES as u64 };
-    let (rest, trailer) = pack.split_last_chunk::<TRAILER_BYTES>().ok_or_else(short)?;
+/// Length of the footer that a pack's last [`TRAILER_BYTES`] announce, and its digest. The pack has `pack_bytes`.
+pub(crate) fn read_trailer(trailer: &[u8], pack_bytes: u64) -> Result<(u64, [u8; 32]), Damage> {
+    let Ok(trailer) = <&[u8; TRAILER_BYTES]>::try_from(trailer) else {
+        return Err(Damage::Length { found: trailer.len() as u64, expected: TRAILER_BYTES as u64 });
+    };
     if trailer[36..] != END_MAGIC[..] {
         return Err(Damage::Frame {
             what: "magic at the end",
@@ -55,25 +57,35 @@ pub(crate) fn read_ending(id: Uuid, pack: &[u8]) -> Result<Vec<(ChunkId, Locatio
             expected: END_MAGIC.escape_ascii().to_string(),
         });
     }
-    let length = u32::from_le_bytes([trailer[0], trailer[1], trailer[2], trailer[3]]) as usize;
-    if length > rest.len() {
-        let (found, limit) = (length as u64, rest.len() as u64);
-        return Err(Damage::Bound { what: "length of the footer", found, limit });
+    let length = u64::from(u32::from_le_bytes([trailer[0], trailer[1], trailer[2], trailer[3]]));
+    let limit = pack_bytes.saturating_sub((HEADER_BYTES + TRAILER_BYTES) as u64);
+    if length > limit {
+        return Err(Damage::Bound { what: "length of the footer", found: length, limit });
     }
-    let bytes = &rest[rest.len() - length..];
-    let digest = blake3::hash(bytes);
-    if digest.as_bytes()[..] != trailer[4..36] {
-        let expected = trailer[4..36].iter().map(|b| format!("{b:02x}")).collect();
-        return Err(Damage::Digest { found: digest.to_hex().to_string(), expected });
+    let mut digest = [0; 32];
+    digest.copy_from_slice(&trailer[4..36]);
+    Ok((length, digest))
+}
+
+/// The chunks that a footer with this digest lists.
+pub(crate) fn read_footer(
+    id: Uuid,
+    footer: &[u8],
+    digest: [u8; 32],
+    pack_bytes: u64,
+) -> Result<Vec<(ChunkId, Location)>, Damage> {
+    let (found, expected) = (Digest::of(footer), Digest::from_bytes(digest));
+    if found != expected {
+        return Err(Damage::Digest { found: found.to_string(), expected: expected.to_string() });
     }
-    let footer = Footer::decode(bytes)?;
+    let footer = Footer::decode(footer)?;
     if footer.counts.len() != footer.leaves.len() {
         let (found, limit) = (footer.counts.len() as u64, footer.leaves.len() as u64);
         return Err(Damage::Bound { what: "leaves of the footer", found, limit });
     }
     let mut chunks = Vec::new();
     for (&count, leaf) in footer.counts.iter().zip(&footer.leaves) {
-        let refs = decode_leaf(leaf, count, &[pack.len() as u64])?;
+        let refs = decode_leaf(leaf, count, &[pack_bytes])?;
         chunks.extend(refs.iter().map(|chunk| (chunk.id, chunk.location(id))));
     }
     Ok(chunks)
@@ -90,5 +102,27 @@ impl ChunkRef {
     /// Where the chunk lies, whose pack is this one.
     pub(crate) fn location(&self, pack: Uuid) -> Location {
         Location { pack, offset: self.offset, stored: self.stored, raw: self.raw, codec: self.codec }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codec::Codec;
+
+    #[test]
+    fn a_footer_reads_back_from_the_end_of_its_pack() {
+        let pack = Uuid::from_u128(7);
+        let at = |n: u64| Location { pack, offset: 16 + n * 10, stored: 10, raw: 4096, codec: Codec::Lz4 };
+        let chunks: Vec<_> = (0..5000).map(|n| (ChunkId([n as u8; 32]), at(n))).collect();
+        let ending = ending(&chunks);
+        let bytes = 16 + 5000 * 10 + ending.len() as u64;
+        let (footer, trailer) = ending.split_at(ending.len() - TRAILER_BYTES);
+        let (length, digest) = read_trailer(trailer, bytes).unwrap();
+        assert_eq!(length, footer.len() as u64);
+        assert_eq!(read_footer(pack, footer, digest, bytes).unwrap(), chunks);
+        assert!(matches!(read_footer(pack, &footer[1..], digest, bytes), Err(Damage::Digest { .. })));
+        assert!(matches!(read_trailer(trailer, 100), Err(Damage::Bound { .. })));
+        assert!(matches!(read_trailer(&trailer[1..], bytes), Err(Damage::Length { .. })));
     }
 }

@@ -9,7 +9,8 @@ use rewarm_store::{
     Store, Target,
 };
 
-use crate::content::{Kept, compressible, random};
+use crate::content::{compressible, random};
+use crate::kept::Kept;
 
 const MIB: usize = 1 << 20;
 
