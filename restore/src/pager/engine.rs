@@ -163,6 +163,14 @@ impl Engine {
         self.work.notify_all();
     }
 
+    /// Nothing is to be done in this address space any more.
+    pub(super) fn remove(&self, space: &Arc<Space>) {
+        let mut queue = self.queue();
+        queue.spaces.retain(|other| !Arc::ptr_eq(other, space));
+        queue.faults.retain(|(other, _)| !Arc::ptr_eq(other, space));
+        queue.first.retain(|parts| !Arc::ptr_eq(&parts.space, space));
+    }
+
     /// CRIU has registered everything: from now on a page that is not registered is an error.
     pub(super) fn set_finished(&self) {
         self.finished.store(true, Ordering::Release);

@@ -304,6 +304,7 @@ impl Pager {
             let filled = space.state().pending.is_empty();
             if (filled && self.close(&space)?) || space.is_gone() {
                 *space.enter_alone() = None;
+                self.engine.remove(&space);
                 let watched = self.watched.swap_remove(index);
                 self.again.retain(|(other, _)| !Arc::ptr_eq(other, &space));
                 let id = space.id;

@@ -101,6 +101,8 @@ fn the_source_misbehaves() -> Result<(), Failed> {
                 continue;
             }
             let mut scene = scene();
+            // Every page is wanted to the end, the last chunk's too.
+            (scene.shape.dense, scene.operations) = (true, 0);
             scene.manner.fault = fault;
             (scene.manner.near, scene.chunk_within_ms) = (near, 300);
             let mut world = World::start(&scene);

@@ -107,6 +107,7 @@ fn run_recorded(scene: &Scene) -> Result<(WorkingSet, u64), Failed> {
         // As a server does: the first request comes when the working set is in place.
         std::thread::sleep(std::time::Duration::from_millis(200));
     }
+    world.go_on();
     if world.line() != "touched" {
         return Err("the subject did not touch its first pages".into());
     }
@@ -132,6 +133,7 @@ fn the_subject_runs_before_all_is_there() -> Result<(), Failed> {
     let mut world = World::start(&scene);
     world.hear_until(|report| *report == Report::Finished);
     let start = std::time::Instant::now();
+    world.go_on();
     if world.line() != "touched" {
         return Err("the subject did not touch its first pages".into());
     }

@@ -35,7 +35,7 @@ pub(crate) struct Orders {
     pub(crate) operations: u64,
     /// Stop before anything, as CRIU's `leave-stopped` does.
     pub(crate) stop: bool,
-    /// Touch this many pages only, the first of the first area, then wait for a line on standard input.
+    /// Wait for a line on standard input, touch so many pages of the first area, say so, wait for another line.
     pub(crate) touch_first: u64,
 }
 
@@ -133,11 +133,16 @@ fn try_play(orders: &Orders) -> Result<(), String> {
         }
     }
     if orders.touch_first > 0 {
+        wait_for_a_line()?;
         (0..orders.touch_first as usize).try_for_each(|page| held[0].check(seed, page))?;
         println!("touched");
-        std::io::stdin().read_line(&mut String::new()).map_err(|error| error.to_string())?;
+        wait_for_a_line()?;
     }
     serve(orders, held)
+}
+
+fn wait_for_a_line() -> Result<(), String> {
+    std::io::stdin().read_line(&mut String::new()).map(|_| ()).map_err(|error| error.to_string())
 }
 
 fn connect(orders: &Orders) -> Result<UnixStream, String> {

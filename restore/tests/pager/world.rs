@@ -69,6 +69,9 @@ pub(crate) fn play_role(role: Role) -> i32 {
 fn page(paging: Paging) -> Result<Summary, pager::Error> {
     let areas = layout::areas(paging.shape);
     let pid = paging.subject.unsigned_abs();
+    // Without a pid namespace the subject has another number in each run.
+    let mut working_set = paging.working_set;
+    working_set.extents.iter_mut().for_each(|extent| extent.task = pid);
     let listener = Listener::bind(&paging.work).expect("the work directory is there");
     let control = std::io::stdin().lock();
     let control = std::os::fd::AsFd::as_fd(&control).try_clone_to_owned().expect("a descriptor");
@@ -78,7 +81,7 @@ fn page(paging: Paging) -> Result<Summary, pager::Error> {
         mode: paging.mode,
         threads: paging.threads,
         record: paging.record,
-        working_set: paging.working_set,
+        working_set,
         tasks: Tasks::Numbers(vec![paging.subject]),
         criu_within: PATIENCE,
         chunk_within: Duration::from_millis(paging.chunk_within_ms),
@@ -222,9 +225,9 @@ impl World {
         line.trim_end().to_owned()
     }
 
-    /// Lets a subject go on that waits after its first touches.
+    /// Lets a subject go on that waits before or after its first touches.
     pub(crate) fn go_on(&mut self) {
-        let mut input = self.input.take().expect("not used before");
+        let input = self.input.as_mut().expect("piped");
         input.write_all(b"\n").expect("the subject listens");
     }
 
