@@ -3,7 +3,7 @@
 //! Every patch works on the fields of the messages and leaves all others byte for byte as they were, those that this
 //! program does not know too. Each writes a file anew beside the old one and puts it in its place at once.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use prost::Message;
 
-use crate::image::files::{self, FileKind, OpenFile, SocketState, Timerfd};
+use crate::image::files::{self, FileKind, OpenFile, Protocol, SocketState, Timerfd};
 use crate::image::mm::{self, MADV_HUGEPAGE, MADV_NOHUGEPAGE, Vma, VmaEntry};
 use crate::image::namespaces::Clocks;
 use crate::image::{Image, Kind, numbered, replace};
@@ -129,25 +129,27 @@ fn set_timerfds(directory: &Path, set: impl Fn(Timerfd) -> Timerfd) -> crate::Re
 /// Makes chosen sockets come back closed: TCP connections and connected UDP sockets, by their ids in `files.img`. All
 /// others stay as they are, so that the connections between processes inside a replica survive.
 ///
-/// In the restored process the descriptor is there, its reads return the end of the stream and its writes fail with
-/// EPIPE, as after the other side closed the connection. CRIU itself can only close all connections at once
-/// (`tcp-close`). The images of what was queued in them are removed. Returns the number of sockets that were changed.
+/// In the restored process the descriptor of a TCP connection is there, its reads return the end of the stream and its
+/// writes fail with EPIPE, as after the other side closed the connection. A UDP socket has forgotten its peer and can be
+/// connected anew. CRIU itself can only close all TCP connections at once (`tcp-close`). The images of what was queued in them are removed. Returns the number of sockets that were changed.
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::Image`] if `files.img` cannot be read or written; [`Error::Image`] if an id is not that of a
 /// connected socket. Nothing is changed then.
 pub fn close_connections(directory: &Path, ids: &[u32]) -> crate::Result<usize> {
-    let wanted: HashSet<u32> = ids.iter().copied().collect();
+    let chosen: HashSet<u32> = ids.iter().copied().collect();
+    let mut wanted = HashMap::new();
     let mut inodes = Vec::new();
     for OpenFile { id, kind } in files::read(directory)? {
         if let FileKind::Inet(socket) = kind
-            && wanted.contains(&id)
+            && chosen.contains(&id)
             && socket.is_connected()
         {
+            wanted.insert(id, socket.protocol);
             inodes.push(socket.inode);
         }
     }
-    if inodes.len() != wanted.len() {
+    if wanted.len() != chosen.len() {
         let fault = Fault::Absent { what: "connected socket of each given id" };
         return Err(Error::image(directory.join("files.img"))(fault));
     }
@@ -157,14 +159,13 @@ pub fn close_connections(directory: &Path, ids: &[u32]) -> crate::Result<usize> 
     // Without a remote port CRIU takes it for a socket that was never connected; without a local one it does not bind it.
     // CRIU then calls shutdown, which fails with ENOTCONN and yet marks both directions as ended: that is what makes
     // reads return 0 instead of an error that no server expects from a connection it has accepted.
-    let numbers = [
-        (SOCKET_STATE, u64::from(SocketState::CLOSED)),
-        (SOCKET_LOCAL_PORT, 0),
-        (SOCKET_REMOTE_PORT, 0),
-        (SOCKET_SHUTDOWN, SHUTDOWN_BOTH),
-    ];
-    change_files(directory, FILE_INET, |id, body| {
-        if wanted.contains(&id) { wire::with_numbers(body, &numbers).map(Some) } else { Ok(None) }
+    let unconnected =
+        [(SOCKET_STATE, u64::from(SocketState::CLOSED)), (SOCKET_LOCAL_PORT, 0), (SOCKET_REMOTE_PORT, 0)];
+    let ended = [&unconnected[..], &[(SOCKET_SHUTDOWN, SHUTDOWN_BOTH)]].concat();
+    change_files(directory, FILE_INET, |id, body| match wanted.get(&id) {
+        Some(Protocol::Tcp) => wire::with_numbers(body, &ended).map(Some),
+        Some(_) => wire::with_numbers(body, &unconnected).map(Some),
+        None => Ok(None),
     })?;
     for inode in &inodes {
         let path = directory.join(format!("tcp-stream-{inode:x}.img"));

@@ -5,6 +5,7 @@ use std::net::{SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::time::Duration;
 
 use rewarm_criu::admission::{self, Peer};
+use rewarm_criu::config::Config;
 use rewarm_criu::image::files::{Protocol, SocketState};
 use rewarm_criu::patch;
 
@@ -92,10 +93,13 @@ fn chosen_connections_come_back_closed_and_the_others_survive() {
         "def write():\n try: return client.send(b'x')\n except OSError as error: return type(error).__name__",
     );
     assert_eq!(world.run("write()"), "'BrokenPipeError'");
-    world.run(
-        "def ask():\n try: return statsd.send(b'x')\n except OSError as error: return type(error).__name__",
-    );
-    assert_ne!(world.run("ask()"), "1", "the UDP socket is still connected");
+    world.run("def ask():\n try: return statsd.send(b'x')\n except OSError as error: return error.errno");
+    // EDESTADDRREQ.
+    assert_eq!(world.run("ask()"), "89", "the UDP socket is still connected");
+    // It can be connected anew, as a client does that finds its peer gone.
+    world.run(&format!("statsd.connect(('127.0.0.1', {udp_port})); statsd.send(b'again')"));
+    let mut datagram = [0; 10];
+    assert_eq!(udp.recv(&mut datagram).expect("a datagram"), 5);
     // The old peers are not talked to by the restored process.
     caller.set_read_timeout(Some(Duration::from_millis(200))).expect("a timeout");
     let _ = caller.write_all(b"hello");
@@ -105,4 +109,34 @@ fn chosen_connections_come_back_closed_and_the_others_survive() {
     let next = TcpStream::connect(("127.0.0.1", port));
     assert!(next.is_ok(), "{next:?}");
     assert_eq!(world.run("listener.accept()[1][0]"), "'127.0.0.1'");
+}
+
+#[test]
+fn a_connection_that_nobody_has_accepted_is_left_out() {
+    let Some(criu) = needs::criu() else { return };
+    let world = World::start(criu);
+    world.run("import socket; listener = socket.create_server(('127.0.0.1', 0))");
+    let port: u16 = world.run("listener.getsockname()[1]").parse().expect("a port");
+    let mut caller = TcpStream::connect(("127.0.0.1", port)).expect("the server listens");
+
+    let refused =
+        world.criu("dump", &Config::dump_to_images(), None, |command| command).fails().expect("a cause");
+    assert!(refused.contains("In-flight connection"), "{refused}");
+    world.clear_images();
+
+    // The source accepts it after a dump, a clone does not know it.
+    let config = Config::dump_to_images().skip_in_flight().leave_running();
+    world.criu("dump", &config, None, |command| command).succeeds();
+    world.run("accepted, _ = listener.accept(); accepted.sendall(b'late')");
+    let mut answer = [0; 4];
+    caller.set_read_timeout(Some(Duration::from_secs(20))).expect("a timeout");
+    caller.read_exact(&mut answer).expect("the source answers");
+    assert_eq!(&answer, b"late");
+    world.run("accepted.close()");
+    world.kill();
+    world.restore();
+    world.run("listener.settimeout(0.2)\ndef poll():\n try: return listener.accept()\n except OSError as error: return type(error).__name__");
+    assert_eq!(world.run("poll()"), "'TimeoutError'");
+    TcpStream::connect(("127.0.0.1", port)).expect("the clone listens");
+    assert_eq!(world.run("poll()[1][0]"), "'127.0.0.1'");
 }

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use rewarm_criu::config::Config;
 use rewarm_criu::image::files::{self, FileKind, Timerfd};
 use rewarm_criu::image::namespaces::{self, Clocks};
 use rewarm_criu::patch;
@@ -182,4 +183,31 @@ fn a_replica_that_was_restored_can_be_dumped_again() {
     assert!((5_000_000..5_000_060).contains(&second.monotonic.as_secs()), "{second:?}");
     world.restore();
     assert!((5e6..5e6 + 60.0).contains(&world.number("time.monotonic()")));
+}
+
+/// A thread that waits with a relative timeout, in C: Python would wait again by itself.
+const WAITER: &str = "
+import ctypes, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+outcome = []
+def wait():
+    outcome.append((libc.poll(None, 0, 60000), ctypes.get_errno()))
+threading.Thread(target=wait, daemon=True).start()
+time.sleep(0.2)
+";
+
+#[test]
+fn a_wait_with_a_relative_timeout_ends_early_in_source_and_clone() {
+    let Some(criu) = needs::criu() else { return };
+    let world = World::start(criu);
+    world.run(WAITER);
+    let config = Config::dump_to_images().leave_running();
+    world.criu("dump", &config, None, |command| command).succeeds();
+    let interrupted = "[(-1, 4)]";
+    world.run("while not outcome: time.sleep(0.01)");
+    assert_eq!(world.run("outcome"), interrupted);
+    world.kill();
+    world.restore();
+    world.run("while not outcome: time.sleep(0.01)");
+    assert_eq!(world.run("outcome"), interrupted);
 }

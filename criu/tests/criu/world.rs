@@ -139,6 +139,14 @@ impl World {
         fs::create_dir(self.images()).expect("made");
     }
 
+    /// Kills the tree and waits for its end.
+    pub(crate) fn kill(&self) {
+        // The server leads a process group of its own, to which its children belong.
+        let group = Pid::from_raw(-self.pid);
+        let _ = kill(group, Signal::SIGKILL);
+        while waitpid(group, None).is_ok() {}
+    }
+
     /// CRIU has killed the tree after a dump. Waits for it, so that its pids are free for the restore.
     pub(crate) fn gone(&mut self) {
         for task in pstree::read(&self.images()).expect("the tree") {
@@ -149,10 +157,7 @@ impl World {
 
 impl Drop for World {
     fn drop(&mut self) {
-        // The server leads a process group of its own, to which its children belong.
-        let group = Pid::from_raw(-self.pid);
-        let _ = kill(group, Signal::SIGKILL);
-        while waitpid(group, None).is_ok() {}
+        self.kill();
     }
 }
 
