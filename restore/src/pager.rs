@@ -13,8 +13,9 @@
 //! ```
 //!
 //! **A dead pager is wrong data, not a hang**: when the last descriptor of a userfaultfd closes, missing pages read as
-//! zeros. So the shim gets a duplicate of each before anything is served, a guard process shares the pager's table of
-//! descriptors and outlives it, and after an error nothing is closed: the pager says `failed` and waits to be killed,
+//! zeros. So the shim gets a duplicate of each before anything is served; a guard process, which the caller of [`run`]
+//! starts first, shares the pager's table of descriptors and outlives it, since a forked child's userfaultfd exists
+//! nowhere else between the read of its event and the sending of its duplicate; and after an error nothing is closed: the pager says `failed` and waits to be killed,
 //! after the replica. If the shim is gone, the pager kills the tasks itself and waits until they are, before it ends.
 
 mod control;

@@ -89,18 +89,12 @@ impl Command {
 /// # Errors
 /// When the shim is gone.
 pub(super) fn send(control: &UnixStream, report: &Report, fd: Option<&dyn AsFd>) -> io::Result<()> {
-    let frame = frame(report)?;
-    let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
-    fdpass::send(control, &frame, &fds)
-}
-
-/// A report without a descriptor, as it goes over the socket.
-pub(super) fn frame(report: &Report) -> io::Result<Vec<u8>> {
     let body = serde_json::to_vec(report)?;
     let length = u32::try_from(body.len()).map_err(io::Error::other)?;
     let mut frame = length.to_le_bytes().to_vec();
     frame.extend(body);
-    Ok(frame)
+    let fds: Vec<_> = fd.iter().map(|fd| fd.as_fd()).collect();
+    fdpass::send(control, &frame, &fds)
 }
 
 /// What the shim knows of its pager after a report.

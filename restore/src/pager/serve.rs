@@ -13,7 +13,6 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_criu::lazy_pages::{Listener, Message};
-use rewarm_sys::guard::Guard;
 use rewarm_sys::uffd::Uffd;
 
 use super::control::{self, Command, Report};
@@ -37,7 +36,8 @@ const AGAIN_MS: u16 = 1;
 /// Fills the tasks of one restore and returns when all is in place and every userfaultfd closed.
 ///
 /// `listener` is bound already, `control` leads to the shim's [`super::Holder`]. CRIU must have been told to restore
-/// lazily, and in eager mode to leave the tree stopped.
+/// lazily, and in eager mode to leave the tree stopped. Before this, the process starts a [`rewarm_sys::guard::Guard`]
+/// that hangs up its socket to the shim: see the head of the module.
 ///
 /// # Errors
 /// After an error every task has been killed, by the shim or by this function: it does not return before.
@@ -50,9 +50,6 @@ pub fn run(
 ) -> Result<Summary, Error> {
     let killable = config.tasks.clone();
     let spare = control.try_clone().map_err(Error::Control)?;
-    // Before there is a userfaultfd to guard; dropped, and ended, when nothing depends on it any more.
-    let farewell = control::frame(&Report::Failed { chain: vec!["pager died".to_owned()] });
-    let _guard = farewell.and_then(|frame| Guard::start(&spare, &frame)).map_err(Error::Control)?;
     let mut pager = None;
     let served = catch_unwind(AssertUnwindSafe(|| {
         let pager = pager.insert(Pager::start(config, tasks, source, listener, control)?);

@@ -1,7 +1,7 @@
 //! The shim's part: starts a subject and a pager, holds the duplicates, kills.
 
 use std::io::{BufRead, BufReader, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command as Program, ExitStatus, Stdio};
@@ -15,6 +15,7 @@ use rewarm_criu::lazy_pages::Listener;
 use rewarm_restore::pager::{
     self, Command, Config, Heard, Holder, Mode, Report, Summary, Task, Tasks, WorkingSet,
 };
+use rewarm_sys::guard::Guard;
 use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 
@@ -74,7 +75,8 @@ fn page(paging: Paging) -> Result<Summary, pager::Error> {
     working_set.extents.iter_mut().for_each(|extent| extent.task = pid);
     let listener = Listener::bind(&paging.work).expect("the work directory is there");
     let control = std::io::stdin().lock();
-    let control = std::os::fd::AsFd::as_fd(&control).try_clone_to_owned().expect("a descriptor");
+    let control = control.as_fd().try_clone_to_owned().expect("a descriptor");
+    let _guard = Guard::start(&[control.as_fd()]).expect("a guard");
     let bytes = layout::stream_pages(&areas) * pager::PAGE;
     let source = Made { seed: paging.shape.seed, bytes, manner: paging.manner, reads: AtomicU64::new(0) };
     let config = Config {
