@@ -102,7 +102,8 @@ def demo(options):
 
     note(f"snapshot into {reference}, then the server is stopped")
     output, took = rewarm("snapshot", NAME, reference, "--stop", "--probe", probe)
-    rows.append(("snapshot", f"took {took:.2f} s", *snapshot_facts(output, options.store)))
+    sizes = f"{mib(output['content_bytes'])} held, {mib(output['stored_bytes'])} stored"
+    rows.append(("snapshot", f"took {took:.2f} s, frozen {output['frozen_ms'] / 1000:.2f} s", sizes, f"in {output['reference']}"))
     rewarm("rm", NAME)
 
     for number in range(1, RESTORES + 1):
@@ -125,10 +126,6 @@ def demo(options):
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
     if not rows[-1][3].endswith(f"{len(requests)} of {len(requests)}"):
         raise Failed("a restored server answers differently")
-
-
-def snapshot_facts(output, store):
-    return json.dumps(output), store
 
 
 def main():
