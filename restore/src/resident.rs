@@ -9,9 +9,10 @@
 //! server itself.
 
 use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -49,9 +50,7 @@ pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
 
 /// Starts the pager in a thread of its own and tells the shim that CRIU may begin.
 fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Holder> {
-    let mut text = Vec::new();
-    File::from(Control::given(0)?).read_to_end(&mut text)?;
-    let orders: Orders = serde_json::from_slice(&text)?;
+    let orders: Orders = serde_json::from_slice(&whole(&File::from(Control::given(0)?))?)?;
     let stream = Reader::open(Control::given(1)?, Control::given(2)?)?;
     let plan = |task: &TaskOrders| {
         let plan = Plan::new(task.mappings(), &task.runs(), task.bytes).map_err(io::Error::other)?;
@@ -75,6 +74,14 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Holder> 
     watch(control, &holder)?;
     control.tell(&ToShim::Ready, &[])?;
     Ok(holder)
+}
+
+/// The content of a file. Read by offset: all clones of a restore share the one position of the descriptor.
+fn whole(file: &File) -> io::Result<Vec<u8>> {
+    let bytes = file.metadata()?.len();
+    let mut text = vec![0; usize::try_from(bytes).map_err(io::Error::other)?];
+    file.read_exact_at(&mut text, 0)?;
+    Ok(text)
 }
 
 /// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server.
