@@ -82,7 +82,7 @@ pub fn processes(id: &str) -> Vec<(i32, String)> {
             || command.contains(id)
             || contains(&read("cgroup"), id.as_bytes());
         if marked {
-            found.push((pid, command));
+            found.push((pid, command.lines().next().unwrap_or_default().to_owned()));
         }
     }
     found
