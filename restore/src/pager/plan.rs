@@ -172,14 +172,14 @@ impl Plan {
         zeros
     }
 
-    /// The mappings that are worth the huge-page mark (`madv |= 1 << 14` in CRIU's mm image) before an eager fill: writable, at least 2 MiB, nine tenths stored. By first address.
+    /// The mappings that are worth the huge-page mark (`madv |= 1 << 14` in CRIU's mm image) before an eager fill: writable, at least 2 MiB, nine tenths stored.
     ///
     /// A sparse mapping is left alone: each of its huge pages would take 2 MiB for a few pages of content.
     #[must_use]
-    pub fn huge(&self) -> Vec<u64> {
+    pub fn huge(&self) -> Vec<Range<u64>> {
         const HUGE: u64 = 2 << 20;
         let mut pieces = self.pieces.iter().peekable();
-        let mut starts = Vec::new();
+        let mut ranges = Vec::new();
         for mapping in &self.mappings {
             let mut stored = 0;
             while let Some(piece) = pieces.next_if(|piece| piece.vaddr < mapping.end) {
@@ -187,10 +187,10 @@ impl Plan {
             }
             let length = mapping.end - mapping.start;
             if mapping.writable && length >= HUGE && stored / 9 >= length / 10 {
-                starts.push(mapping.start);
+                ranges.push(mapping.start..mapping.end);
             }
         }
-        starts
+        ranges
     }
 
     fn cut(&mut self, run: &Run) -> Result<(), Defect> {
@@ -298,7 +298,8 @@ mod tests {
         let mappings = vec![mapping(0, 1024), mapping(1024, 2048), locked];
         let runs = [run(0, 1000, 0), run(1024, 500, 1000), run(2048, 1024, 1500)];
         let plan = Plan::new(mappings, &runs, 3000 * PAGE).expect("a plan");
-        assert_eq!(plan.huge(), [0]);
+        assert_eq!(plan.huge().first(), Some(&(0..1024 * PAGE)));
+        assert_eq!(plan.huge().len(), 1);
     }
 
     proptest! {

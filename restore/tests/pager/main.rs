@@ -6,7 +6,9 @@
 
 mod endings;
 mod fills;
+mod images;
 mod layout;
+mod real;
 mod source;
 mod subject;
 mod world;
@@ -21,5 +23,6 @@ fn main() {
     let mut trials: Vec<Trial> = Vec::new();
     trials.extend(fills::trials());
     trials.extend(endings::trials());
+    trials.extend(real::trials());
     libtest_mimic::run(&arguments, trials).exit();
 }

@@ -3,7 +3,7 @@
 use std::io::Write;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::wait::{WaitStatus, waitpid};
@@ -97,17 +97,53 @@ pub(crate) fn play(orders: &Orders) -> i32 {
     }
 }
 
-fn try_play(orders: &Orders) -> Result<(), String> {
-    let seed = orders.shape.seed;
-    let uffd = Uffd::create().map_err(|error| format!("make a userfaultfd: {error}"))?;
+/// A program that is dumped and restored by a real CRIU: fills its memory, says `ready` by a file, and when there is
+/// another one, checks all and says what it found.
+pub(crate) fn be_patient(shape: Shape, folder: &Path) -> i32 {
+    let found = patient(shape, folder).err().unwrap_or_else(|| "right".to_owned());
+    let _ = std::fs::write(folder.join("found.new"), found);
+    let _ = std::fs::rename(folder.join("found.new"), folder.join("found"));
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+    }
+}
+
+fn patient(shape: Shape, folder: &Path) -> Result<(), String> {
+    let held = map(shape)?;
+    for held in &held {
+        for (page, expected) in held.pages.iter().enumerate() {
+            let Content::Stored(stream) = expected.content else { continue };
+            (0..WORDS)
+                .for_each(|index| held.area.store(page, index as usize, word(shape.seed, stream, index)));
+        }
+    }
+    std::fs::write(folder.join("ready"), "").map_err(|error| error.to_string())?;
+    while !folder.join("check").exists() {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    // The first page tells when the first answer could have been given.
+    held[0].check(shape.seed, 0)?;
+    std::fs::write(folder.join("first"), "").map_err(|error| error.to_string())?;
+    held.iter().try_for_each(|held| held.check_all(shape.seed))
+}
+
+/// Maps what the shape says; nothing is touched.
+fn map(shape: Shape) -> Result<Vec<Held>, String> {
     let mut held = Vec::new();
-    for laid in layout::areas(orders.shape) {
+    for laid in layout::areas(shape) {
         let area = Area::map(laid.start as usize, laid.stored.len());
         let area = area.map_err(|error| format!("map {:#x}: {error}", laid.start))?;
         let content = |stored: &Option<u64>| stored.map_or(Content::Zero, Content::Stored);
         let pages = laid.stored.iter().map(|stored| Page { content: content(stored), first: None }).collect();
         held.push(Held { area, pages });
     }
+    Ok(held)
+}
+
+fn try_play(orders: &Orders) -> Result<(), String> {
+    let seed = orders.shape.seed;
+    let uffd = Uffd::create().map_err(|error| format!("make a userfaultfd: {error}"))?;
+    let held = map(orders.shape)?;
     let mut criu = connect(orders)?;
     let pid = i32::try_from(std::process::id()).expect("pids are int");
     criu.write_all(&pid.to_le_bytes()).map_err(|error| error.to_string())?;

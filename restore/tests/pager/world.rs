@@ -32,6 +32,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(crate) enum Role {
     Subject(Orders),
+    /// Fills its memory itself and waits to be dumped: the shape, and the folder for its words.
+    Patient(Shape, PathBuf),
+    /// Fills what CRIU restores from these images.
+    Images(crate::images::Paging),
     Pager(Paging),
 }
 
@@ -57,13 +61,19 @@ pub(crate) fn role() -> Option<Role> {
 pub(crate) fn play_role(role: Role) -> i32 {
     match role {
         Role::Subject(orders) => subject::play(&orders),
-        Role::Pager(paging) => match page(paging) {
-            Ok(_) => 0,
-            Err(error) => {
-                eprintln!("pager ends: {error}");
-                2
-            }
-        },
+        Role::Patient(shape, folder) => subject::be_patient(shape, &folder),
+        Role::Pager(paging) => status(page(paging)),
+        Role::Images(paging) => status(crate::images::page(&paging)),
+    }
+}
+
+fn status(paged: Result<Summary, pager::Error>) -> i32 {
+    match paged {
+        Ok(_) => 0,
+        Err(error) => {
+            eprintln!("pager ends: {error}");
+            2
+        }
     }
 }
 
@@ -74,8 +84,7 @@ fn page(paging: Paging) -> Result<Summary, pager::Error> {
     let mut working_set = paging.working_set;
     working_set.extents.iter_mut().for_each(|extent| extent.task = pid);
     let listener = Listener::bind(&paging.work).expect("the work directory is there");
-    let control = std::io::stdin().lock();
-    let control = control.as_fd().try_clone_to_owned().expect("a descriptor");
+    let control = control();
     let _guard = Guard::start(&[control.as_fd()]).expect("a guard");
     let bytes = layout::stream_pages(&areas) * pager::PAGE;
     let source = Made { seed: paging.shape.seed, bytes, manner: paging.manner, reads: AtomicU64::new(0) };
@@ -89,7 +98,13 @@ fn page(paging: Paging) -> Result<Summary, pager::Error> {
         chunk_within: Duration::from_millis(paging.chunk_within_ms),
     };
     let task = Task { pid, plan: Arc::new(layout::plan(&areas)) };
-    pager::run(config, vec![task], Arc::new(source), listener, UnixStream::from(control))
+    pager::run(config, vec![task], Arc::new(source), listener, control)
+}
+
+/// A pager's socket to the shim: its standard input.
+pub(crate) fn control() -> UnixStream {
+    let input = std::io::stdin().lock();
+    input.as_fd().try_clone_to_owned().expect("a descriptor").into()
 }
 
 /// What is tried.
@@ -256,14 +271,14 @@ impl World {
     }
 }
 
-fn this_program(role: &Role) -> Program {
+pub(crate) fn this_program(role: &Role) -> Program {
     let mut program = Program::new(std::env::current_exe().expect("this program has a path"));
     program.env(ROLE, serde_json::to_string(role).expect("roles are plain"));
     program
 }
 
 /// Waits for a child with a deadline.
-fn wait(child: &mut Child, within: Duration) -> Option<ExitStatus> {
+pub(crate) fn wait(child: &mut Child, within: Duration) -> Option<ExitStatus> {
     let deadline = Instant::now() + within;
     loop {
         if let Some(status) = child.try_wait().expect("a child of ours") {
