@@ -14,6 +14,9 @@ use crate::shim::protocol::{self, ResidentRequest};
 use crate::shim::replica::Replica;
 use crate::shim::resident::{CONTROL_FD, FIRST_FD, FromShim, ToShim};
 
+/// How long the last words of a resident that has ended may wait for the thread that reads them.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
 /// A child without which the replica must not live.
 #[derive(Debug)]
 pub(super) struct Resident {
@@ -90,7 +93,8 @@ impl Resident {
                 Ok(Some((ToShim::Failed(reason), _))) => {
                     return Some(format!("the {} failed: {reason}", self.name));
                 }
-                Ok(None) if self.lock().done => return None,
+                // It may end with our last word unread, which the kernel tells as a reset.
+                Ok(None) | Err(_) if self.lock().done => return None,
                 Ok(None) => return Some(format!("the {} ended before it was done", self.name)),
                 Err(error) => return Some(format!("the {} sent nonsense: {error}", self.name)),
             }
@@ -128,9 +132,17 @@ impl Resident {
         let init = PidFd::open(pid).context("watch", "the restored server")?;
         match protocol::send(&self.control, &FromShim::Restored { pid }, &[init.as_fd()]) {
             // It was done sooner than runc, and has ended.
-            Err(_) if self.lock().done => Ok(()),
+            Err(_) if self.is_done() => Ok(()),
             other => other.context("tell", &self.name),
         }
+    }
+
+    /// Whether it said that it is done. Its last words may still wait to be read: until they are, nobody knows.
+    fn is_done(&self) -> bool {
+        let state = self.lock();
+        let undecided = |state: &mut State| !state.done && !state.ended;
+        let waited = self.changed.wait_timeout_while(state, LAST_WORDS, undecided);
+        waited.unwrap_or_else(PoisonError::into_inner).0.done
     }
 
     /// Kills it, if it still runs.
