@@ -1,13 +1,13 @@
 //! Replicas with real runc: the life of one, and what is left after each kind of death.
 
+#[path = "support/world.rs"]
 mod world;
 
 use std::time::Duration;
 
 use rewarm_container::shim::ExecRequest;
-use rewarm_container::{Cause, Error, ExitStatus, Spec, Status};
-use rewarm_report::{Class, Classify};
-use world::{World, needs, wait_for};
+use rewarm_container::{Cause, ExitStatus, Status};
+use world::{World, needs};
 
 fn exec(command: &str) -> ExecRequest {
     ExecRequest { args: ["sh", "-c", command].map(Into::into).to_vec(), ..ExecRequest::default() }

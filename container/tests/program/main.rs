@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use rewarm_container::shim::resident::{Control, ToShim};
-use rewarm_container::shim::{self, Client, Prepare};
+use rewarm_container::shim::{self, Client, DumpRequest, Prepare};
 use rewarm_container::{Name, Origin, Spec, State};
 
 #[expect(clippy::print_stdout, reason = "the test reads how far the command came")]
@@ -23,6 +23,7 @@ fn main() -> ExitCode {
             std::thread::sleep(Duration::from_secs(60));
             ExitCode::FAILURE
         }
+        ["dump", state, name, criu] => dump(Path::new(state), &name.parse().expect("name"), criu),
         ["resident", behaviour] => resident(behaviour),
         _ => ExitCode::FAILURE,
     }
@@ -52,6 +53,25 @@ fn command(state: &Path, name: &Name, spec: Spec, step: &str) -> Box<dyn std::an
         client.freeze().expect("freeze");
     }
     Box::new(client)
+}
+
+/// Dumps into a socket from which nobody reads.
+fn dump(state: &Path, name: &Name, criu: &str) -> ExitCode {
+    let state = State::open(state, "test").expect("state");
+    let client = Client::connect(&state, name).expect("shim");
+    let (_ours, theirs) = std::os::unix::net::UnixStream::pair().expect("pair");
+    let request = DumpRequest {
+        criu: criu.into(),
+        config: format!(
+            "network-lock skip\nmanage-cgroups ignore\npage-server\nps-socket {}\n",
+            DumpRequest::SOCKET
+        ),
+        tcp_established: true,
+        file_locks: false,
+        timeout_ms: 60_000,
+    };
+    let result = client.dump(request, &theirs);
+    panic!("the test kills this command before {result:?}");
 }
 
 /// A pager that is none.
