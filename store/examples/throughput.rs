@@ -1,6 +1,6 @@
 //! How fast a folder store writes and fetches, and the two floors below it: hashing and the codecs.
 //!
-//! `cargo run --release -p rewarm-store --example throughput -- [MIB] [FOLDER]`
+//! `cargo run --release -p rewarm-store --example throughput -- [MIB] [FOLDER] [FILE]`; with FILE its content and nothing else.
 
 use std::hint::black_box;
 use std::io;
@@ -37,11 +37,24 @@ async fn main() -> Result<(), Failure> {
         Some(folder) => folder.into(),
         None => std::env::temp_dir().join(format!("rewarm-throughput-{}", std::process::id())),
     };
+    if let Some(file) = arguments.next() {
+        let content = std::fs::read(file)?;
+        let whole = content.len() / 4096 * 4096;
+        floors("file", &content[..MIB.min(whole)]);
+        let parts = Bytes::from(content).slice(..whole);
+        let parts: Vec<Bytes> =
+            (0..whole).step_by(MIB).map(|at| parts.slice(at..whole.min(at + MIB))).collect();
+        for compression in [Compression::None, Compression::Auto, Compression::Zstd(1)] {
+            round(&folder, compression, &parts).await?;
+            std::fs::remove_dir_all(&folder)?;
+        }
+        return Ok(());
+    }
     for (name, make) in KINDS {
-        floors(name, &make(1).repeat(1));
+        floors(name, &make(1));
         let content: Vec<Bytes> = (0..mib as u64).map(|n| make(n).into()).collect();
         for compression in [Compression::None, Compression::Auto, Compression::Zstd(1)] {
-            round(&folder, name, compression, &content).await?;
+            round(&folder, compression, &content).await?;
             std::fs::remove_dir_all(&folder)?;
         }
     }
@@ -94,12 +107,7 @@ fn floors(name: &str, mib: &[u8]) {
     show(&line);
 }
 
-async fn round(
-    folder: &std::path::Path,
-    name: &str,
-    compression: Compression,
-    content: &[Bytes],
-) -> Result<(), Failure> {
+async fn round(folder: &std::path::Path, compression: Compression, content: &[Bytes]) -> Result<(), Failure> {
     let store_url: StoreUrl = folder.to_str().ok_or("a folder with a name in UTF-8")?.parse()?;
     let store = Store::open(&store_url).await?;
     let bench: Name = "bench".parse()?;

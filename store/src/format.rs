@@ -14,6 +14,8 @@
 pub(crate) mod boot;
 pub(crate) mod frame;
 #[cfg(test)]
+mod golden;
+#[cfg(test)]
 mod hostile;
 pub(crate) mod index;
 pub mod manifest;

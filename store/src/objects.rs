@@ -5,8 +5,10 @@
 
 use std::error::Error as StdError;
 use std::fmt::Display;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
+use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +28,8 @@ pub(crate) struct Objects {
     store: Arc<dyn ObjectStore>,
     /// The store as the user wrote it, for errors.
     name: Arc<str>,
+    /// The folder that objects are files of, if they are.
+    folder: Option<Arc<std::path::Path>>,
 }
 
 /// What became of a conditional write.
@@ -38,7 +42,35 @@ pub(crate) enum Put {
 
 impl Objects {
     pub(crate) fn new(store: Arc<dyn ObjectStore>, name: Arc<str>) -> Self {
-        Self { store, name }
+        Self { store, name, folder: None }
+    }
+
+    /// The same store, whose objects are files below `folder` and may be read as such.
+    pub(crate) fn in_folder(self, folder: &std::path::Path) -> Self {
+        Self { folder: Some(folder.into()), ..self }
+    }
+
+    /// Opens an object that a manifest refers to as a file; `None` where objects are no files. Blocks.
+    pub(crate) fn open(&self, path: &Path) -> Option<Result<File>> {
+        let file = self.folder.as_ref()?.join(path.as_ref());
+        Some(File::open(file).map_err(|error| self.file_error(path, error)))
+    }
+
+    /// Reads `buffer.len()` bytes at `offset` of a file that [`Objects::open`] opened. Blocks.
+    pub(crate) fn read_file(&self, path: &Path, file: &File, offset: u64, buffer: &mut [u8]) -> Result<()> {
+        file.read_exact_at(buffer, offset).map_err(|error| match error.kind() {
+            io::ErrorKind::UnexpectedEof => {
+                let (found, expected) =
+                    (file.metadata().map_or(0, |m| m.len()), offset + buffer.len() as u64);
+                self.damaged(path, Damage::Length { found, expected })
+            }
+            _ => self.file_error(path, error),
+        })
+    }
+
+    fn file_error(&self, path: &Path, error: io::Error) -> Error {
+        let source = object_store::Error::Generic { store: "LocalFileSystem", source: error.into() };
+        self.missing_is_damage(path, self.failed("read", path, 1, source))
     }
 
     pub(crate) fn name(&self) -> &str {

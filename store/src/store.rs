@@ -116,7 +116,7 @@ impl Store {
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|source| Error::Open { store: self.inner.name.to_string(), source })?
             .with_fsync(fsync);
-        Ok(Objects::new(Arc::new(store), self.inner.name.clone()))
+        Ok(Objects::new(Arc::new(store), self.inner.name.clone()).in_folder(path))
     }
 
     fn folder_error(&self, action: &'static str, error: std::io::Error) -> Error {

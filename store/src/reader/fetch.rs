@@ -1,6 +1,8 @@
 //! Content on its way back: few long requests, many short checks, and the receiver sees only what was checked.
 
+use std::cell::RefCell;
 use std::collections::HashSet;
+use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::sync::Arc;
@@ -216,19 +218,33 @@ struct Job {
     sink: Arc<dyn Sink>,
 }
 
+/// Where the stored bytes of a request's chunks come from.
+#[derive(Clone)]
+enum Source {
+    /// One answer of the store, which begins at this offset of the pack.
+    Answer(Bytes, u64),
+    /// A file, read chunk by chunk into memory that is in the cache of the core that hashes it.
+    File(Arc<File>),
+}
+
 async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<Fetched> {
     let (pack, _) = job.boot.packs[request.pack as usize];
     let path = pack_path(pack);
-    let bytes = job.boot.objects.get_range(&path, request.range.clone()).await?;
-    let fetched = Fetched { bytes: 0, read_bytes: bytes.len() as u64, requests: 1 };
+    let (source, read_bytes) = match job.boot.objects.open(&path) {
+        Some(file) => (Source::File(Arc::new(file?)), request.range.end - request.range.start),
+        None => {
+            let bytes = job.boot.objects.get_range(&path, request.range.clone()).await?;
+            let read_bytes = bytes.len() as u64;
+            (Source::Answer(bytes, request.range.start), read_bytes)
+        }
+    };
     let parts = batches(&job.map, &request.chunks);
     let works = parts.into_iter().map(|chunks| {
-        let (job, bytes, begin) = (job.clone(), bytes.clone(), request.range.start);
-        let cores = cores.clone();
+        let (job, source, cores) = (job.clone(), source.clone(), cores.clone());
         async move {
             let turn = cores.acquire_owned().await.expect("nobody closes it");
             let work = tokio::task::spawn_blocking(move || {
-                let done = job.put(pack, &bytes, begin, &chunks);
+                let done = BUFFERS.with_borrow_mut(|buffers| job.put(pack, &source, &chunks, buffers));
                 drop(turn);
                 done
             });
@@ -236,7 +252,19 @@ async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<F
         }
     });
     let done: Vec<u64> = futures::future::try_join_all(works).await?;
-    Ok(Fetched { bytes: done.iter().sum(), ..fetched })
+    Ok(Fetched { bytes: done.iter().sum(), read_bytes, requests: 1 })
+}
+
+thread_local! {
+    /// Kept between batches: fresh memory costs a page fault for each page, more than the hash of it.
+    static BUFFERS: RefCell<Buffers> = RefCell::default();
+}
+
+/// Memory for one chunk, stored and decoded.
+#[derive(Default)]
+struct Buffers {
+    stored: Vec<u8>,
+    raw: Vec<u8>,
 }
 
 /// Splits chunks into batches of about [`DECODE_BYTES`], never between two places of the same chunk.
@@ -261,20 +289,30 @@ fn batches(map: &ChunkMap, chunks: &[usize]) -> Vec<Vec<usize>> {
 }
 
 impl Job {
-    /// Checks, decodes and puts chunks of one pack, whose bytes from `begin` on are `bytes`.
-    fn put(&self, pack: Uuid, bytes: &[u8], begin: u64, chunks: &[usize]) -> Result<u64> {
-        let mut raw = Vec::new();
+    /// Checks, decodes and puts chunks of one pack.
+    fn put(&self, pack: Uuid, source: &Source, chunks: &[usize], buffers: &mut Buffers) -> Result<u64> {
+        let path = pack_path(pack);
         let mut held: Option<ChunkRef> = None;
         let mut done = 0;
         for &n in chunks {
             let chunk = self.map.refs()[n];
-            let at = (chunk.offset - begin) as usize;
-            let stored = &bytes[at..at + chunk.stored as usize];
-            if held != Some(chunk) {
-                self.boot.check(pack, &chunk, stored, &mut raw)?;
+            let length = chunk.stored as usize;
+            let fresh = held != Some(chunk);
+            let stored = match source {
+                Source::Answer(bytes, begin) => &bytes[(chunk.offset - begin) as usize..][..length],
+                Source::File(file) => {
+                    buffers.stored.resize(length, 0);
+                    if fresh {
+                        self.boot.objects.read_file(&path, file, chunk.offset, &mut buffers.stored)?;
+                    }
+                    &buffers.stored[..]
+                }
+            };
+            if fresh {
+                self.boot.check(pack, &chunk, stored, &mut buffers.raw)?;
                 held = Some(chunk);
             }
-            let content = if chunk.codec == Codec::None { stored } else { &raw[..] };
+            let content = if chunk.codec == Codec::None { stored } else { &buffers.raw[..] };
             let (offset, bytes) = (self.map.offset(n), content.len());
             self.sink.put(offset, content).map_err(|source| Error::Sink {
                 region: self.region,
