@@ -4,6 +4,8 @@
 //! or the subject, which plays CRIU's tasks. A subject knows what each of its pages must hold whatever it does to them,
 //! and ends with 1 when one page is wrong.
 
+#![expect(clippy::print_stdout, clippy::print_stderr, reason = "the words of a test are for whoever runs it")]
+
 mod endings;
 mod fills;
 mod images;

@@ -83,7 +83,6 @@ impl Drop for Dumped {
 }
 
 impl Dumped {
-    #[expect(clippy::zombie_processes, reason = "waited for by its pid, as what CRIU restores is")]
     fn new(criu: Binary, shape: Shape) -> Dumped {
         // What CRIU restores becomes a child of the test, which can wait for its end then.
         process::become_subreaper().expect("a subreaper");

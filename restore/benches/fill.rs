@@ -1,0 +1,200 @@
+//! How fast memory is filled: the pager, lazily and eagerly, against a bare loop of UFFDIO_COPY with as many threads.
+//!
+//! `cargo bench -p rewarm-restore --bench fill -- [MIB [THREADS [ROUNDS]]]`. The arms alternate; each fills the memory of a
+//! fresh process, from the same bytes in memory.
+
+#![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
+
+use std::io::{BufRead, BufReader, Write};
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command as Program, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nix::errno::Errno;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rewarm_criu::lazy_pages::{Listener, Message};
+use rewarm_restore::pager::{
+    self, AtFork, Command, Config, Heard, Holder, Mapping, Mode, PAGE, Plan, Report, Run, Source,
+    SourceError, Task, Tasks, WorkingSet,
+};
+use rewarm_sys::fdpass;
+use rewarm_sys::trial::Area;
+use rewarm_sys::uffd::Uffd;
+
+const ROLE: &str = "REWARM_FILL_SUBJECT";
+const START: u64 = 0x1000_0000_0000;
+const MADV_HUGEPAGE: i32 = 14;
+const FINISHED: i32 = 0x5253_5446;
+const LONG: Duration = Duration::from_secs(120);
+
+fn main() {
+    if let Ok(orders) = std::env::var(ROLE) {
+        return subject(&orders);
+    }
+    let numbers: Vec<u64> = std::env::args().filter_map(|word| word.parse().ok()).collect();
+    let mib = numbers.first().copied().unwrap_or(1024);
+    let threads = numbers.get(1).map_or(2, |threads| *threads as usize);
+    let rounds = numbers.get(2).copied().unwrap_or(5);
+    let content: Arc<Vec<u8>> = Arc::new((0..mib << 20).map(|at| (at / 8 % 251) as u8 + 1).collect());
+    let arms: [(&str, &dyn Fn() -> Duration); 5] = [
+        ("bare UFFDIO_COPY, 1 MiB steps", &|| bare(&content, threads, 1 << 20)),
+        ("pager lazily, chunks of 1 MiB", &|| paged(&content, threads, Mode::Lazy, 1 << 20, false)),
+        ("pager lazily, chunks of 256 KiB", &|| paged(&content, threads, Mode::Lazy, 256 << 10, false)),
+        ("pager eagerly, huge pages", &|| paged(&content, threads, Mode::Eager, 1 << 20, true)),
+        ("pager eagerly, small pages", &|| paged(&content, threads, Mode::Eager, 1 << 20, false)),
+    ];
+    let mut times: Vec<Vec<Duration>> = arms.iter().map(|_| Vec::new()).collect();
+    for _ in 0..rounds {
+        for ((_, arm), times) in arms.iter().zip(&mut times) {
+            times.push(arm());
+        }
+    }
+    println!("{mib} MiB, {threads} threads, {rounds} rounds");
+    for ((name, _), times) in arms.iter().zip(&mut times) {
+        times.sort();
+        let (median, best) = (times[times.len() / 2], times[0]);
+        let rate = |time: Duration| (mib << 20) as f64 / time.as_secs_f64() / 1e9;
+        println!(
+            "{name:34} median {median:>9.1?} {:5.2} GB/s   best {best:>9.1?} {:5.2} GB/s",
+            rate(median),
+            rate(best)
+        );
+    }
+}
+
+/// A process with empty memory that plays CRIU's task and then waits for a word on its standard input.
+fn subject(orders: &str) {
+    let words: Vec<&str> = orders.splitn(3, ' ').collect();
+    let (pages, huge, socket) = (words[0].parse().expect("pages"), words[1] == "huge", words[2]);
+    let uffd = Uffd::create().expect("a userfaultfd");
+    let area = Area::map(START as usize, pages).expect("memory");
+    if huge {
+        area.advise(MADV_HUGEPAGE).expect("huge pages");
+    }
+    let mut criu = UnixStream::connect(socket).expect("the pager listens");
+    let pid = i32::try_from(std::process::id()).expect("pids are int");
+    criu.write_all(&pid.to_le_bytes()).expect("said");
+    fdpass::send(&criu, &[0], &[uffd.as_fd()]).expect("sent");
+    area.register(&uffd).expect("registered");
+    drop(uffd);
+    criu.write_all(&FINISHED.to_le_bytes()).expect("said");
+    std::io::stdin().read_line(&mut String::new()).expect("a word");
+    for page in (0..pages).step_by(97) {
+        let at = page as u64 * PAGE + 8;
+        assert_eq!(area.load(page, 1).to_le_bytes(), [(at / 8 % 251) as u8 + 1; 8], "page {page}");
+    }
+    println!("right");
+}
+
+fn start(content: &[u8], huge: bool, work: &Path) -> Child {
+    let socket = work.join("lazy-pages.socket");
+    let pages = content.len() as u64 / PAGE;
+    let orders = format!("{pages} {} {}", if huge { "huge" } else { "small" }, socket.display());
+    let mut program = Program::new(std::env::current_exe().expect("a path"));
+    program.env(ROLE, orders).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a subject")
+}
+
+fn check(mut subject: Child) {
+    subject.stdin.take().expect("piped").write_all(b"\n").expect("said");
+    let mut line = String::new();
+    BufReader::new(subject.stdout.take().expect("piped")).read_line(&mut line).expect("an answer");
+    assert_eq!(line, "right\n");
+    subject.wait().expect("the end");
+}
+
+fn bare(content: &[u8], threads: usize, step: usize) -> Duration {
+    let work = tempfile::tempdir().expect("a folder");
+    let listener = Listener::bind(work.path()).expect("bound");
+    let subject = start(content, false, work.path());
+    let mut connection = listener.accept().expect("connected");
+    let Message::Task { uffd, .. } = connection.message().expect("a task") else { panic!("no task") };
+    let Message::Finished = connection.message().expect("the end") else { panic!("not finished") };
+    let uffd = Uffd::from(uffd);
+    let begin = Instant::now();
+    let share = content.len().div_ceil(threads).next_multiple_of(step);
+    std::thread::scope(|scope| {
+        for (index, part) in content.chunks(share).enumerate() {
+            let uffd = &uffd;
+            scope.spawn(move || {
+                for (number, bytes) in part.chunks(step).enumerate() {
+                    let target = START + (index * share + number * step) as u64;
+                    let mut done = 0;
+                    while done < bytes.len() {
+                        let progress = uffd.copy(target + done as u64, &bytes[done..]);
+                        done += progress.bytes as usize;
+                        assert!(matches!(progress.stopped, None | Some(Errno::EAGAIN)), "{progress:?}");
+                    }
+                }
+            });
+        }
+    });
+    let time = begin.elapsed();
+    drop(uffd);
+    check(subject);
+    time
+}
+
+struct Memory {
+    content: Arc<Vec<u8>>,
+    chunk: u64,
+}
+
+impl Source for Memory {
+    fn chunk(&self, _task: u32, offset: u64) -> Range<u64> {
+        let start = offset / self.chunk * self.chunk;
+        start..(start + self.chunk).min(self.content.len() as u64)
+    }
+
+    fn read(&self, _task: u32, chunk: Range<u64>, out: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
+        out(&self.content[chunk.start as usize..chunk.end as usize]);
+        Ok(())
+    }
+
+    fn is_near(&self, _task: u32, _offset: u64) -> bool {
+        true
+    }
+}
+
+fn paged(content: &Arc<Vec<u8>>, threads: usize, mode: Mode, chunk: u64, huge: bool) -> Duration {
+    let work = tempfile::tempdir().expect("a folder");
+    let listener = Listener::bind(work.path()).expect("bound");
+    let subject = start(content, huge, work.path());
+    let pid = i32::try_from(subject.id()).expect("pids are int");
+    let bytes = content.len() as u64;
+    let mapping = Mapping { start: START, end: START + bytes, writable: true, at_fork: AtFork::Copied };
+    let plan = Plan::new(vec![mapping], &[Run { vaddr: START, bytes, offset: 0 }], bytes).expect("a plan");
+    let config = Config {
+        mode,
+        threads,
+        record: false,
+        working_set: WorkingSet::default(),
+        tasks: Tasks::Numbers(vec![pid]),
+        criu_within: LONG,
+        chunk_within: LONG,
+    };
+    let source = Arc::new(Memory { content: Arc::clone(content), chunk });
+    let (ours, theirs) = UnixStream::pair().expect("a socket pair");
+    let task = Task { pid: subject.id(), plan: Arc::new(plan) };
+    let pager = std::thread::spawn(move || pager::run(config, vec![task], source, listener, theirs));
+    let mut holder = Holder::new(ours);
+    let summary = loop {
+        match holder.hear() {
+            Heard::Report(Report::Finished) if mode == Mode::Eager => {
+                kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("stopped");
+                holder.tell(Command::Fill).expect("told");
+            }
+            Heard::Report(_) => {}
+            Heard::Done(summary) => break summary,
+            Heard::Kill { chain } => panic!("{chain:?}, {:?}", PathBuf::from(work.path())),
+        }
+    };
+    pager.join().expect("no panic").expect("filled");
+    let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+    check(subject);
+    Duration::from_micros(if mode == Mode::Eager { summary.eager_us } else { summary.present_us })
+}
