@@ -141,8 +141,12 @@ pub fn check(directory: &Path, allowed: &Allowed) -> crate::Result<Vec<Violation
             let (seen, limit) = (threads as u64, THREADS_MAX as u64);
             return Err(Error::image(path)(crate::Fault::Limit { what: "number of threads", seen, limit }));
         }
-        for tid in task.threads.iter().chain((!task.threads.contains(&task.pid)).then_some(&task.pid)) {
-            thread(*tid, &core::read(directory, *tid)?, &filters, allowed, &mut found);
+        let leader = core::read(directory, task.pid)?;
+        thread(task.pid, &leader, &filters, allowed, &mut found);
+        for tid in task.threads.iter().filter(|tid| **tid != task.pid) {
+            let mut other = core::read(directory, *tid)?;
+            inherit_filter(&mut other, &leader, &filters);
+            thread(*tid, &other, &filters, allowed, &mut found);
         }
     }
     if !namespaces::users(directory)?.is_empty() {
@@ -298,6 +302,20 @@ fn check_seccomp(
         if chain.iter().all(|filter| bpf::allows(&filter.program, syscall)) {
             found.push(Violation::Syscall { tid, syscall });
         }
+    }
+}
+
+/// Where all threads of a task have the same filters, CRIU writes them down for the first thread only, with the flag by
+/// which the kernel gives them to all threads (seen with 4.2.1: a server with threads has no mode in theirs).
+fn inherit_filter(thread: &mut Thread, leader: &Thread, filters: &[Filter]) {
+    const FOR_ALL_THREADS: u32 = 1;
+    let innermost = leader.seccomp_filter.and_then(|index| filters.get(index as usize));
+    if thread.seccomp == SeccompMode::Disabled
+        && leader.seccomp == SeccompMode::Filter
+        && innermost.is_some_and(|filter| filter.flags & FOR_ALL_THREADS != 0)
+    {
+        thread.seccomp = leader.seccomp;
+        thread.seccomp_filter = leader.seccomp_filter;
     }
 }
 
