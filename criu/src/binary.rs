@@ -12,9 +12,26 @@ use crate::Error;
 /// Where distributions put it, looked at after the `PATH` (which often lacks the folders of administration).
 const USUAL: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin"];
 
-/// The oldest version that works on 6.x kernels.
-const OLDEST: Version = Version { major: 4, minor: 1, patch: 0 };
-const OLDEST_TEXT: &str = "4.1";
+/// The oldest versions that work, by the kernel from which on they are needed.
+const OLDEST: &[(Kernel, Version, &str, &str)] = &[
+    (
+        (0, 0),
+        Version { major: 4, minor: 1, patch: 0 },
+        "4.1",
+        "it does not know the memory layout of 6.x kernels and does not start on them",
+    ),
+    // The kernel answers EOPNOTSUPP to a question about SO_PASSCRED at an inet socket, which CRIU 4.1 takes for a failure.
+    (
+        (6, 16),
+        Version { major: 4, minor: 2, patch: 0 },
+        "4.2",
+        "it cannot dump network sockets on Linux 6.16 and newer",
+    ),
+];
+
+/// First two numbers of a kernel release.
+type Kernel = (u32, u32);
+
 /// Lines of standard error that an error keeps.
 const STDERR_LINES: usize = 50;
 
@@ -104,9 +121,8 @@ impl Binary {
         let text = String::from_utf8_lossy(&output.stdout);
         let version = text.lines().find_map(|line| line.strip_prefix("Version:")).and_then(Version::parse);
         let Some(version) = version else { return Err(failed(&command, &output)) };
-        if version < OLDEST {
-            let reason = "it does not know the memory layout of 6.x kernels and does not start on them";
-            return Err(Error::TooOld { path, version: version.to_string(), needed: OLDEST_TEXT, reason });
+        if let Some((needed, reason)) = refusal(version, kernel()) {
+            return Err(Error::TooOld { path, version: version.to_string(), needed, reason });
         }
         Ok(Self { path, version })
     }
@@ -121,6 +137,19 @@ impl Binary {
             command.arg("check").stdin(Stdio::null()).output().map_err(Error::io("run", &self.path))?;
         if output.status.success() { Ok(()) } else { Err(failed(&command, &output)) }
     }
+}
+
+/// Why a version does not work on a kernel: the oldest that does, and what goes wrong.
+fn refusal(version: Version, kernel: Kernel) -> Option<(&'static str, &'static str)> {
+    let too_old = |&&(from, oldest, ..): &&(Kernel, Version, _, _)| kernel >= from && version < oldest;
+    OLDEST.iter().find(too_old).map(|&(_, _, needed, reason)| (needed, reason))
+}
+
+/// The running kernel; the newest that there can be if its name is not understood.
+fn kernel() -> Kernel {
+    let parse = |release: &str| Version::parse(release).map(|release| (release.major, release.minor));
+    let name = nix::sys::utsname::uname().ok();
+    name.and_then(|name| name.release().to_str().and_then(parse)).unwrap_or((u32::MAX, 0))
 }
 
 /// The error for a command that ran and failed.
@@ -180,8 +209,21 @@ mod tests {
         assert_eq!(Version::parse(" 4.1\n").map(|version| version.to_string()).as_deref(), Some("4.1"));
         assert_eq!(Version::parse("4.3-dev"), Some(Version { major: 4, minor: 3, patch: 0 }));
         assert_eq!(Version::parse("four"), None);
-        assert!(Version::parse("3.17.1") < Some(OLDEST) && Version::parse("10.0") > Some(OLDEST));
-        assert!(!OLDEST.knows_droppable() && Version { major: 4, minor: 2, patch: 1 }.knows_droppable());
+        let version = |text| Version::parse(text).expect("a version");
+        assert!(version("3.17.1") < version("4.1") && version("10.0") > version("4.2.1"));
+        assert!(!version("4.1.1").knows_droppable() && version("4.2.1").knows_droppable());
+    }
+
+    #[test]
+    fn the_oldest_version_depends_on_the_kernel() {
+        let needed = |text, kernel| {
+            refusal(Version::parse(text).expect("a version"), kernel).map(|(needed, _)| needed)
+        };
+        assert_eq!(needed("3.17.1", (5, 10)), Some("4.1"));
+        assert_eq!(needed("4.1.1", (6, 12)), None);
+        assert_eq!(needed("4.1.1", (6, 16)), Some("4.2"));
+        assert_eq!(needed("4.1.1", (7, 0)), Some("4.2"));
+        assert_eq!(needed("4.2", (6, 18)), None);
     }
 
     #[test]
