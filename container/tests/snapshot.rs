@@ -168,6 +168,25 @@ fn clones_go_on_where_the_server_was_and_do_not_see_each_other() {
 }
 
 #[test]
+fn sockets_pipes_ghosts_and_inner_connections_come_back() {
+    if !needs(&["root", "runc", "criu"]) {
+        return;
+    }
+    let world = World::new();
+    let source = world.run("knotted", &world::knotted());
+    let answer = world::get(&source, "/");
+    assert_eq!(answer, "unixheldpipeghost");
+    let saved = snapshot(&source, world.dir());
+    assert_eq!(world::get(&source, "/"), answer);
+    source.kill("test").expect("kill");
+    world.state.remove(source.name()).expect("rm");
+    let clone = restore(&world, "knotted", &saved);
+    clone.commit().expect("commit");
+    assert_eq!(world::get(&clone, "/"), answer);
+    clone.kill("test").expect("kill");
+}
+
+#[test]
 fn a_dump_whose_receiver_vanishes_or_whose_time_is_up_leaves_the_server_serving() {
     if !needs(&["root", "runc", "criu"]) {
         return;

@@ -59,6 +59,55 @@ print("serving", flush=True)
 server.serve_forever()
 "#;
 
+/// A server whose answer comes by way of a bound Unix socket, a named pipe, a deleted file in `/dev/shm` and a loopback
+/// connection that is open all the time.
+const KNOTTED: &str = r#"
+import http.server, socket, threading, os, mmap
+os.mkfifo("/var/tmp/pipe")
+pipe = os.open("/var/tmp/pipe", os.O_RDWR)
+fd = os.open("/dev/shm/ghost", os.O_RDWR | os.O_CREAT)
+os.ftruncate(fd, 4096)
+ghost = mmap.mmap(fd, 4096)
+os.unlink("/dev/shm/ghost")
+ghost[:5] = b"ghost"
+def serve(listener):
+    while True:
+        peer, _ = listener.accept()
+        threading.Thread(target=echo, args=(peer,), daemon=True).start()
+def echo(peer):
+    while True:
+        data = peer.recv(100)
+        if not data:
+            return
+        peer.sendall(data)
+unix = socket.socket(socket.AF_UNIX)
+unix.bind("/var/tmp/socket")
+unix.listen()
+inner = socket.create_server(("127.0.0.1", 9000))
+for listener in (unix, inner):
+    threading.Thread(target=serve, args=(listener,), daemon=True).start()
+held = socket.create_connection(("127.0.0.1", 9000))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        fresh = socket.socket(socket.AF_UNIX)
+        fresh.connect("/var/tmp/socket")
+        fresh.sendall(b"unix")
+        held.sendall(b"held")
+        os.write(pipe, b"pipe")
+        body = fresh.recv(100) + held.recv(100) + os.read(pipe, 100) + ghost[:5]
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(body)
+    def log_message(self, *args):
+        pass
+http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+"#;
+
+/// That server's specification.
+pub fn knotted() -> Spec {
+    Spec { command: ["/usr/bin/python3", "-c", KNOTTED].map(Into::into).to_vec(), ..server() }
+}
+
 /// The server's specification.
 pub fn server() -> Spec {
     let command = ["/usr/bin/python3", "-c", SERVER].map(Into::into).to_vec();
@@ -222,5 +271,17 @@ impl World {
         let path = self.dir().join("cgroups");
         let mut file = std::fs::OpenOptions::new().append(true).create(true).open(path).expect("open");
         writeln!(file, "{}", record.cgroup).expect("write");
+    }
+}
+
+impl Drop for World {
+    /// Whatever a failed test left running ends with it.
+    fn drop(&mut self) {
+        for entry in self.state.list().unwrap_or_default() {
+            if let Ok(client) = Client::connect(&self.state, &entry.name) {
+                let _ = client.kill("the test is over");
+            }
+        }
+        let _ = self.state.sweep();
     }
 }
