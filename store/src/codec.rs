@@ -32,7 +32,7 @@ impl FromStr for Compression {
         let expected = || Error::Syntax {
             text: text.to_owned(),
             kind: "compression",
-            source: Syntax::Authority { expected: "auto, zstd:N with N from 1 to 19, or none" },
+            source: Syntax::Form { expected: "auto, zstd:N with N from 1 to 19, or none" },
         };
         match text.split_once(':') {
             None if text == "auto" => Ok(Self::Auto),

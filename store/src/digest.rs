@@ -152,6 +152,12 @@ mod tests {
     }
 
     #[test]
+    fn the_public_key_is_this_for_ever() {
+        let hex = blake3::Hash::from_bytes(ChunkKey::public().0).to_hex();
+        assert_eq!(hex.as_str(), "8989efc3fc233adefacf6214ff99139492320e19a4b936a8edeccb4df0673842");
+    }
+
+    #[test]
     fn a_chunk_id_does_not_depend_on_how_its_content_is_split() {
         let key = ChunkKey::public();
         let whole: &[u8] = b"0123456789";

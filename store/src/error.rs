@@ -31,7 +31,7 @@ pub enum Error {
         /// What was looked for.
         object: String,
         /// What the store answered, where it was asked.
-        source: Option<object_store::Error>,
+        source: Option<Box<object_store::Error>>,
     },
     /// The store refuses: wrong credentials, missing permission, read-only folder.
     #[error("{store} does not allow to {action} {object}")]
@@ -81,7 +81,7 @@ pub enum Error {
         /// How often.
         attempts: u32,
         /// What the store answered last.
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
     /// A store cannot be opened with the given options and environment.
     #[error("cannot open {store}")]
@@ -89,7 +89,7 @@ pub enum Error {
         /// The store as the user wrote it.
         store: String,
         /// Which option or setting is wrong.
-        source: object_store::Error,
+        source: Box<object_store::Error>,
     },
     /// Another snapshot was published under this tag since this one began.
     #[error(
@@ -123,7 +123,7 @@ pub enum Error {
         /// The object.
         object: String,
         /// How it is damaged.
-        source: Damage,
+        source: Box<Damage>,
     },
     /// What is to be stored exceeds a limit of the format.
     #[error("{what} is {value}, the format allows {limit}")]
@@ -184,9 +184,9 @@ pub enum Syntax {
     /// The scheme is none of ours.
     #[error("unknown scheme {0:?}, known are file, s3, gs and az")]
     Scheme(String),
-    /// No bucket, or a host in a `file` address.
+    /// Not of the form that is expected.
     #[error("expected {expected}")]
-    Authority {
+    Form {
         /// The form that is expected.
         expected: &'static str,
     },
@@ -275,6 +275,13 @@ pub enum Damage {
     /// Not protobuf of the expected shape.
     #[error("its protobuf is malformed")]
     Protobuf(#[from] prost::DecodeError),
+}
+
+impl Error {
+    /// An object of a store that is damaged.
+    pub(crate) fn damaged(store: &str, object: &str, damage: Damage) -> Self {
+        Self::Damaged { store: store.to_owned(), object: object.to_owned(), source: Box::new(damage) }
+    }
 }
 
 impl Classify for Error {

@@ -84,7 +84,7 @@ impl Objects {
 
     /// An error that says that `object` is damaged.
     pub(crate) fn damaged(&self, object: impl Display, source: Damage) -> Error {
-        Error::Damaged { store: self.name.to_string(), object: object.to_string(), source }
+        Error::damaged(&self.name, &object.to_string(), source)
     }
 
     /// A whole object of at most `limit` bytes.
@@ -247,14 +247,16 @@ impl Objects {
         let cause = Cause::of(&source);
         match (source, cause) {
             (source @ object_store::Error::NotFound { .. }, _) | (source, Cause::NotFound) => {
-                Error::NotFound { store, object, source: Some(source) }
+                Error::NotFound { store, object, source: Some(source.into()) }
             }
             (source, Cause::Denied) => Error::Denied { store, action, object, source: source.into() },
             (source, Cause::Full) => Error::Full { store, action, object, source: source.into() },
             (source, Cause::Unreachable) => {
                 Error::Unreachable { store, action, object, source: source.into() }
             }
-            (source, Cause::Other) => Error::Request { store, action, object, attempts, source },
+            (source, Cause::Other) => {
+                Error::Request { store, action, object, attempts, source: source.into() }
+            }
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::{StreamExt, TryStreamExt, stream};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
 use object_store::gcp::{GoogleCloudStorageBuilder, GoogleConfigKey};
@@ -23,6 +24,9 @@ use crate::limits::{
 };
 use crate::objects::Objects;
 use crate::url::{Name, Place, Provider, Reference, StoreUrl, Target, check_word};
+
+/// Tags whose newest index object is read at the same time.
+const TAGS_IN_FLIGHT: usize = 16;
 
 /// A place that holds snapshots. Clones share connections.
 #[derive(Clone)]
@@ -55,14 +59,13 @@ impl Store {
     ///
     /// # Errors
     /// [`Error::Open`] if an option or a variable of the environment is malformed.
-    #[allow(clippy::unused_async, reason = "opening may come to ask the store")]
     pub async fn open(url: &StoreUrl) -> Result<Self> {
         let name: Arc<str> = url.to_string().into();
         let objects = match url.place() {
             Place::Folder(_) => OnceCell::new(),
             Place::Bucket { provider, bucket, prefix } => {
                 let store = open_bucket(*provider, bucket, url.options())
-                    .map_err(|source| Error::Open { store: name.to_string(), source })?;
+                    .map_err(|source| Error::Open { store: name.to_string(), source: source.into() })?;
                 let store: Arc<dyn ObjectStore> = if prefix.is_empty() {
                     store
                 } else {
@@ -114,7 +117,7 @@ impl Store {
                 url.options().iter().any(|(name, value)| name == "fsync" && value == "true")
             });
         let store = LocalFileSystem::new_with_prefix(path)
-            .map_err(|source| Error::Open { store: self.inner.name.to_string(), source })?
+            .map_err(|source| Error::Open { store: self.inner.name.to_string(), source: source.into() })?
             .with_fsync(fsync);
         Ok(Objects::new(Arc::new(store), self.inner.name.clone()).in_folder(path))
     }
@@ -148,13 +151,14 @@ impl Store {
                 *highest = number.max(*highest);
             }
         }
-        let mut listed = Vec::with_capacity(newest.len());
-        for ((name, tag), number) in newest {
-            let known: Name = name.parse()?;
-            let index = self.tag_at(&known, &tag, number).await?;
-            listed.push(Listed { name, tag, index });
-        }
-        Ok(listed)
+        stream::iter(newest)
+            .map(|((name, tag), number)| async move {
+                let index = self.tag_at(&name.parse()?, &tag, number).await?;
+                Ok(Listed { name, tag, index })
+            })
+            .buffered(TAGS_IN_FLIGHT)
+            .try_collect()
+            .await
     }
 
     /// The newest index object of a tag; `None` if the tag does not exist.

@@ -148,9 +148,9 @@ impl StoreUrl {
 fn folder(url: &url::Url) -> Result<Place, Syntax> {
     let expected = "file:///PATH";
     if url.host_str().is_some_and(|host| !host.is_empty()) {
-        return Err(Syntax::Authority { expected });
+        return Err(Syntax::Form { expected });
     }
-    let path = url.to_file_path().map_err(|()| Syntax::Authority { expected })?;
+    let path = url.to_file_path().map_err(|()| Syntax::Form { expected })?;
     Ok(Place::Folder(path))
 }
 
@@ -158,7 +158,7 @@ fn bucket(provider: Provider, url: &url::Url) -> Result<Place, Syntax> {
     let bucket = url.host_str().unwrap_or_default().to_owned();
     let plain = url.username().is_empty() && url.password().is_none() && url.port().is_none();
     if bucket.is_empty() || !plain {
-        return Err(Syntax::Authority { expected: "SCHEME://BUCKET[/PREFIX]" });
+        return Err(Syntax::Form { expected: "SCHEME://BUCKET[/PREFIX]" });
     }
     let path = object_store::path::Path::from_url_path(url.path())
         .map_err(|error| Syntax::Path(error.to_string()))?;
@@ -398,8 +398,8 @@ mod tests {
         assert_eq!(fault("snaps/web@a b"), Syntax::Character { found: ' ' });
         assert!(matches!(fault("snaps/web@blake3:12"), Syntax::Digest(_)));
         assert_eq!(fault("ftp://h/web"), Syntax::Scheme("ftp".into()));
-        assert!(matches!(fault("file://host/a/web"), Syntax::Authority { .. }));
-        assert!(matches!(fault("s3://user@bucket/web"), Syntax::Authority { .. }));
+        assert!(matches!(fault("file://host/a/web"), Syntax::Form { .. }));
+        assert!(matches!(fault("s3://user@bucket/web"), Syntax::Form { .. }));
         assert_eq!(fault("s3://b/web?colour=red"), Syntax::Option { name: "colour".into() });
         assert_eq!(fault(&format!("snaps/{}", "a".repeat(129))), Syntax::Long { found: 129, limit: 128 });
     }

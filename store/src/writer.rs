@@ -107,7 +107,7 @@ pub(crate) struct Content {
 impl Store {
     /// Begins to write a snapshot. A folder that is not there is made.
     ///
-    /// Reads the indexes of at most [`crate::limits::REUSE_SNAPSHOTS`] snapshots, so that their chunks are not written
+    /// Reads the indexes of at most sixteen snapshots, those of its own name first, so that their chunks are not written
     /// again; one that cannot be read is left out.
     ///
     /// # Errors
@@ -170,7 +170,7 @@ impl Session {
     /// Adds a small file to the skeleton: CRIU's images, the OCI configuration. The same name again replaces it.
     ///
     /// # Errors
-    /// [`Error::Limit`] if it is longer than [`crate::limits::SKELETON_FILE_BYTES_LIMIT`]: such a file is a region of kind
+    /// [`Error::Limit`] if it is longer than [`crate::SKELETON_FILE_BYTES_LIMIT`]: such a file is a region of kind
     /// [`RegionKind::File`].
     pub fn skeleton(&self, name: &str, bytes: Bytes) -> Result<()> {
         let value = bytes.len() as u64;

@@ -1,5 +1,7 @@
 //! One suite for every kind of store: folder, memory, a faulty one, and real servers of three protocols.
 
+#![expect(clippy::print_stderr, reason = "a skipped test says so")]
+
 #[path = "contract/content.rs"]
 mod content;
 #[path = "contract/kept.rs"]

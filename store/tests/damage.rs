@@ -97,7 +97,7 @@ fn damage(result: rewarm_store::Result<()>, object: &Path) -> Damage {
     assert_eq!(error.class(), Class::Integrity, "{error:?}");
     assert!(error.to_string().contains(object.as_ref()), "{error} does not name {object}");
     match error {
-        Error::Damaged { source, .. } => source,
+        Error::Damaged { source, .. } => *source,
         other => panic!("{other:?}"),
     }
 }

@@ -193,7 +193,7 @@ fn leaf_message(leaf: &Leaf) -> LeafMessage {
 
 /// Decodes and checks a boot object whose content has `raw_bytes`. `store` and `object` are for the error.
 pub(crate) fn decode(bytes: &[u8], raw_bytes: u64, store: &str, object: &str) -> Result<Root> {
-    let damaged = |source| Error::Damaged { store: store.to_owned(), object: object.to_owned(), source };
+    let damaged = |damage: Damage| Error::damaged(store, object, damage);
     let (codec, content) = frame::open(Magic::Boot, bytes, store, object)?;
     bound("bytes of a boot object", raw_bytes, BOOT_BYTES_LIMIT).map_err(damaged)?;
     let mut raw = vec![0; raw_bytes as usize];

@@ -46,7 +46,7 @@ pub(crate) fn open<'a>(
     store: &str,
     object: &str,
 ) -> Result<(Codec, &'a [u8])> {
-    let damaged = |source| Error::Damaged { store: store.to_owned(), object: object.to_owned(), source };
+    let damaged = |damage: Damage| Error::damaged(store, object, damage);
     let Some((head, content)) = bytes.split_first_chunk::<HEADER_BYTES>() else {
         let (found, expected) = (bytes.len() as u64, HEADER_BYTES as u64);
         return Err(damaged(Damage::Length { found, expected }));

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 use crate::digest::Digest;
-use crate::error::{Error, Result};
+use crate::error::{Damage, Error, Result};
 use crate::format::FORMAT;
 use crate::limits::MANIFEST_BYTES_LIMIT;
 
@@ -262,7 +262,7 @@ pub(crate) fn encode(manifest: &Manifest, seal: &Seal) -> Result<Bytes> {
 
 /// Reads a manifest object whose digest was checked. `store` and `object` are for the error.
 pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<(Manifest, Seal)> {
-    let damaged = |source| Error::Damaged { store: store.to_owned(), object: object.to_owned(), source };
+    let damaged = |damage: Damage| Error::damaged(store, object, damage);
     let mut lines = bytes.splitn(2, |&b| b == b'\n');
     let (body, seal) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
     let Version { format } = serde_json::from_slice(body).map_err(|error| damaged(error.into()))?;

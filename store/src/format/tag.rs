@@ -112,7 +112,7 @@ struct Version {
 
 /// Reads an index object of a tag. `store` and `object` are for the error.
 pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<TagIndex> {
-    let damaged = |source| Error::Damaged { store: store.to_owned(), object: object.to_owned(), source };
+    let damaged = |damage: Damage| Error::damaged(store, object, damage);
     let Version { format } = serde_json::from_slice(bytes).map_err(|error| damaged(error.into()))?;
     if format > FORMAT {
         return Err(Error::Newer { object: object.to_owned(), found: format, supported: FORMAT });
