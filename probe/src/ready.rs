@@ -42,11 +42,11 @@ impl Ready {
             Kind::Http(target) => http(dial, target, port, timeout).await,
             Kind::Tcp(port) => match tokio::time::timeout(timeout, dial.dial(*port)).await {
                 Ok(Ok(_)) => Ok(()),
-                Ok(Err(error)) => Err(format!("connect to port {port}: {error}")),
+                Ok(Err(error)) => Err(format!("connect to port {port}: {}", chain(&error))),
                 Err(_) => Err(format!("connect to port {port}: no answer")),
             },
             Kind::Command(command) => match dial.exec(command, timeout).await {
-                Err(error) => Err(format!("start the command: {error}")),
+                Err(error) => Err(format!("start the command: {}", chain(&error))),
                 Ok(ended) => match ended.status {
                     Some(status) if status.success() => Ok(()),
                     Some(status) => Err(format!("command ended with {status}{}", said(&ended.tail()))),
@@ -82,16 +82,14 @@ async fn http(dial: &dyn Dial, target: &Target, port: Option<u16>, timeout: Dura
         )),
         // The limit of an attempt is what was left of the whole time: a number of no interest.
         Err(RequestError::TimedOut { port, .. }) => Err(format!("port {port} gave no whole answer")),
-        Err(error) => {
-            let mut text = error.to_string();
-            let mut source = std::error::Error::source(&error);
-            while let Some(cause) = source {
-                text = format!("{text}: {cause}");
-                source = cause.source();
-            }
-            Err(text)
-        }
+        Err(error) => Err(chain(&error)),
     }
+}
+
+/// A message and those of its sources: what the last attempt saw is told as one text.
+fn chain(error: &dyn std::error::Error) -> String {
+    let sources = std::iter::successors(error.source(), |error| error.source());
+    sources.fold(error.to_string(), |text, source| format!("{text}: {source}"))
 }
 
 fn said(output: &str) -> String {
