@@ -93,7 +93,7 @@ def demo(options):
     note("starting the server cold")
     began = time.monotonic()
     output, ready = rewarm(
-        *("run", NAME, "--port", PORT, "--publish", f"0:{PORT}", "--ready", f"http://127.0.0.1:{PORT}/healthz", "--"),
+        *("run", NAME, "--port", PORT, "--publish", f"127.0.0.1:0:{PORT}", "--ready", f"http://127.0.0.1:{PORT}/healthz", "--"),
         *(options.python, options.example / "server.py", "--port", PORT),
     )
     port, cold = first_answer(began, output)
@@ -109,7 +109,7 @@ def demo(options):
     for number in range(1, RESTORES + 1):
         note(f"restore {number} of {RESTORES}")
         began = time.monotonic()
-        output, ready = rewarm("restore", reference, "--publish", f"0:{PORT}")
+        output, ready = rewarm("restore", reference, "--publish", f"127.0.0.1:0:{PORT}")
         port, answer = first_answer(began, output)
         same = sum(equal(ask(port, request), value) for request, value in zip(requests, expected))
         sooner = f"{cold / answer:.1f} times sooner"
@@ -120,10 +120,12 @@ def demo(options):
         if same != len(requests):
             break
 
+    stages = ", ".join(f"{stage['stage']} {stage['took_ms']:.0f} ms" for stage in output["stages"])
     print()
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    print(f"\nstages of the last restore: {stages}")
     if not rows[-1][3].endswith(f"{len(requests)} of {len(requests)}"):
         raise Failed("a restored server answers differently")
 
