@@ -22,11 +22,12 @@ demo: setup build ## snapshot a real model server, stop it, bring it back three 
 
 check: ## formatting, lints and documentation, with warnings as errors
 	cargo fmt --all --check
-	cargo clippy --workspace --all-targets --release -- -D warnings
-	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --release
+	cargo clippy --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
-test: setup check build ## what continuous integration does
-	REWARM_TEST_NEEDS=$(NEEDS) cargo test --workspace --release
+# In the development profile, which optimises hash and codecs: building everything twice would take longer than it saves.
+test: setup check ## what continuous integration does
+	REWARM_TEST_NEEDS=$(NEEDS) cargo test --workspace --no-fail-fast
 
 bench: setup build ## the measured table of the README
 	@setup/bench
