@@ -49,11 +49,22 @@ impl Tasks {
             for &pid in &stopped {
                 let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
             }
+            self.thaw();
             stopped.retain(|&pid| lives(pid));
             if stopped.is_empty() || Instant::now() > deadline {
                 return stopped;
             }
             std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// A frozen task of cgroup v1 dies only when it is thawed. The signal is delivered before its next instruction.
+    fn thaw(&self) {
+        if let Tasks::Cgroup(folder) = self {
+            let state = folder.join("freezer.state");
+            if state.exists() {
+                let _ = fs::write(state, "THAWED");
+            }
         }
     }
 
