@@ -118,12 +118,32 @@ impl Clock {
         value
     }
 
+    /// [`Clock::stage`] for work that blocks its thread.
+    pub fn stage_blocking<T>(&self, stage: Stage, work: impl FnOnce() -> T) -> T {
+        if self.pauses_at(stage) {
+            std::thread::sleep(PAUSE);
+        }
+        let start = Instant::now();
+        self.progress.started(stage);
+        let value = work();
+        self.record(stage, start, start.elapsed());
+        value
+    }
+
     /// Waits if the operation was told to pause at this stage.
     async fn pause(&self, stage: Stage) {
-        if self.pause_at == Some(stage) {
-            self.progress.warning(&format!("paused at {stage}"));
+        if self.pauses_at(stage) {
             tokio::time::sleep(PAUSE).await;
         }
+    }
+
+    /// Whether the operation pauses at this stage; says so if it does.
+    fn pauses_at(&self, stage: Stage) -> bool {
+        let pauses = self.pause_at == Some(stage);
+        if pauses {
+            self.progress.warning(&format!("paused at {stage}"));
+        }
+        pauses
     }
 
     /// Records a stage that was measured elsewhere, for one that runs inside another process.

@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use rewarm_container::shim::DumpRequest;
 use rewarm_criu::config::Config;
@@ -98,12 +98,12 @@ fn copy_at_vote(
     let inside = replica.client.inside();
     let clock = context.clock.clone();
     Box::new(move || {
-        let start = Instant::now();
-        let upper = capture(&inside.upper(), &mut budget)?;
-        let shm = capture(&inside.shm(), &mut budget)?;
-        *copied.lock().expect("no panic while copying") = Some((upper, shm));
-        clock.record(Stage::Delta, start, start.elapsed());
-        Ok(())
+        clock.stage_blocking(Stage::Delta, || {
+            let upper = capture(&inside.upper(), &mut budget)?;
+            let shm = capture(&inside.shm(), &mut budget)?;
+            *copied.lock().expect("no panic while copying") = Some((upper, shm));
+            Ok(())
+        })
     })
 }
 
