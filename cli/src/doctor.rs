@@ -65,6 +65,11 @@ impl Need {
     }
 }
 
+/// The first privilege that this process lacks and cannot do without.
+pub(crate) fn lacking_privilege() -> Option<Need> {
+    machine::privileges().into_iter().find(|need| need.state == State::Missing)
+}
+
 /// Where the programs and folders are looked for.
 #[derive(Debug)]
 pub(crate) struct Places {

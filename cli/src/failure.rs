@@ -77,6 +77,18 @@ pub(crate) enum Cause {
     /// `/proc` does not tell what this machine is.
     #[error("look at this machine")]
     Machine(#[source] io::Error),
+    /// This process may not do what containers need.
+    #[error("needs {name}, found {found}: {consequence}")]
+    Unprivileged {
+        /// What is needed.
+        name: &'static str,
+        /// What was found.
+        found: String,
+        /// What follows.
+        consequence: &'static str,
+        /// What to do about it.
+        fix: &'static str,
+    },
     /// There is no runc.
     #[error("no runc program in PATH")]
     NoRunc,
@@ -156,7 +168,7 @@ impl Classify for Cause {
             Cause::Snapshot(error) => error.class(),
             Cause::Restore(error) => error.class(),
             Cause::NotReady { cause, .. } => cause.class(),
-            Cause::NoRunc => Class::Incompatible,
+            Cause::NoRunc | Cause::Unprivileged { .. } => Class::Incompatible,
             Cause::SomeFailed { .. }
             | Cause::Machine(_)
             | Cause::Interrupted { .. }
@@ -179,6 +191,7 @@ impl Cause {
             Cause::Probe(error) => hints::probe(error),
             Cause::Snapshot(error) => hints::snapshot(&error.cause),
             Cause::Restore(error) => hints::restore(&error.cause),
+            Cause::Unprivileged { fix, .. } => Some(fix),
             Cause::NoRunc => {
                 Some("install runc 1.1 or later; `rewarm doctor` lists every need of this machine")
             }

@@ -19,6 +19,15 @@ pub(crate) fn criu_cache() -> Option<std::path::PathBuf> {
     env::cache_dir().map(|cache| cache.join("criu"))
 }
 
+/// Says what makes it pointless to begin: rights that this process lacks, or no runc.
+pub(crate) fn fit_for_containers() -> Result<(), Cause> {
+    if let Some(need) = crate::doctor::lacking_privilege() {
+        let (consequence, fix) = (need.consequence.unwrap_or_default(), need.fix.unwrap_or_default());
+        return Err(Cause::Unprivileged { name: need.name, found: need.found, consequence, fix });
+    }
+    env::program("runc").map(drop).ok_or(Cause::NoRunc)
+}
+
 /// Finds both.
 pub(crate) async fn find(global: &Global) -> Result<Programs, Cause> {
     let explicit = global.criu.clone();

@@ -49,6 +49,7 @@ struct Serving {
 
 pub(crate) async fn run(args: &Restore, global: &Global) -> Result<u8, Cause> {
     let mut interrupts = Interrupts::watch()?;
+    programs::fit_for_containers()?;
     let output = Output::new(global);
     let request = request(args)?;
     let clock = Clock::start(output.progress()).pausing_at(env::pause_at());

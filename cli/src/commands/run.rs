@@ -14,6 +14,7 @@ use serde::Serialize;
 
 use crate::args::{Global, Run};
 use crate::failure::Cause;
+use crate::programs;
 use crate::render::{Output, seconds};
 use crate::replicas::{self, Published};
 use crate::signals::Interrupts;
@@ -64,6 +65,7 @@ fn millis(duration: Duration) -> f64 {
 
 pub(crate) async fn run(args: &Run, global: &Global) -> Result<u8, Cause> {
     let mut interrupts = Interrupts::watch()?;
+    programs::fit_for_containers()?;
     let state = replicas::open(global)?;
     let spec = spec(args);
     let started = start(&state, spec, args.ready_timeout, &mut interrupts).await?;

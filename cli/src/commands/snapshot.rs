@@ -34,14 +34,12 @@ struct Report {
 
 pub(crate) async fn run(args: &Snapshot, global: &Global) -> Result<u8, Cause> {
     let mut interrupts = Interrupts::watch()?;
+    programs::fit_for_containers()?;
     let output = Output::new(global);
     let request = request(args)?;
     let clock = Clock::start(output.progress()).pausing_at(env::pause_at());
     let context = context(global, replicas::open(global)?, clock.clone()).await?;
-    let outcome = tokio::select! {
-        outcome = rewarm_snapshot::run(request, context) => outcome?,
-        signal = interrupts.next() => return Err(Cause::Interrupted { signal }),
-    };
+    let outcome = rewarm_snapshot::run(request, context, interrupts.next()).await?;
     output.answer(&report(&outcome, &clock), text)?;
     Ok(0)
 }
