@@ -29,8 +29,21 @@ fn told(arguments: &[&str]) -> String {
 }
 
 const VERBS: [&str; 15] = [
-    "doctor", "run", "snapshot", "restore", "ps", "logs", "exec", "stop", "wait", "rm", "ls", "inspect",
-    "completions", "man", "help",
+    "doctor",
+    "run",
+    "snapshot",
+    "restore",
+    "ps",
+    "logs",
+    "exec",
+    "stop",
+    "wait",
+    "rm",
+    "ls",
+    "inspect",
+    "completions",
+    "man",
+    "help",
 ];
 
 #[test]
@@ -113,8 +126,13 @@ fn a_digest_as_a_destination_is_malformed() {
 fn unknown_names_end_with_4() {
     let folder = tempfile::tempdir().expect("a folder");
     let state = folder.path().to_str().expect("UTF-8");
-    for verb in [&["logs", "ghost"][..], &["stop", "ghost"], &["wait", "ghost"], &["rm", "ghost"], &["exec", "ghost", "--", "true"]]
-    {
+    for verb in [
+        &["logs", "ghost"][..],
+        &["stop", "ghost"],
+        &["wait", "ghost"],
+        &["rm", "ghost"],
+        &["exec", "ghost", "--", "true"],
+    ] {
         let output = rewarm(verb).args(["--state", state]).output().expect("starts");
         let stderr = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(4), "{verb:?}: {stderr}");
@@ -149,8 +167,11 @@ fn a_failure_in_json_has_the_chain_and_the_exit_code() {
 
 #[test]
 fn a_closed_pipe_ends_quietly_with_0() {
-    let mut child =
-        rewarm(&["completions", "bash"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("starts");
+    let mut child = rewarm(&["completions", "bash"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("starts");
     drop(child.stdout.take());
     let mut stderr = String::new();
     child.stderr.take().expect("piped").read_to_string(&mut stderr).expect("reads");
@@ -189,7 +210,9 @@ fn doctor_answers_in_json_and_says_all_or_ends_with_3() {
     let missing = needs.iter().any(|need| need["state"] == "missing");
     assert_eq!(report["ready"], !missing);
     assert_eq!(output.status.code(), Some(if missing { 3 } else { 0 }), "{report:#}");
-    for name in ["kernel", "criu", "runc", "cgroups", "userfaultfd", "overlayfs", "capabilities", "disk", "memory"] {
+    for name in
+        ["kernel", "criu", "runc", "cgroups", "userfaultfd", "overlayfs", "capabilities", "disk", "memory"]
+    {
         assert!(needs.iter().any(|need| need["name"] == name), "doctor does not look at {name}");
     }
     // The promise is 100 ms on a quiet machine; tests run beside others.
@@ -218,5 +241,8 @@ fn the_list_of_environment_variables_is_the_generated_one() {
         std::fs::write(&path, &generated).expect("writes");
     }
     let written = std::fs::read_to_string(&path).unwrap_or_default();
-    assert_eq!(written, generated, "run INSTA_UPDATE=always cargo test -p rewarm-cli, and commit docs/reference");
+    assert_eq!(
+        written, generated,
+        "run INSTA_UPDATE=always cargo test -p rewarm-cli, and commit docs/reference"
+    );
 }
