@@ -104,7 +104,10 @@ fn the_source_misbehaves() -> Result<(), Failed> {
             // Every page is wanted to the end, the last chunk's too.
             (scene.shape.dense, scene.operations) = (true, 0);
             scene.manner.fault = fault;
-            (scene.manner.near, scene.chunk_within_ms) = (near, 300);
+            scene.manner.near = near;
+            if fault == Fault::Stalls {
+                scene.chunk_within_ms = 1000;
+            }
             let mut world = World::start(&scene);
             match world.hear_all() {
                 Heard::Kill { chain } if chain.iter().any(|link| link.contains(text)) => {}
