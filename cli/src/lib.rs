@@ -77,14 +77,14 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
     }
 }
 
-/// How long an interrupted command waits for what undoes itself in the background, given up uploads above all.
+/// How long a failed command waits for what undoes itself in the background, given up uploads above all.
 const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Runs an asynchronous command.
 fn wait_for(command: impl Future<Output = Result<u8, Cause>>) -> Result<u8, Cause> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Cause::Runtime)?;
     let outcome = runtime.block_on(command);
-    if matches!(outcome, Err(Cause::Interrupted { .. })) {
+    if outcome.is_err() {
         let deadline = Instant::now() + UNDO_TIMEOUT;
         while runtime.metrics().num_alive_tasks() > 0 && Instant::now() < deadline {
             std::thread::sleep(Duration::from_millis(5));

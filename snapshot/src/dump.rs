@@ -57,7 +57,7 @@ pub(crate) async fn dump(
     let at_vote = copy_at_vote(replica, context, budget.saturating_sub(expected), copied.clone());
     let (ours, theirs) = UnixStream::pair().map_err(Cause::io("make a socket pair for CRIU's pages"))?;
     ours.set_read_timeout(Some(request.freeze_timeout)).map_err(Cause::io("set the deadline of the dump"))?;
-    let ended = ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?;
+    let ended = HangUp(ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?);
     let receiving = tokio::task::spawn_blocking(move || {
         let mut receiver = Receiver::new(arena, at_vote);
         let received = page_server::serve(&ours, &mut receiver);
@@ -74,7 +74,7 @@ pub(crate) async fn dump(
     };
     let client = replica.client.clone();
     let dumping = blocking(move || client.dump(asked, theirs)).await;
-    let _ = ended.shutdown(std::net::Shutdown::Both);
+    drop(ended);
     let (mut receiver, received) = receiving.await.expect("receiving does not panic");
     if let Some(failure) = receiver.take_failure() {
         return Err(Cause::Receive(failure));
@@ -86,6 +86,17 @@ pub(crate) async fn dump(
     let (upper, shm) = trees.expect("CRIU succeeded, so it asked for the vote");
     let stats = stats::dump(&replica.client.inside().dump_work())?;
     Ok(Dumped { pages, upper, shm, stats })
+}
+
+/// Ends the receiver's connection when it is dropped: CRIU then fails the dump and lets the server go on. It is dropped
+/// too when the whole dump is given up in the middle.
+struct HangUp(UnixStream);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        // Ended already is as good.
+        let _ = self.0.shutdown(std::net::Shutdown::Both);
+    }
 }
 
 /// The work of the vote: everything is frozen, so files have exactly the sizes that the images name.

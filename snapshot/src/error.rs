@@ -47,6 +47,12 @@ pub enum Cause {
         /// Its state.
         status: String,
     },
+    /// The caller wants it given up.
+    #[error("interrupted by {signal}")]
+    Interrupted {
+        /// By which signal.
+        signal: &'static str,
+    },
     /// The server died during the dump.
     #[error("the server ended during the dump")]
     ServerEnded,
@@ -112,7 +118,11 @@ impl Classify for Cause {
             | Self::NewConnection { .. }
             | Self::Inadmissible { .. }
             | Self::State { .. } => Class::Incompatible,
-            Self::ServerEnded | Self::Deadline { .. } | Self::Receive(_) | Self::Io { .. } => Class::Failed,
+            Self::Interrupted { .. }
+            | Self::ServerEnded
+            | Self::Deadline { .. }
+            | Self::Receive(_)
+            | Self::Io { .. } => Class::Failed,
             Self::Container(error) => error.class(),
             Self::Criu(error) => error.class(),
             Self::Store(error) => error.class(),

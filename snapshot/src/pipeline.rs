@@ -73,16 +73,31 @@ pub struct Outcome {
     pub warnings: Vec<String>,
 }
 
-/// Makes a snapshot of a running replica.
+/// Makes a snapshot of a running replica. `interrupted` completes when the caller wants it given up, with the reason.
 ///
 /// # Errors
 /// Whatever stage fails; the error says in which state the server was found after everything was undone.
-pub async fn run(request: Request, context: Context) -> Result<Outcome> {
-    let mut attempt = Attempt { request, context, warnings: Vec::new(), replica: None, drained: false };
-    let result = attempt.stages().await;
+pub async fn run(
+    request: Request,
+    context: Context,
+    interrupted: impl Future<Output = &'static str>,
+) -> Result<Outcome> {
+    let mut attempt = Attempt {
+        request,
+        context,
+        warnings: Vec::new(),
+        replica: None,
+        drained: false,
+        stage: Stage::Preflight,
+    };
+    let result = tokio::select! {
+        result = attempt.stages() => result,
+        signal = interrupted => Err(Cause::Interrupted { signal }),
+    };
+    let stage = attempt.stage;
     let aftermath = attempt.undo(result.is_ok()).await;
     let warnings = std::mem::take(&mut attempt.warnings);
-    result.map(|outcome| Outcome { warnings, ..outcome }).map_err(|(stage, cause)| Error {
+    result.map(|outcome| Outcome { warnings, ..outcome }).map_err(|cause| Error {
         name: attempt.request.name.to_string(),
         stage,
         cause,
@@ -104,21 +119,22 @@ struct Attempt {
     replica: Option<Replica>,
     /// The pre hook ran, so the post hook is due.
     drained: bool,
+    /// The stage that began last.
+    stage: Stage,
 }
 
-type Staged<T> = std::result::Result<T, (Stage, Cause)>;
-
 impl Attempt {
-    async fn stages(&mut self) -> Staged<Outcome> {
+    async fn stages(&mut self) -> std::result::Result<Outcome, Cause> {
         let clock = self.context.clock.clone();
-        let (findings, session) = at(&clock, Stage::Preflight, self.preflight()).await?;
-        let recorded = at(&clock, Stage::Record, self.record()).await?;
-        at(&clock, Stage::Drain, self.drain()).await?;
-        let dumped = at(&clock, Stage::Dump, self.dump(&findings)).await?;
-        at(&clock, Stage::Resume, self.resume()).await?;
+        let (findings, session) = clock.stage(self.begin(Stage::Preflight), self.preflight()).await?;
+        let recorded = clock.stage(self.begin(Stage::Record), self.record()).await?;
+        clock.stage(self.begin(Stage::Drain), self.drain()).await?;
+        let dumped = clock.stage(self.begin(Stage::Dump), self.dump(&findings)).await?;
+        clock.stage(self.begin(Stage::Resume), self.resume()).await?;
         let (frozen, received_bytes) = (dumped.stats.frozen, dumped.received_bytes());
-        let facts = at(&clock, Stage::Upload, self.upload(&session, dumped, recorded.as_ref())).await?;
-        let published = at(&clock, Stage::Publish, self.publish(session, facts)).await?;
+        let facts =
+            clock.stage(self.begin(Stage::Upload), self.upload(&session, dumped, recorded.as_ref())).await?;
+        let published = clock.stage(self.begin(Stage::Publish), self.publish(session, facts)).await?;
         Ok(Outcome {
             reference: self.request.destination.clone(),
             published,
@@ -127,6 +143,11 @@ impl Attempt {
             probe_answers: recorded.map_or(0, |recorded| recorded.exchanges.len()),
             warnings: Vec::new(),
         })
+    }
+
+    fn begin(&mut self, stage: Stage) -> Stage {
+        self.stage = stage;
+        stage
     }
 
     async fn preflight(&mut self) -> std::result::Result<(Findings, Session), Cause> {
@@ -271,14 +292,6 @@ impl Replica {
     pub(crate) fn port(&self) -> Option<u16> {
         self.record.spec.ports.first().copied()
     }
-}
-
-async fn at<T>(
-    clock: &Clock,
-    stage: Stage,
-    work: impl Future<Output = std::result::Result<T, Cause>>,
-) -> Staged<T> {
-    clock.stage(stage, work).await.map_err(|cause| (stage, cause))
 }
 
 /// Runs a call to the shim where it may block.
