@@ -10,6 +10,7 @@ use std::io::{self, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 
@@ -107,7 +108,9 @@ fn remove(path: &Path) -> crate::Result<()> {
 
 /// Writes under another name first: a CRIU that starts meanwhile must not load half of it.
 fn replace(path: &Path, bytes: &[u8]) -> crate::Result<()> {
-    let new = PathBuf::from(format!("{}.{}", path.display(), std::process::id()));
+    static WRITES: AtomicU32 = AtomicU32::new(0);
+    let write = WRITES.fetch_add(1, Ordering::Relaxed);
+    let new = PathBuf::from(format!("{}.{}.{write}", path.display(), std::process::id()));
     let mut options = fs::OpenOptions::new();
     options.write(true).create(true).truncate(true).mode(0o600);
     let written =

@@ -105,7 +105,7 @@ pub enum Violation {
         /// The lowest that is granted.
         lowest: i32,
     },
-    /// A file in the image directory that CRIU does not write.
+    /// A file in the image directory that no dump of a replica has.
     UnknownImage {
         /// Its name.
         name: String,
@@ -209,7 +209,9 @@ impl fmt::Display for Violation {
             Self::OomScore { tid, seen, lowest } => {
                 write!(f, "thread {tid} has oom_score_adj {seen}, at least {lowest} is granted")
             }
-            Self::UnknownImage { name } => write!(f, "image directory has {name}, which criu does not write"),
+            Self::UnknownImage { name } => {
+                write!(f, "image directory has {name}, which no dump of a replica has")
+            }
         }
     }
 }
