@@ -178,3 +178,72 @@ pub(crate) fn with_messages(
     }
     Ok(changed.then_some(out))
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn a_field_is_set_and_the_unknown_ones_survive() {
+        let mut message = Vec::new();
+        put_number(&mut message, 7, 300);
+        put_bytes(&mut message, 99, b"unknown");
+        // Fixed-width fields of both sizes.
+        message.extend_from_slice(&[9 << 3 | 1, 1, 2, 3, 4, 5, 6, 7, 8, 10 << 3 | 5, 1, 2, 3, 4]);
+        put_number(&mut message, 7, 301);
+        let rest = message[3..message.len() - 3].to_vec();
+        assert_eq!(number(&message, 7), Ok(Some(301)), "the last one counts");
+        let changed = with_numbers(&message, &[(7, 5)]).expect("a message");
+        let mut expected = rest;
+        put_number(&mut expected, 7, 5);
+        assert_eq!(changed, expected);
+        assert_eq!(count(&message, 7), Ok(2));
+        let none = with_messages(&message, 99, |_| Ok(None)).expect("a message");
+        assert_eq!(none, None);
+        let other = with_messages(&message, 99, |bytes| Ok(Some([bytes, b"!"].concat()))).expect("a message");
+        let mut text = Vec::new();
+        put_bytes(&mut text, 99, b"unknown!");
+        let other = other.expect("changed");
+        assert_eq!(&other[3..3 + text.len()], text);
+        assert_eq!(other.len(), message.len() + 1);
+    }
+
+    #[test]
+    fn broken_messages_are_told_apart() {
+        let broken = |bytes: &[u8]| number(bytes, 1).expect_err("broken");
+        assert_eq!(broken(&[0x80]), "a number ends early");
+        assert_eq!(
+            broken(&[8, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 0xff, 2]),
+            "a number has more than 64 bits"
+        );
+        assert_eq!(broken(&[10, 5, 1]), "a field is longer than its message");
+        assert_eq!(broken(&[11]), "a field's wire type is unknown");
+        assert_eq!(broken(&[0]), "a field's number is out of range");
+        assert_eq!(broken(&[13, 1]), "a field is longer than its message");
+    }
+
+    proptest! {
+        #[test]
+        fn what_is_read_is_the_message(bytes in proptest::collection::vec(any::<u8>(), 0..100)) {
+            let mut joined = Vec::new();
+            let mut whole = true;
+            for field in Fields::new(&bytes) {
+                match field {
+                    Ok(field) => joined.extend_from_slice(field.raw),
+                    Err(_) => whole = false,
+                }
+            }
+            prop_assert!(bytes.starts_with(&joined));
+            prop_assert_eq!(whole, joined.len() == bytes.len());
+        }
+
+        #[test]
+        fn numbers_come_back(field in 1_u32..1 << 29, value in any::<u64>()) {
+            let mut message = Vec::new();
+            put_number(&mut message, field, value);
+            prop_assert_eq!(number(&message, field), Ok(Some(value)));
+        }
+    }
+}
