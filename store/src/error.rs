@@ -45,6 +45,14 @@ pub enum Error {
         /// What the store answered.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// Neither options nor environment carry credentials, and the machine is given none by a cloud.
+    #[error("no credentials for {store}: neither its options nor the environment have any")]
+    NoCredentials {
+        /// The store as the user wrote it.
+        store: String,
+        /// What the last place that was asked for them answered.
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
     /// No space is left where the store lies.
     #[error("no space left in {store} to {action} {object}")]
     Full {
@@ -292,6 +300,7 @@ impl Classify for Error {
             Error::Newer { .. } => Class::Incompatible,
             Error::Damaged { .. } => Class::Integrity,
             Error::Denied { .. }
+            | Error::NoCredentials { .. }
             | Error::Full { .. }
             | Error::Unreachable { .. }
             | Error::Request { .. }

@@ -249,6 +249,7 @@ impl Objects {
             (source @ object_store::Error::NotFound { .. }, _) | (source, Cause::NotFound) => {
                 Error::NotFound { store, object, source: Some(source.into()) }
             }
+            (source, Cause::NoCredentials) => Error::NoCredentials { store, source: source.into() },
             (source, Cause::Denied) => Error::Denied { store, action, object, source: source.into() },
             (source, Cause::Full) => Error::Full { store, action, object, source: source.into() },
             (source, Cause::Unreachable) => {
@@ -260,6 +261,10 @@ impl Objects {
         }
     }
 }
+
+/// Where machines of a cloud get credentials: the library asks there last. Elsewhere nobody answers, and asking again
+/// would only take longer.
+const METADATA_SERVICE: &str = "//169.254.169.254/";
 
 /// Wait before the attempt that follows attempt number `attempt`.
 fn backoff(attempt: u32) -> Duration {
@@ -284,6 +289,7 @@ fn may_pass(error: &object_store::Error) -> bool {
 enum Cause {
     NotFound,
     Denied,
+    NoCredentials,
     Full,
     Unreachable,
     Other,
@@ -297,6 +303,9 @@ impl Cause {
                 return Self::Denied;
             }
             _ => {}
+        }
+        if error.to_string().contains(METADATA_SERVICE) {
+            return Self::NoCredentials;
         }
         let mut cause: Option<&(dyn StdError + 'static)> = Some(error);
         while let Some(error) = cause {

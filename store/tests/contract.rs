@@ -102,6 +102,21 @@ async fn refused(url: &StoreUrl) {
     assert!(begun.elapsed() < Duration::from_secs(5), "took {:?}", begun.elapsed());
 }
 
+/// The library asks the metadata service of a cloud last, which gives nothing on a machine of no cloud.
+#[tokio::test(flavor = "multi_thread")]
+async fn no_credentials() {
+    let given = |name: &str| std::env::var_os(name).is_some();
+    if given("AWS_ACCESS_KEY_ID") || given("AWS_WEB_IDENTITY_TOKEN_FILE") || given("AWS_SECRET_ACCESS_KEY") {
+        eprintln!("skipped: needs an environment without credentials of AWS");
+        return;
+    }
+    let url = "s3://b?endpoint=http://127.0.0.1:9&connect_timeout=1%20s";
+    let store = Store::open(&url.parse().unwrap()).await.unwrap();
+    let error = store.list().await.unwrap_err();
+    assert!(matches!(error, Error::NoCredentials { .. }), "{error:?}");
+    assert_eq!(error.class(), Class::Failed);
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn nobody_listens() {
     let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
