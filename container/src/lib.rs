@@ -11,6 +11,7 @@ pub mod dial;
 mod error;
 pub mod namespaces;
 pub mod record;
+mod removal;
 pub mod rootfs;
 pub mod runc;
 pub mod shim;

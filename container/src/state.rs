@@ -25,6 +25,7 @@ use nix::libc;
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
 use crate::record::{Cause, Exit, ExitStatus, Record, Status, read_json, write_json};
+use crate::removal::remove_tree;
 use crate::shim::Paths;
 use crate::spec::Name;
 
@@ -319,20 +320,6 @@ pub(crate) fn strip(paths: &Paths) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-/// Removes a file or a directory with all that is in it, if it exists. A directory on which another process has a mount
-/// can be removed: the kernel takes that mount away.
-pub(crate) fn remove_tree(path: &Path) -> Result<(), Error> {
-    let result = match path.symlink_metadata() {
-        Ok(metadata) if metadata.is_dir() => std::fs::remove_dir_all(path),
-        Ok(_) => std::fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match result {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        other => other.context("remove", path.display()),
-    }
 }
 
 pub(crate) fn make_dir(path: &Path) -> Result<(), Error> {

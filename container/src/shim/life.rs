@@ -3,14 +3,14 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
 use crate::record::{Cause, Exit, ExitStatus, Record, Status, write_json};
+use crate::removal::{remove_tree, unmount_below};
 use crate::shim::children::signal;
 use crate::shim::publish;
 use crate::shim::replica::{Asker, Inner, KILL_DEADLINE, LEASE, Replica};
-use crate::state::{remove_tree, strip};
+use crate::state::strip;
 
 /// How long an operation may take to notice that it must end: CRIU's time to roll back, twice.
 const BUSY_DEADLINE: Duration = Duration::from_secs(15);
@@ -153,14 +153,13 @@ impl Replica {
 
     /// Takes everything away that the kernel does not take away by itself.
     fn clean_up(&self) -> Vec<Error> {
-        let mut results = vec![self.release_dump()];
+        // Mounts first: what is removed afterwards must not be seen through one of them. runc leaves the root file system
+        // bound below its own state when it is killed in the middle of a restore.
+        let mut results = vec![unmount_below(self.paths.dir())];
         if let Some(parts) = self.parts.get() {
+            results.push(unmount_below(&parts.runc.state()));
             results.push(parts.cgroup.remove());
             results.push(remove_tree(&parts.runc.state()));
-        }
-        // They would go with this process, but their memory is wanted back and the directories are to be removed.
-        for path in [self.paths.rootfs(), self.paths.shm(), self.paths.images(), self.paths.layer()] {
-            while mount::detach(&path).is_ok() {}
         }
         results.into_iter().filter_map(Result::err).collect()
     }

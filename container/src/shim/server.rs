@@ -11,11 +11,11 @@ use std::time::Duration;
 use rewarm_report::Classify;
 
 use crate::error::{Context, Error, Remote};
+use crate::removal::remove_tree;
 use crate::shim::protocol::{self, Reply, Request};
 use crate::shim::replica::{Asker, ConnectionId, LEASE, Replica};
 use crate::shim::{LEASE_FD, LOCK_FD, Paths};
 use crate::spec::Name;
-use crate::state::remove_tree;
 
 /// How long clients that wait for the end get to read the answer.
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
