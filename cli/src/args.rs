@@ -44,7 +44,7 @@ pub(crate) struct Global {
     #[arg(long, global = true, value_name = "DIR", default_value = "/run/rewarm")]
     #[arg(env = env::STATE.name, hide_env_values = true)]
     pub(crate) state: PathBuf,
-    /// The CRIU program, 4.1 or later; without it the one in the cache folder, else in PATH.
+    /// The CRIU program; without it the one in the cache folder, else the one in PATH.
     #[arg(long, global = true, value_name = "FILE", env = env::CRIU.name, hide_env_values = true)]
     pub(crate) criu: Option<PathBuf>,
     /// Print JSON instead of text.
@@ -164,7 +164,7 @@ pub(crate) struct Snapshot {
     #[arg(value_name = "NAME")]
     pub(crate) name: Name,
     /// Where to: STORE/NAME[@TAG].
-    #[arg(value_name = "DEST")]
+    #[arg(value_name = "DEST", value_parser = values::spelled::<Reference>)]
     pub(crate) destination: Reference,
     /// End the server once the snapshot is published; without it the server goes on.
     #[arg(long)]
@@ -179,7 +179,7 @@ pub(crate) struct Snapshot {
     #[arg(long, value_name = "URL|CMD")]
     pub(crate) post: Option<Hook>,
     /// auto (what pays), zstd:LEVEL or none.
-    #[arg(long, value_name = "CODEC", default_value = "auto")]
+    #[arg(long, value_name = "CODEC", default_value = "auto", value_parser = values::spelled::<Compression>)]
     pub(crate) compression: Compression,
     /// Allow connections to the outside; they come back closed.
     #[arg(long)]
@@ -192,7 +192,7 @@ pub(crate) struct Snapshot {
     rewarm restore s3://bucket/models/llm@v2 --name llm --count 3 --cold-fallback")]
 pub(crate) struct Restore {
     /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
-    #[arg(value_name = "SRC")]
+    #[arg(value_name = "SRC", value_parser = values::spelled::<Reference>)]
     pub(crate) source: Reference,
     /// Name of the replica; without it the snapshot's.
     #[arg(long, value_name = "NAME")]
@@ -274,9 +274,9 @@ pub(crate) struct Exec {
     /// The replica.
     #[arg(value_name = "NAME")]
     pub(crate) name: Name,
-    /// User and group, by name or number; without it the server's.
-    #[arg(long, value_name = "U[:G]")]
-    pub(crate) user: Option<User>,
+    /// User and group, by number; without it the server's.
+    #[arg(long, value_name = "UID[:GID]", value_parser = values::user_number)]
+    pub(crate) user: Option<String>,
     /// Environment variable.
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) env: Vec<(String, String)>,
@@ -319,7 +319,7 @@ pub(crate) struct Rm {
 #[command(after_help = "Example:\n  rewarm ls s3://bucket/models")]
 pub(crate) struct Ls {
     /// The store: a folder, file://, s3://, gs:// or az://.
-    #[arg(value_name = "STORE")]
+    #[arg(value_name = "STORE", value_parser = values::spelled::<StoreUrl>)]
     pub(crate) store: StoreUrl,
 }
 
@@ -327,7 +327,7 @@ pub(crate) struct Ls {
 #[command(after_help = "Example:\n  rewarm inspect s3://bucket/models/llm@v2")]
 pub(crate) struct Inspect {
     /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
-    #[arg(value_name = "REF")]
+    #[arg(value_name = "REF", value_parser = values::spelled::<Reference>)]
     pub(crate) reference: Reference,
 }
 

@@ -1,6 +1,30 @@
 //! Values of flags that no library crate owns: how each is written, and what a malformed one is told.
 
+use std::error::Error;
+use std::str::FromStr;
 use std::time::Duration;
+
+/// A value whose type a library crate owns. clap shows the outermost message of an error only, and the reason lies below.
+pub(crate) fn spelled<T: FromStr<Err: Error>>(text: &str) -> Result<T, String> {
+    text.parse().map_err(|error: T::Err| {
+        let (mut message, mut next) = (error.to_string(), error.source());
+        while let Some(source) = next {
+            message = format!("{message}: {source}");
+            next = source.source();
+        }
+        message
+    })
+}
+
+/// `UID[:GID]`. runc knows no names, and the names of the host are not those of the replica.
+pub(crate) fn user_number(text: &str) -> Result<String, String> {
+    let (user, group) = text.split_once(':').unwrap_or((text, "0"));
+    if user.parse::<u32>().is_ok() && group.parse::<u32>().is_ok() {
+        Ok(text.to_owned())
+    } else {
+        Err("expected numbers, UID or UID:GID".to_owned())
+    }
+}
 
 /// Bytes: a number with an optional unit. `K`, `M`, `G`, `T` and their `iB` forms are powers of 1024, `kB` ... `TB` of 1000.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
@@ -85,6 +109,8 @@ mod tests {
         assert!(key_value("=x").is_err() && key_value("x").is_err());
         assert_eq!(duration("1m 30s"), Ok(Duration::from_secs(90)));
         assert!(duration("30").is_err());
+        assert!(user_number("1000:1000").is_ok() && user_number("0").is_ok());
+        assert!(user_number("nobody").is_err() && user_number("1:").is_err() && user_number("-1").is_err());
         assert!(cpus("0").is_err() && cpus("nan").is_err());
     }
 }

@@ -23,7 +23,7 @@ pub(crate) async fn run(args: &Exec, global: &Global) -> Result<u8, Cause> {
         args: args.command.clone(),
         env: args.env.iter().map(|(key, value)| format!("{key}={value}")).collect(),
         workdir: args.workdir.clone(),
-        user: args.user.as_ref().map(ToString::to_string),
+        user: args.user.clone(),
         timeout_ms: None,
         stdio: true,
     };

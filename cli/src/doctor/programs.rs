@@ -20,7 +20,7 @@ pub(super) fn criu(places: &Places) -> Need {
             NAME,
             format!("{} at {}", binary.version, binary.path.display()),
             "servers with glibc 2.41 or later cannot be snapshotted: their clones would share random numbers",
-            "build CRIU 4.2 (`make criu`), or give one by --criu",
+            "build CRIU 4.2 (`make setup`), or give one by --criu",
         ),
         Err(error) => Need::missing(
             NAME,
@@ -31,7 +31,7 @@ pub(super) fn criu(places: &Places) -> Need {
             } else {
                 "nothing can be snapshotted or restored"
             },
-            "build CRIU (`make criu`), install version 4.1 or later, or give one by --criu",
+            "build CRIU (`make setup`), install version 4.2 or later, or give one by --criu",
         ),
     }
 }
