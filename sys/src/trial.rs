@@ -137,6 +137,17 @@ impl Area {
         Ok(Area { start: to, ..self })
     }
 
+    /// Makes the area longer where it is.
+    ///
+    /// # Errors
+    /// `ENOMEM` if something is mapped there.
+    pub fn grow(self, pages: usize) -> io::Result<Area> {
+        let longer = Area { pages: self.pages + pages, ..self };
+        // SAFETY: without MREMAP_MAYMOVE only unmapped addresses are taken.
+        let got = unsafe { libc::mremap(self.pointer(), self.bytes(), longer.bytes(), 0) };
+        if got == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(longer) }
+    }
+
     /// How many pages are resident.
     ///
     /// # Errors

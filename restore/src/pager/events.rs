@@ -6,7 +6,12 @@
 //!
 //! The kernel queues an event after it has changed the mappings, without the lock that guards them. Two threads that
 //! change the same place at the same moment can therefore be reported the wrong way round. A report that contradicts
-//! what is known is taken as such a case, and ends the replica: a guess could show one page at two addresses.
+//! what is known is taken as such a case, and ends the replica: a guess could show one page at two addresses. Two things
+//! cannot be told apart from it or not be told at all:
+//! - a program makes a mapping longer in place, which is not reported, and moves only the new part, never touched: no
+//!   allocator does that, and it is taken for a contradiction;
+//! - a thread moves or unmaps memory in the moment between another thread's fork and the queueing of the fork's event:
+//!   the child is then filled as if the fork had come later. CRIU's own daemon has the same gap.
 
 use std::ops::Range;
 

@@ -48,6 +48,8 @@ pub(super) fn answer(space: &Space, fault: Fault, may_leave: bool) -> Result<Nee
     // A write would fault a second time on the kernel's shared zero page, so it gets a page of its own.
     let progress = if fault.write { uffd.copy(page, &ZEROS) } else { uffd.zero(page, zeros) };
     if progress.bytes > 0 {
+        // A mapping that grew in place says so by its first fault only.
+        space.state().registered.insert(page..page + progress.bytes);
         return Ok(Need::Nothing);
     }
     match progress.stopped {

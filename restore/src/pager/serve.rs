@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_criu::lazy_pages::{Listener, Message};
+use rewarm_sys::procmem;
 use rewarm_sys::uffd::Uffd;
 
 use super::control::{self, Command, Report};
@@ -23,6 +24,7 @@ use super::events::{self, Fault};
 use super::fault::Need;
 use super::pending::Piece;
 use super::plan::Plan;
+use super::ranges::Ranges;
 use super::source::Source;
 use super::space::{Space, State};
 use super::{Config, Mode, Summary, Task};
@@ -330,12 +332,28 @@ impl Pager {
             return Ok(false);
         }
         if let Some(uffd) = gate.as_ref() {
-            for range in state.registered.iter() {
+            for range in self.to_unregister(space, &state).iter() {
                 // A mapping that vanished meanwhile is refused; what stays registered ends with the last duplicate.
                 let _ = uffd.unregister(range.start, range.end - range.start);
             }
         }
         Ok(true)
+    }
+
+    /// What is known to be registered, and the mappings around it as they are by now: a stack that grew, or memory
+    /// that mremap made longer in place, is registered without an event that says so. A thread that touches what stays
+    /// registered waits until the shim closes its duplicate.
+    fn to_unregister(&self, space: &Space, state: &State) -> Ranges {
+        let mut ranges = state.registered.clone();
+        // The pid of a child that was forked after the restore is not known.
+        let pid = self.config.tasks.host_pid(space.task).filter(|_| !space.forked);
+        let maps = pid.and_then(|pid| procmem::maps(pid).ok()).unwrap_or_default();
+        for mapping in maps.iter().filter(|mapping| mapping.inode == 0 && !mapping.shared) {
+            if state.registered.touches(&(mapping.start..mapping.end)) {
+                ranges.insert(mapping.start..mapping.end);
+            }
+        }
+        ranges
     }
 
     /// Reads and applies once, and takes in the children that were forked.

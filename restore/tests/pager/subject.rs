@@ -268,7 +268,13 @@ impl Worker {
             900..930 => self.relocate(index).map_err(system),
             930..945 => self.split(index, page).map_err(system),
             945..955 => self.cut(index, page).map_err(system),
-            955..985 => {
+            955..965 => {
+                self.grow(index);
+                // What grew and is moved untouched is taken for a contradiction, see `events.rs`.
+                (pages as usize..self.held[index].pages.len())
+                    .try_for_each(|page| self.held[index].check(self.seed, page))
+            }
+            965..985 => {
                 let part = self.held[index].area.part(page..end);
                 part.protect(false).map_err(system)?;
                 self.held[index].check(self.seed, page)?;
@@ -339,6 +345,18 @@ impl Worker {
             self.held[index].area = area.part(0..keep);
         }
         Ok(())
+    }
+
+    /// Longer by some pages, if nothing is in the way.
+    fn grow(&mut self, index: usize) {
+        let more = 1 + self.random.below(8) as usize;
+        let held = &mut self.held[index];
+        if let Ok(longer) = held.area.grow(more) {
+            held.area = longer;
+            held.pages.extend((0..more).map(|_| Page { content: Content::Zero, first: None }));
+            let (start, end) = (longer.start(), longer.start() + longer.pages() * PAGE);
+            self.vacated.retain(|&(place, pages)| place + pages * PAGE <= start || end <= place);
+        }
     }
 
     /// The child checks what this thread knows of, changes some of it and ends.
