@@ -55,7 +55,11 @@ impl Map {
     }
 
     fn bytes(&self, start: usize, length: usize) -> &[u8] {
-        assert!(start.checked_add(length).is_some_and(|end| end <= self.bytes), "{start}+{length} of {}", self.bytes);
+        assert!(
+            start.checked_add(length).is_some_and(|end| end <= self.bytes),
+            "{start}+{length} of {}",
+            self.bytes
+        );
         // SAFETY: in bounds; a part that is given out has arrived, and is written only once.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<u8>().add(start), length) }
     }
@@ -194,7 +198,8 @@ impl Reader {
     /// `InvalidData` if the files are not a stream or do not fit together.
     pub fn open(content: impl Into<OwnedFd>, table: impl Into<OwnedFd>) -> io::Result<Self> {
         let (content, table) = (File::from(content.into()), File::from(table.into()));
-        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a stream: {what}"));
+        let invalid =
+            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a stream: {what}"));
         let mut head = [0; HEAD_BYTES];
         table.read_exact_at(&mut head, 0)?;
         let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("eight bytes"));
@@ -205,7 +210,8 @@ impl Reader {
         if content.metadata()?.len() != shape.content {
             return Err(invalid("the length of the content"));
         }
-        let table_bytes = shape.blocks().checked_mul(4).and_then(|bytes| bytes.checked_add(HEAD_BYTES as u64));
+        let table_bytes =
+            shape.blocks().checked_mul(4).and_then(|bytes| bytes.checked_add(HEAD_BYTES as u64));
         if table_bytes != Some(table.metadata()?.len()) {
             return Err(invalid("the length of the table"));
         }
@@ -296,7 +302,8 @@ fn sleep_while(word: &AtomicU32, value: u32, limit: Duration) {
         tv_nsec: libc::c_long::from(limit.subsec_nanos()),
     };
     // SAFETY: word and time outlive the call. Not private: writer and reader are different processes.
-    let result = unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const limit) };
+    let result =
+        unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), libc::FUTEX_WAIT, value, &raw const limit) };
     // EAGAIN: the value has changed already; ETIMEDOUT, EINTR: the caller looks again.
     debug_assert!(result == 0 || matches!(Errno::last(), Errno::EAGAIN | Errno::ETIMEDOUT | Errno::EINTR));
 }
