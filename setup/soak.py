@@ -48,11 +48,14 @@ class Soak:
         # A name that no other process of the machine has on its command line.
         self.inside = f"/srv/{options.work.name}"
         self.counts = {}
+        self.steps = []
 
     def count(self, what):
         self.counts[what] = self.counts.get(what, 0) + 1
 
     def start(self, *arguments):
+        if arguments[0] != "ps":
+            self.steps.append(" ".join(map(str, arguments)))
         command = [str(self.options.rewarm), "--state", str(self.state), "--json", *map(str, arguments)]
         return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -68,11 +71,13 @@ class Soak:
         if self.random.random() < 0.5:
             return self.rewarm(*arguments)
         process = self.start(*arguments)
+        seconds = self.random.uniform(0, KILL_AFTER_SECONDS_MAX)
         try:
-            output, errors = process.communicate(timeout=self.random.uniform(0, KILL_AFTER_SECONDS_MAX))
+            output, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+            self.steps[-1] += f" (killed after {seconds:.3f} s)"
             self.count(f"{arguments[0]} killed")
             return None
         if process.returncode != 0:
@@ -81,6 +86,9 @@ class Soak:
 
     def replicas(self):
         return {replica["name"]: replica for replica in self.rewarm("ps")["replicas"]}
+
+    def states(self):
+        return [replica["status"] for replica in self.replicas().values()]
 
     def check(self, name):
         """The server answers its own check, through the port that is published."""
@@ -138,7 +146,7 @@ class Soak:
                 self.count("restore")
                 return
             # Killed after it committed: the replica lives on by itself. Else nothing may be left.
-            time.sleep(1)
+            self.settles("a killed restore", lambda: [state for state in self.states() if state != "ready"])
             if name in self.replicas():
                 self.check(name)
                 self.count("restore committed although killed")
@@ -146,7 +154,8 @@ class Soak:
             self.settles("a killed restore", self.residue)
 
     def turn(self, number):
-        name = self.random.choice(sorted(SERVERS))
+        name = self.random.choice(self.options.only or sorted(SERVERS))
+        self.steps = []
         replica, store = f"{name}-{number}", self.options.work / "store"
         words = [f"{self.inside}/{word}" if word.endswith((".py", ".js", ".sh")) else word for word in SERVERS[name]]
         if name == "nginx":
@@ -185,6 +194,7 @@ def main():
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--minutes", type=float, default=120)
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32))
+    parser.add_argument("--only", action="append", choices=sorted(SERVERS))
     parser.add_argument("--record", type=pathlib.Path)
     options = parser.parse_args()
     print(f"soak: seed {options.seed}, {options.minutes:g} minutes", flush=True)
@@ -202,6 +212,7 @@ def main():
         "seed": options.seed,
         "counts": dict(sorted(soak.counts.items())),
         "failure": failure,
+        "steps": soak.steps if failure else [],
     }
     if options.record:
         options.record.write_text(json.dumps(result, indent=2) + "\n")

@@ -6,6 +6,8 @@
 
 import asyncio
 import json
+import signal
+import sys
 import threading
 import time
 import urllib.parse
@@ -97,6 +99,8 @@ class Clock:
 
 async def main():
     options = arguments(__doc__.splitlines()[0]).parse_args()
+    # The first process of a namespace is not ended by a signal that it does not handle.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, sys.exit)
     server = await asyncio.start_server(Clock().answer, options.host, options.port)
     print(f"listening on {options.host}:{options.port}", flush=True)
     await server.serve_forever()

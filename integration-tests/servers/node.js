@@ -19,6 +19,9 @@ const { values: options } = parseArgs({
 
 const sha256 = (data) => crypto.createHash('sha256').update(data).digest('hex');
 
+// The first process of a namespace is not ended by a signal that it does not handle.
+process.on('SIGTERM', () => process.exit(0));
+
 let ticks = 0;
 setInterval(() => ticks++, PERIOD_MS);
 

@@ -8,7 +8,9 @@ import argparse
 import hashlib
 import http.server
 import json
+import os
 import random
+import signal
 import threading
 import time
 import traceback
@@ -124,6 +126,8 @@ def serve(options, checks, routes=None):
         def log_message(self, format, *values):
             pass
 
+    # The first process of a namespace is not ended by a signal that it does not handle.
+    signal.signal(signal.SIGTERM, lambda number, frame: os._exit(0))
     server = Server((options.host, options.port), Handler)
     print(f"listening on {options.host}:{options.port}", flush=True)
     server.serve_forever()
