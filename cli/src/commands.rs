@@ -1,4 +1,5 @@
-//! One file for each verb, in the order of `--help`.
+//! One file for each verb.
+
 pub(crate) mod completions;
 pub(crate) mod doctor;
 pub(crate) mod exec;

@@ -1,7 +1,7 @@
 //! The `rewarm` program: the only crate that prints, parses flags, reads the environment and exits.
 //!
-//! [`main_impl`] parses the command line ([`args`]), runs the verb (`commands/`, one file each) and turns what it failed
-//! with into text and an exit code ([`failure`], [`exit`]).
+//! [`main_impl`] parses the command line (`args.rs`), runs the verb (`commands/`, one file each) and turns what it failed
+//! with into text and an exit code (`failure.rs`, [`exit`]).
 
 mod args;
 mod commands;

@@ -12,7 +12,7 @@ use rewarm_report::{Hidden, Progress, Timing};
 use serde::Serialize;
 
 pub(crate) use bars::Bars;
-pub(crate) use table::{bytes, table};
+pub(crate) use table::{bytes, count, table};
 
 use crate::args::Global;
 use crate::env;

@@ -10,7 +10,7 @@ use serde::Serialize;
 use crate::args::{Global, Inspect};
 use crate::failure::Cause;
 use crate::programs;
-use crate::render::{Output, bytes, table};
+use crate::render::{Output, bytes, count, table};
 
 #[derive(Serialize)]
 struct Report {
@@ -97,7 +97,7 @@ fn describe(variant: &Variant) -> String {
         ("made with", format!("kernel {}, CRIU {}, runc {}", facts.kernel, facts.criu, facts.runc)),
         ("processor", format!("{}, {}", facts.architecture, facts.cpu.model)),
         ("host files", facts.host_files.len().to_string()),
-        ("probe", probe.map_or_else(|| "none".to_owned(), |answers| format!("{answers} answers"))),
+        ("probe", probe.map_or_else(|| "none".to_owned(), |answers| count(answers, "answer"))),
         ("hooks", or_none(hooks(manifest))),
     ];
     let rows = rows.into_iter().map(|(name, value)| vec![name.to_owned(), value]);

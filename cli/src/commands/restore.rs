@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use crate::args::{self, Global, Restore};
 use crate::failure::{Cause, Told};
-use crate::render::{self, Output, seconds};
+use crate::render::{self, Output, count, seconds};
 use crate::replicas::{self, Published};
 use crate::signals::Interrupts;
 use crate::{env, programs};
@@ -165,7 +165,7 @@ fn line(replica: &Replica) -> String {
     let answers = match (replica.answers_equal, &replica.cold_because) {
         (_, Some(_)) => String::new(),
         (0, None) => ", no answers compared".to_owned(),
-        (count, None) => format!(", {count} answers equal"),
+        (number, None) => format!(", {} equal", count(number, "answer")),
     };
     format!("{} {how}is ready after {}{answers}{ports}\n", replica.name, seconds(replica.ready_ms))
 }

@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use crate::args::{Global, Snapshot};
 use crate::failure::Cause;
-use crate::render::{self, Output, bytes, seconds};
+use crate::render::{self, Output, bytes, count, seconds};
 use crate::signals::Interrupts;
 use crate::{env, programs, replicas};
 
@@ -92,7 +92,7 @@ fn report(outcome: &Outcome, clock: &Clock) -> Report {
 fn text(report: &Report) -> String {
     let probe = match report.probe_answers {
         0 => "no probe: restored replicas will not be asked anything".to_owned(),
-        count => format!("{count} answers recorded"),
+        number => format!("{} recorded", count(number, "answer")),
     };
     format!(
         "{reference}\n{digest}\n{memory} of memory and files, {stored} in the store, {new} of it new\nfrozen {frozen}, all in all {total}; {probe}\n\n{stages}",
