@@ -160,6 +160,8 @@ pub async fn run(request: Request, context: Context) -> Result<Outcome> {
 /// The content that follows while replicas are restored, and how its fetch ended.
 struct Rest {
     lazy: Option<Arc<Lazy>>,
+    /// Why not even what CRIU insists on has arrived: nothing must be begun with it.
+    failed: Option<Arc<Cause>>,
     done: futures::future::Shared<futures::future::BoxFuture<'static, std::result::Result<(), Arc<Cause>>>>,
 }
 
@@ -169,6 +171,7 @@ impl Rest {
             Ok(fetching) => (fetching.as_ref().and_then(|fetching| fetching.lazy.clone()), Ok(fetching)),
             Err(cause) => (None, Err(Arc::new(cause))),
         };
+        let failed = begun.as_ref().err().cloned();
         // A task of its own: it must go on whoever waits for it.
         let task = tokio::spawn(async move {
             match begun? {
@@ -177,7 +180,7 @@ impl Rest {
             }
         });
         let done = task.map(|ended| ended.expect("fetching does not panic")).boxed().shared();
-        Self { lazy, done }
+        Self { lazy, failed, done }
     }
 
     /// Waits until everything has arrived.
@@ -204,6 +207,9 @@ async fn finish(
 ) -> std::result::Result<Restored, (Stage, Cause)> {
     let clock = &context.clock;
     let steps = async {
+        if let Some(cause) = &rest.failed {
+            return Err((Stage::Fetch, cause.shared()));
+        }
         let pid = at(clock, Stage::Skeleton, restore(replica, context, admitted, rest.lazy.clone())).await?;
         at(clock, Stage::Identity, replica.hook(admitted.post.as_ref(), request.hook_timeout)).await?;
         let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
