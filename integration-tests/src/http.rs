@@ -10,7 +10,7 @@ use std::time::Duration;
 /// A server may be frozen for a dump while it is asked.
 const TIMEOUT: Duration = Duration::from_secs(30);
 /// No fixture answers with more.
-const RESPONSE_BYTES_MAX: u64 = 64 << 20;
+const RESPONSE_BYTES_MAX: usize = 64 << 20;
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,9 +57,19 @@ pub fn request(port: u16, method: &str, path: &str, body: Option<&str>) -> io::R
     head += "\r\n";
     head += body.unwrap_or_default();
     stream.write_all(head.as_bytes())?;
+    // Not every server closes the connection, even when it is asked to: an answer that is whole is enough.
     let mut bytes = Vec::new();
-    stream.take(RESPONSE_BYTES_MAX).read_to_end(&mut bytes)?;
-    parse(&bytes)
+    let mut buffer = [0; 64 << 10];
+    loop {
+        let count = stream.read(&mut buffer)?;
+        bytes.extend_from_slice(&buffer[..count]);
+        if count == 0 || bytes.len() > RESPONSE_BYTES_MAX {
+            return parse(&bytes);
+        }
+        if let Ok(Some(response)) = whole(&bytes) {
+            return Ok(response);
+        }
+    }
 }
 
 /// [`request`] with `GET`.
@@ -71,35 +81,69 @@ pub fn get(port: u16, path: &str) -> io::Result<Response> {
     request(port, "GET", path, None)
 }
 
+/// An answer whose end is the end of the connection.
 fn parse(bytes: &[u8]) -> io::Result<Response> {
-    let bad = |what: &str| {
-        let start = String::from_utf8_lossy(&bytes[..bytes.len().min(120)]).into_owned();
-        io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("{what} in an answer of {} bytes: {start:?}", bytes.len()),
-        )
+    match whole(bytes)? {
+        Some(response) => Ok(response),
+        None => {
+            let head = Head::of(bytes)?.ok_or_else(|| bad(bytes, "no end of the head"))?;
+            let ends_with_connection = head.length.is_none() && !head.chunked;
+            let body = bytes[head.bytes..].to_vec();
+            ends_with_connection
+                .then_some(Response { status: head.status, body })
+                .ok_or_else(|| bad(bytes, "a body cut short"))
+        }
+    }
+}
+
+/// An answer that says itself where it ends, if it has come as a whole.
+fn whole(bytes: &[u8]) -> io::Result<Option<Response>> {
+    let Some(head) = Head::of(bytes)? else { return Ok(None) };
+    let rest = &bytes[head.bytes..];
+    let body = match head.length {
+        _ if head.chunked => unchunk(rest),
+        Some(length) => rest.get(..length).map(<[u8]>::to_vec),
+        None => None,
     };
-    let end =
-        bytes.windows(4).position(|four| four == b"\r\n\r\n").ok_or_else(|| bad("no end of the head"))?;
-    let head = std::str::from_utf8(&bytes[..end]).map_err(|_| bad("not text"))?;
-    let status =
-        head.split(' ').nth(1).and_then(|number| number.parse().ok()).ok_or_else(|| bad("no status"))?;
-    let header = |wanted: &str| {
-        head.lines().skip(1).find_map(|line| {
-            let (name, value) = line.split_once(':')?;
-            name.eq_ignore_ascii_case(wanted).then(|| value.trim().to_owned())
-        })
-    };
-    let rest = &bytes[end + 4..];
-    let body = if header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")) {
-        unchunk(rest).ok_or_else(|| bad("a chunk cut short"))?
-    } else if let Some(length) = header("content-length") {
-        let length: usize = length.parse().map_err(|_| bad("no length"))?;
-        rest.get(..length).ok_or_else(|| bad("a body cut short"))?.to_vec()
-    } else {
-        rest.to_vec()
-    };
-    Ok(Response { status, body })
+    Ok(body.map(|body| Response { status: head.status, body }))
+}
+
+struct Head {
+    status: u16,
+    /// Length of the head itself.
+    bytes: usize,
+    length: Option<usize>,
+    chunked: bool,
+}
+
+impl Head {
+    fn of(bytes: &[u8]) -> io::Result<Option<Self>> {
+        let Some(end) = bytes.windows(4).position(|four| four == b"\r\n\r\n") else { return Ok(None) };
+        let head = std::str::from_utf8(&bytes[..end]).map_err(|_| bad(bytes, "not text"))?;
+        let status = head.split(' ').nth(1).and_then(|number| number.parse().ok());
+        let header = |wanted: &str| {
+            head.lines().skip(1).find_map(|line| {
+                let (name, value) = line.split_once(':')?;
+                name.eq_ignore_ascii_case(wanted).then(|| value.trim().to_owned())
+            })
+        };
+        let length =
+            header("content-length").map(|length| length.parse().map_err(|_| bad(bytes, "no length")));
+        Ok(Some(Self {
+            status: status.ok_or_else(|| bad(bytes, "no status"))?,
+            bytes: end + 4,
+            length: length.transpose()?,
+            chunked: header("transfer-encoding").is_some_and(|value| value.eq_ignore_ascii_case("chunked")),
+        }))
+    }
+}
+
+fn bad(bytes: &[u8], what: &str) -> io::Error {
+    let start = String::from_utf8_lossy(&bytes[..bytes.len().min(120)]).into_owned();
+    io::Error::new(
+        io::ErrorKind::InvalidData,
+        format!("{what} in an answer of {} bytes: {start:?}", bytes.len()),
+    )
 }
 
 fn unchunk(mut rest: &[u8]) -> Option<Vec<u8>> {
@@ -125,6 +169,13 @@ mod tests {
     fn a_body_that_is_cut_short_is_an_error() {
         assert!(parse(b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\n\r\nabc").is_err());
         assert!(parse(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n5\r\nab").is_err());
+    }
+
+    #[test]
+    fn without_a_length_the_end_of_the_connection_is_the_end() {
+        let response = parse(b"HTTP/1.0 200 OK\r\n\r\nabc").unwrap();
+        assert_eq!(response.text(), "abc");
+        assert!(parse(b"HTTP/1.0 200 OK\r\n").is_err());
     }
 
     #[test]

@@ -30,14 +30,16 @@ impl<'w> Replica<'w> {
         Self { world, name, port }
     }
 
-    /// The replicas that a successful `rewarm restore` made.
+    /// The replicas that `rewarm restore` made; those that failed are left out.
     ///
     /// # Panics
     ///
     /// When the output does not tell them.
     #[must_use]
     pub fn of_restore(world: &'w World, inner: u16, output: &Output) -> Vec<Self> {
-        let json = output.json();
+        let lines = output.json_lines();
+        let json =
+            lines.iter().find(|line| line["replicas"].is_array()).cloned().unwrap_or_else(|| output.json());
         let list = json["replicas"].as_array().cloned().unwrap_or_else(|| vec![json.clone()]);
         let replica = |value: &Value| {
             let name = value["name"].as_str().unwrap_or_else(|| panic!("no name in\n{output}")).to_owned();
@@ -45,7 +47,7 @@ impl<'w> Replica<'w> {
                 published(value, inner).unwrap_or_else(|| panic!("no port {inner} published by\n{output}"));
             Self { world, name, port }
         };
-        list.iter().map(replica).collect()
+        list.iter().filter(|value| value["error"].is_null()).map(replica).collect()
     }
 
     /// The whole name.

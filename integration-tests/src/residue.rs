@@ -14,6 +14,8 @@ pub const MARK: &str = "REWARM_TEST_WORLD";
 
 /// Folders below the state folder whose content is the server's own and changes while it serves.
 const LIVE: &[&str] = &["upper", "work", "shm", "logs"];
+/// Empty folders of a living replica: where the first dump mounts its images, and where runc would put its own.
+const MOUNT_POINTS: &[&str] = &["dump", "checkpoint"];
 /// Control groups nest no deeper in any layout that Rewarm makes.
 const CGROUP_DEPTH_MAX: usize = 8;
 
@@ -129,7 +131,10 @@ fn sockets(id: &str) -> Vec<String> {
 
 fn files(folder: &Path, traces: &mut BTreeSet<Trace>) {
     for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
-        traces.insert(Trace::File(entry.path()));
+        let is_mount_point = MOUNT_POINTS.iter().any(|name| entry.file_name() == *name);
+        if !is_mount_point || fs::read_dir(entry.path()).is_ok_and(|mut inside| inside.next().is_some()) {
+            traces.insert(Trace::File(entry.path()));
+        }
         let live = LIVE.iter().any(|name| entry.file_name() == *name);
         if !live && entry.file_type().is_ok_and(|kind| kind.is_dir()) {
             files(&entry.path(), traces);

@@ -2,12 +2,16 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rewarm_integration_tests::World;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, store_verifies};
 use rewarm_integration_tests::server::Server;
 
 use crate::world_for;
+
+/// A damaged object is an error at once, and no reason to wait for anything.
+const RESTORE_MAX: Duration = Duration::from_secs(15);
 
 /// Every object of a folder that is a store.
 fn objects(folder: &Path) -> Vec<PathBuf> {
@@ -40,6 +44,7 @@ fn each_object_damaged(codes: &[i32], damage: impl Fn(&Path, &[u8])) {
         let code = output.code.unwrap_or(-1);
         assert!(codes.contains(&code), "{} damaged, expected one of {codes:?}:\n{output}", object.display());
         no_residue(&world, &traces);
+        assert!(output.took < RESTORE_MAX, "{output}");
         fs::write(object, intact).expect("our own folder");
     }
     store_verifies(&world);

@@ -272,7 +272,7 @@ fn a_missing_mount_or_root_is_named() {
             .args(["run", &name])
             .args(flags)
             .args(["--", "true"])
-            .fails(1)
+            .fails(3)
             .says(&["/no/such/folder"]);
     }
     no_residue(&world, &traces);

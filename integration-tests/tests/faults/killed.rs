@@ -141,7 +141,7 @@ fn a_killed_shim_takes_its_replica_with_it() {
     assert!(status.as_ref().is_none_or(|status| status == "crashed"), "{status:?}");
     no_processes(&world);
     let _ = world.rewarm().args(["rm", replica.name()]).run();
-    no_residue_but_state(&world, &traces);
+    no_residue(&world, &traces);
     // The name is free.
     let again = world.start("plain", &server);
     assert_eq!(answers(&again, &server), answers(&again, &server));
@@ -181,17 +181,4 @@ fn no_processes(world: &World) {
     world.await_state("no process is left", Duration::from_secs(20), || {
         residue::processes(world.id()).is_empty()
     });
-}
-
-/// What lies directly in the state folder (boot id, locks) is made by the first command and stays.
-fn no_residue_but_state(world: &World, traces: &std::collections::BTreeSet<residue::Trace>) {
-    let mut allowed = traces.clone();
-    let state = world.state();
-    allowed.extend(
-        world
-            .traces()
-            .into_iter()
-            .filter(|trace| matches!(trace, residue::Trace::File(path) if path.parent() == Some(&state))),
-    );
-    no_residue(world, &allowed);
 }

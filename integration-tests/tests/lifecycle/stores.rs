@@ -81,7 +81,7 @@ fn ls_and_inspect_tell_of_the_snapshot() {
     let list = visible(&world).to_string();
     assert!(list.contains(source.name()) && list.contains("v1"), "{list}");
     let inspected = world.rewarm_json().args(["inspect", &world.reference("plain", "v1")]).ok().json();
-    assert_eq!(inspected["digest"], report["digest"]);
+    assert_eq!(inspected["variants"][0]["digest"], report["digest"]);
     let text = inspected.to_string();
     for word in ["criu", "kernel", "/usr/bin/python3"] {
         assert!(text.contains(word), "{word:?} is missing in {inspected:#}");
