@@ -130,7 +130,7 @@ pub async fn run(request: Request, context: Context) -> Result<Outcome> {
         Ok(admitted) => Arc::new(admitted),
         Err((cause, spec)) => return refused(&request, &context, cause, spec).await,
     };
-    let names = names(&request, &admitted.manifest.name)?;
+    let names = names(&request, &admitted.manifest.name).map_err(|error| early(&request, error))?;
     let (laid_out, boot) = tokio::join!(
         clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, &context)),
         admitted.snapshot.boot(),
@@ -326,16 +326,20 @@ fn overridden(request: &Request, spec: Spec) -> Spec {
     }
 }
 
-fn names(request: &Request, snapshot: &str) -> Result<Vec<Name>> {
+fn names(request: &Request, snapshot: &str) -> std::result::Result<Vec<Name>, rewarm_container::Error> {
     let base = match &request.name {
         Some(name) => Ok(name.clone()),
         None => snapshot.parse(),
     };
-    let all = base.and_then(|base: Name| match request.count {
+    base.and_then(|base: Name| match request.count {
         1 => Ok(vec![base]),
         count => (1..=count).map(|number| format!("{base}-{number}").parse()).collect(),
-    });
-    all.map_err(|error| Error { name: snapshot.to_owned(), stage: Stage::Admit, cause: error.into() })
+    })
+}
+
+/// A failure that concerns all replicas, before any of them has a name.
+fn early(request: &Request, cause: impl Into<Cause>) -> Error {
+    Error { name: request.source.to_string(), stage: Stage::Admit, cause: cause.into() }
 }
 
 async fn sandboxes(
@@ -377,9 +381,9 @@ async fn refused(
     let command =
         request.cold_fallback.as_ref().is_some_and(|command| !command.is_empty() || known.is_some());
     if !command {
-        return Err(Error { name: request.source.to_string(), stage: Stage::Admit, cause });
+        return Err(early(request, cause));
     }
-    let names = names(request, request.source.name.as_str())?;
+    let names = names(request, request.source.name.as_str()).map_err(|error| early(request, error))?;
     let mut replicas = Vec::new();
     for name in &names {
         replicas.push(fall_back(name, request, context, known, Stage::Admit, cause.shared()).await);

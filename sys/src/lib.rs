@@ -11,7 +11,7 @@ pub mod netns;
 pub mod pidfd;
 pub mod process;
 pub mod procmem;
+pub mod shared;
 #[cfg(feature = "testing")]
 pub mod trial;
-pub mod shared;
 pub mod uffd;
