@@ -146,3 +146,31 @@ assert libc.prctl(22, 2, program) == 0",
     world.restore();
     assert_eq!(world.run("libc.syscall(425, 1, None), ctypes.get_errno()"), "(-1, 38)");
 }
+
+#[test]
+fn a_filter_for_all_threads_counts_for_each_of_them() {
+    let Some(criu) = needs::criu() else { return };
+    let mut world = World::start(criu);
+    // runc installs its filter so: seccomp(SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_TSYNC).
+    world.run(
+        "import ctypes, struct, threading
+libc = ctypes.CDLL(None, use_errno=True)
+stop = threading.Event()
+threading.Thread(target=stop.wait, daemon=True).start()
+code = b''.join(struct.pack('HBBI', *line) for line in [(0x20, 0, 0, 0), (0x15, 0, 1, 425), (6, 0, 0, 0x50026), (6, 0, 0, 0x7fff0000)])
+buffer = ctypes.create_string_buffer(code)
+program = struct.pack('HxxxxxxQ', 4, ctypes.addressof(buffer))
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.syscall(317, 1, 1, program) == 0",
+    );
+    world.dump();
+    let mut allowed = everything();
+    allowed.seccomp = SeccompMode::Filter;
+    allowed.denied_syscalls = vec![425];
+    assert_eq!(admission::check(&world.images(), &allowed).expect("readable"), []);
+    world.restore();
+    let modes = world.run(
+        "[open(f'/proc/self/task/{tid}/status').read().split('Seccomp:')[1].split()[0] for tid in __import__('os').listdir('/proc/self/task')]",
+    );
+    assert_eq!(modes, "['2', '2']");
+}
