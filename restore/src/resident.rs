@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use rewarm_container::shim::resident::{Control, ToShim};
 use rewarm_criu::lazy_pages::Listener;
+use rewarm_sys::guard::Guard;
 use rewarm_sys::shared::Reader;
 
 use crate::lazy::{Orders, TaskOrders};
@@ -39,6 +40,15 @@ const THREADS_MAX: usize = 8;
 #[must_use]
 pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
     let Ok(control) = Control::inherited() else { return 1 };
+    // Shares this process's descriptors and outlives it: until the shim has killed the server, a killed pager leaves it
+    // waiting, a child that it has just forked included.
+    let _guard = match Guard::start(&[control.as_fd()]) {
+        Ok(guard) => guard,
+        Err(error) => {
+            let _ = control.tell(&ToShim::Failed(format!("start the pager's guard: {error}")), &[]);
+            return 1;
+        }
+    };
     match start(&control, work, cgroup) {
         Ok(holder) => relay(&control, holder),
         Err(error) => {
