@@ -203,7 +203,9 @@ fn mounts(spec: &Spec, paths: &Paths) -> Vec<Value> {
     for own in &spec.mounts {
         let access = if own.read_only { "ro" } else { "rw" };
         let target = own.target.to_string_lossy();
-        mounts.push(mount(&target, "bind", json!(own.source), &["rbind", "rprivate", access]));
+        // CRIU mounts the source as it is named, and cannot where that is a symbolic link.
+        let source = own.source.canonicalize().unwrap_or_else(|_| own.source.clone());
+        mounts.push(mount(&target, "bind", json!(source), &["rbind", "rprivate", access]));
     }
     mounts
 }

@@ -116,9 +116,15 @@ fn empty(dir: &OwnedFd, top: &OwnedFd, serial: &mut u64) -> io::Result<()> {
         }
         for (entry, kind) in entries {
             if kind == Type::Directory {
-                *serial += 1;
-                let moved = format!(".removed-{serial}");
-                renameat2(dir, bytes(&entry), top, moved.as_str(), RenameFlags::RENAME_NOREPLACE)?;
+                // A removal that was interrupted has left names of this kind behind.
+                loop {
+                    *serial += 1;
+                    let moved = format!(".removed-{serial}");
+                    match renameat2(dir, bytes(&entry), top, moved.as_str(), RenameFlags::RENAME_NOREPLACE) {
+                        Err(nix::errno::Errno::EEXIST) => {}
+                        other => break other?,
+                    }
+                }
             } else {
                 unlinkat(dir, bytes(&entry), UnlinkatFlags::NoRemoveDir)?;
             }

@@ -319,6 +319,41 @@ fn a_replica_dies_with_its_resident_unless_that_was_done() {
     }
 }
 
+/// A restore that was killed left the root file system bound below runc's own state, and the removal walked into it.
+#[test]
+fn a_restore_killed_at_any_moment_leaves_nothing_and_touches_no_volume() {
+    if !needs(&["root", "runc", "criu"]) {
+        return;
+    }
+    let world = World::new();
+    let volume = world.dir().join("volume");
+    std::fs::create_dir_all(volume.join("deep")).expect("dirs");
+    std::fs::write(volume.join("deep/file"), b"kept").expect("file");
+    let mount = format!("{}:/opt/volume", volume.display()).parse().expect("mount");
+    let spec = Spec { mounts: vec![mount], ..world::server() };
+    let source = world.run("source", &spec);
+    let saved = snapshot(&source, world.dir());
+    source.kill("test").expect("kill");
+    world.state.remove(source.name()).expect("rm");
+    for delay_ms in [3, 12, 25, 40, 60, 90] {
+        let client = world.prepare("killed", &spec, restored());
+        world.remember(&client);
+        fill(&client, &saved);
+        std::thread::scope(|scope| {
+            let restoring = scope.spawn(|| client.restore(restore_request(), &[]));
+            std::thread::sleep(Duration::from_millis(delay_ms));
+            let other = Client::connect(&world.state, client.name()).expect("connect");
+            other.kill("test").expect("kill");
+            // Too late for the kill, or cut off by it: what counts is what is left.
+            let _ = restoring.join().expect("no panic");
+        });
+        drop(client);
+        wait_for("the end of the directory", || world.entry("killed").is_none().then_some(()));
+        world.nothing_is_left();
+        assert_eq!(std::fs::read(volume.join("deep/file")).expect("read"), b"kept");
+    }
+}
+
 #[test]
 fn a_stop_kills_a_frozen_server_only_when_asked_to() {
     if !needs(&["root", "runc"]) {
