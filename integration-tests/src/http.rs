@@ -61,7 +61,11 @@ pub fn request(port: u16, method: &str, path: &str, body: Option<&str>) -> io::R
     let mut bytes = Vec::new();
     let mut buffer = [0; 64 << 10];
     loop {
-        let count = stream.read(&mut buffer)?;
+        // A socket with a timeout is not read again by itself after a signal or a freeze.
+        let count = match stream.read(&mut buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            other => other?,
+        };
         bytes.extend_from_slice(&buffer[..count]);
         if count == 0 || bytes.len() > RESPONSE_BYTES_MAX {
             return parse(&bytes);

@@ -11,6 +11,8 @@ use std::process::Command;
 pub enum Need {
     /// The tests run as root.
     Root,
+    /// `CAP_SYS_RESOURCE`: CRIU cannot read the limits of another user's processes without it.
+    Resource,
     /// A CRIU that is 4.1 or newer.
     Criu,
     /// `runc` in the path.
@@ -38,6 +40,7 @@ impl Need {
     pub fn name(self) -> &'static str {
         match self {
             Need::Root => "root",
+            Need::Resource => "resource",
             Need::Criu => "criu",
             Need::Runc => "runc",
             Need::Garage => "garage",
@@ -52,6 +55,7 @@ impl Need {
     fn is_met(self) -> bool {
         match self {
             Need::Root => nix::unistd::geteuid().is_root(),
+            Need::Resource => has_capability(24),
             Need::Criu => criu().is_some(),
             Need::Runc => in_path("runc").is_some(),
             Need::Garage => cache().join("garage/bin/garage").is_file(),
@@ -69,6 +73,15 @@ impl Need {
             }
         }
     }
+}
+
+/// Whether this process has the capability with that number in the kernel.
+fn has_capability(number: u32) -> bool {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .is_some_and(|bits| bits & (1 << number) != 0)
 }
 
 /// Whether all of `needs` are there. Says what is missing.

@@ -19,7 +19,10 @@ const VARYING: &[(&str, &str)] = &[
     (r"(127\.0\.0\.1|0\.0\.0\.0|localhost):\d{4,5}", "$1:[port]"),
     (r#"("?(?:pid|init|shim)"?[: ]+)\d+"#, "$1[pid]"),
     (r"\bport \d{4,5}\b", "port [port]"),
+    (r"\b(ready|frozen|starting) +\d+ ", "$1  [pid] "),
     (r" +\n", "\n"),
+    // Columns are as wide as their widest cell.
+    (r"(\S) {2,}", "$1  "),
 ];
 
 /// Compares what a call printed with the snapshot `name`.
@@ -34,7 +37,7 @@ fn assert_printed(name: &str, world: &World, output: &Output) {
     let printed =
         printed.replace(&world.root().to_string_lossy().into_owned(), "[world]").replace(world.id(), "[id]");
     let mut settings = insta::Settings::clone_current();
-    settings.set_snapshot_path("../snapshots");
+    settings.set_snapshot_path("snapshots");
     settings.set_prepend_module_to_snapshot(false);
     settings.set_omit_expression(true);
     for (pattern, word) in VARYING {

@@ -37,7 +37,11 @@ fn each_object_damaged(codes: &[i32], damage: impl Fn(&Path, &[u8])) {
     let objects = objects(&world.store_folder());
     assert!(objects.len() >= 4, "a pack, a boot object, a manifest and a tag, not {objects:?}");
     let traces = world.traces();
-    for object in &objects {
+    // A tag's index has no digest: it only leads to a manifest that has one.
+    let named_by_digest = |path: &&PathBuf| {
+        !codes.contains(&5) || codes.len() > 1 || !path.starts_with(world.store_folder().join("tags"))
+    };
+    for object in objects.iter().filter(named_by_digest) {
         let intact = fs::read(object).expect("an object");
         damage(object, &intact);
         let output = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]).run();

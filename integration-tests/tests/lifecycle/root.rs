@@ -2,6 +2,7 @@
 
 use serde_json::Value;
 
+use rewarm_integration_tests::Need;
 use rewarm_integration_tests::server::Server;
 
 use crate::world_for;
@@ -127,7 +128,7 @@ fn a_root_of_its_own() {
 
 #[test]
 fn another_user_is_the_same_user_in_a_clone() {
-    let server = Server::plain();
+    let server = Server::plain().needing(Need::Resource);
     let Some(world) = world_for(&server) else { return };
     let source = world.start_with("plain", &server, &["--user", "65534:65534", "--workdir", "/tmp"]);
     let who = "grep -E '^(Uid|Gid|Groups|Cap...|NoNewPrivs|Seccomp):' /proc/1/status; readlink /proc/1/cwd";
