@@ -229,10 +229,13 @@ fn a_dump_is_given_up_when_the_command_that_asked_is_gone() {
         .stdout(std::process::Stdio::piped())
         .spawn()
         .expect("command");
-    // Frozen: CRIU has begun and waits for a receiver that does not read.
-    let cgroup =
-        rewarm_container::cgroup::Cgroup::open(&client.status().expect("status").cgroup).expect("cgroup");
-    wait_for("the freeze", || cgroup.is_frozen().ok().filter(|frozen| *frozen));
+    // Traced: CRIU has stopped the server and waits for a receiver that does not read. (The freezer tells it only for a
+    // moment: CRIU thaws the cgroup as soon as it holds the tasks by ptrace.)
+    let pid = client.status().expect("status").pid.expect("pid");
+    wait_for("the dump", || {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        (!status.contains("TracerPid:\t0\n")).then_some(())
+    });
     assert!(matches!(client.freeze(), Err(Error::Shim { .. })), "a dump excludes others");
     dumping.kill().expect("kill");
     dumping.wait().expect("reap");
