@@ -116,7 +116,8 @@ impl Tmpfs {
 
 impl Drop for Tmpfs {
     fn drop(&mut self) {
-        let _ = Command::new("umount").arg(self.0.path()).status();
+        // Lazily: a write that failed may still hold its file for a moment.
+        let _ = Command::new("umount").arg("-l").arg(self.0.path()).status();
     }
 }
 
