@@ -14,7 +14,7 @@ const GRAPH: &[(&str, &[&str])] = &[
     ("restore", &["store", "criu", "container", "probe", "sys", "report"]),
     ("store", &["report"]),
     ("criu", &["sys", "report"]),
-    ("container", &["sys", "report"]),
+    ("container", &["probe", "sys", "report"]),
     ("probe", &["report"]),
     ("sys", &["report"]),
     ("report", &[]),
@@ -204,7 +204,8 @@ fn is_crate_root(path: &Path) -> bool {
             let manifest = text(&package.join("Cargo.toml"));
             !manifest.contains("autotests = false") || manifest.contains(&format!("path = \"tests/{name}\""))
         }
-        _ => name == "build.rs",
+        // `tests/NAME/main.rs` is the program NAME.
+        _ => ["build.rs", "main.rs"].contains(&name.as_str()),
     }
 }
 
