@@ -86,31 +86,53 @@ fn remove(path: &Path) -> io::Result<()> {
     }
     let parent = File::open(path.parent().unwrap_or(Path::new("/")))?;
     let name = path.file_name().ok_or(io::ErrorKind::InvalidInput)?;
-    let top = open(&parent, name.as_bytes())?;
+    let Some(top) = unless_gone(open(&parent, name.as_bytes()))? else { return Ok(()) };
     let mut serial = 0u64;
-    // Directories are emptied into the top, so that theirs become entries of the top.
+    // A shim and the command that sweeps after it may remove the same tree at the same time: what the other has removed
+    // already is no failure, and what it has moved to the top meanwhile is found in the next round.
     loop {
-        let entries = some(&top)?;
-        if entries.is_empty() {
-            break;
-        }
-        for (entry, kind) in entries {
+        // Directories are emptied into the top, so that theirs become entries of the top.
+        for (entry, kind) in unless_gone(some(&top))?.unwrap_or_default() {
             if kind == Type::Directory {
-                empty(&open(&top, &entry)?, &top, &mut serial)?;
-                unlinkat(&top, bytes(&entry), UnlinkatFlags::RemoveDir)?;
+                if let Some(dir) = unless_gone(open(&top, &entry))? {
+                    empty(&dir, &top, &mut serial)?;
+                }
+                match unlinkat(&top, bytes(&entry), UnlinkatFlags::RemoveDir) {
+                    Ok(()) | Err(Errno::ENOENT | Errno::ENOTEMPTY) => {}
+                    Err(errno) => return Err(errno.into()),
+                }
             } else {
-                unlinkat(&top, bytes(&entry), UnlinkatFlags::NoRemoveDir)?;
+                unlink(&top, &entry)?;
             }
         }
+        match unlinkat(&parent, name, UnlinkatFlags::RemoveDir) {
+            Ok(()) | Err(Errno::ENOENT) => return Ok(()),
+            Err(Errno::ENOTEMPTY) => {}
+            Err(errno) => return Err(errno.into()),
+        }
     }
-    unlinkat(&parent, name, UnlinkatFlags::RemoveDir)?;
-    Ok(())
+}
+
+/// `None` if somebody else has removed it meanwhile.
+fn unless_gone<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn unlink(dir: &OwnedFd, name: &[u8]) -> io::Result<()> {
+    match unlinkat(dir, bytes(name), UnlinkatFlags::NoRemoveDir) {
+        Ok(()) | Err(Errno::ENOENT) => Ok(()),
+        Err(errno) => Err(errno.into()),
+    }
 }
 
 /// Removes the files of a directory and moves its directories to `top`.
 fn empty(dir: &OwnedFd, top: &OwnedFd, serial: &mut u64) -> io::Result<()> {
     loop {
-        let entries = some(dir)?;
+        let entries = unless_gone(some(dir))?.unwrap_or_default();
         if entries.is_empty() {
             return Ok(());
         }
@@ -121,12 +143,13 @@ fn empty(dir: &OwnedFd, top: &OwnedFd, serial: &mut u64) -> io::Result<()> {
                     *serial += 1;
                     let moved = format!(".removed-{serial}");
                     match renameat2(dir, bytes(&entry), top, moved.as_str(), RenameFlags::RENAME_NOREPLACE) {
-                        Err(nix::errno::Errno::EEXIST) => {}
-                        other => break other?,
+                        Err(Errno::EEXIST) => {}
+                        Ok(()) | Err(Errno::ENOENT) => break,
+                        Err(errno) => return Err(errno.into()),
                     }
                 }
             } else {
-                unlinkat(dir, bytes(&entry), UnlinkatFlags::NoRemoveDir)?;
+                unlink(dir, &entry)?;
             }
         }
     }
@@ -194,6 +217,23 @@ mod tests {
         assert!(!tree.exists());
         assert_eq!(std::fs::read(outside.join("file")).expect("read"), b"kept");
         remove_tree(&tree).expect("nothing to remove");
+    }
+
+    #[test]
+    fn two_who_remove_the_same_tree_both_succeed() {
+        for round in 0..20 {
+            let dir = tempfile::tempdir().expect("dir");
+            let tree = dir.path().join("tree");
+            for branch in 0..8 {
+                std::fs::create_dir_all(tree.join(format!("{branch}/a/b/c"))).expect("dirs");
+                std::fs::write(tree.join(format!("{branch}/a/file")), b"gone").expect("file");
+            }
+            std::thread::scope(|scope| {
+                let both = [0, 1].map(|_| scope.spawn(|| remove_tree(&tree)));
+                both.into_iter().for_each(|one| one.join().expect("no panic").expect("removed"));
+            });
+            assert!(!tree.exists(), "round {round}");
+        }
     }
 
     #[test]
