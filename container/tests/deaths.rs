@@ -254,7 +254,12 @@ fn a_command_inside_gets_signals_and_dies_with_its_client() {
     let running = client.exec_start(request("echo up > /var/tmp/m2; exec sleep 61"), None).expect("exec");
     wait_for("the command", || world::try_get(&client, "/read/m2").ok().filter(|text| text.contains("up")));
     drop(running);
-    let sleeping = || client.exec(request("cat /proc/*/cmdline | tr '\\0' ' '"), None).ok().map(|o| o.stdout);
+    let sleeping = || {
+        client
+            .exec(request("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), None)
+            .ok()
+            .map(|o| o.stdout)
+    };
     wait_for("the end of the command", || sleeping().filter(|text| !text.contains("sleep 61")));
     client.kill("test").expect("kill");
 }
