@@ -47,6 +47,9 @@ pub(crate) struct Global {
     /// The CRIU program; without it the one in the cache folder, else the one in PATH.
     #[arg(long, global = true, value_name = "FILE", env = env::CRIU.name, hide_env_values = true)]
     pub(crate) criu: Option<PathBuf>,
+    /// Configuration file; without it /etc/rewarm/config.toml, if it is there.
+    #[arg(long, global = true, value_name = "FILE", env = env::CONFIG.name, hide_env_values = true)]
+    pub(crate) config: Option<PathBuf>,
     /// Print JSON instead of text.
     #[arg(long, global = true)]
     pub(crate) json: bool,
@@ -84,6 +87,8 @@ pub(crate) enum Command {
     Ls(Ls),
     /// Show a snapshot, and whether this machine can restore it.
     Inspect(Inspect),
+    /// Make and list signing keys.
+    Key(Key),
     /// Print a completion script for a shell.
     Completions(Completions),
     /// Write manual pages.
@@ -181,6 +186,9 @@ pub(crate) struct Snapshot {
     /// auto (what pays), zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC", default_value = "auto", value_parser = values::spelled::<Compression>)]
     pub(crate) compression: Compression,
+    /// Sign it: the name of a key, or the path of its secret part.
+    #[arg(long, value_name = "KEY")]
+    pub(crate) sign: Option<String>,
     /// Allow connections to the outside; they come back closed.
     #[arg(long)]
     pub(crate) tcp_close: bool,
@@ -224,6 +232,9 @@ pub(crate) struct Restore {
     /// When memory is filled: lazy (while the server runs), eager (before it runs) or auto.
     #[arg(long, value_name = "MODE", value_enum, default_value = "auto")]
     pub(crate) mode: Mode,
+    /// Refuse a snapshot that this key did not sign, or, without a key, none of the key folder or the configuration.
+    #[arg(long, value_name = "KEY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(crate) require_signature: Option<Vec<String>>,
     /// Do not ask the recorded questions: the replica may answer otherwise and nobody would know.
     #[arg(long)]
     pub(crate) no_probe: bool,
@@ -329,6 +340,54 @@ pub(crate) struct Inspect {
     /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
     #[arg(value_name = "REF", value_parser = values::spelled::<Reference>)]
     pub(crate) reference: Reference,
+}
+
+#[derive(Debug, Args)]
+#[command(subcommand_required = true, arg_required_else_help = true)]
+#[command(after_help = "Examples:\n  \
+    rewarm key new release --dir /etc/rewarm/keys\n  \
+    rewarm snapshot llm s3://bucket/models/llm@v2 --sign release\n  \
+    rewarm restore s3://bucket/models/llm@v2 --require-signature=release")]
+pub(crate) struct Key {
+    #[command(subcommand)]
+    pub(crate) verb: KeyVerb,
+}
+
+impl Key {
+    /// What a failure is a failure to do.
+    pub(crate) fn doing(&self) -> String {
+        match &self.verb {
+            KeyVerb::New(args) => format!("make the key {}", args.name),
+            KeyVerb::List(_) => "list keys".to_owned(),
+        }
+    }
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyVerb {
+    /// Make a key: NAME.key, which nobody else may read, and NAME.pub, which every machine that restores needs.
+    New(KeyNew),
+    /// List the keys of a folder.
+    List(KeyList),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm key new release")]
+pub(crate) struct KeyNew {
+    /// Name of the key: [a-z0-9._-]+.
+    #[arg(value_name = "NAME", value_parser = values::spelled::<rewarm_store::Name>)]
+    pub(crate) name: rewarm_store::Name,
+    /// The folder; without it REWARM_KEYS, else /etc/rewarm/keys.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm key list --json | jq -r '.keys[].public'")]
+pub(crate) struct KeyList {
+    /// The folder; without it REWARM_KEYS, else /etc/rewarm/keys.
+    #[arg(long, value_name = "DIR")]
+    pub(crate) dir: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

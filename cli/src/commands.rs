@@ -5,6 +5,7 @@ pub(crate) mod doctor;
 pub(crate) mod exec;
 pub(crate) mod help;
 pub(crate) mod inspect;
+pub(crate) mod key;
 pub(crate) mod logs;
 pub(crate) mod ls;
 pub(crate) mod man;

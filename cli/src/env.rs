@@ -33,6 +33,8 @@ variables! {
     STATE "REWARM_STATE" "Folder of running replicas, as `--state`. Default: `/run/rewarm`.";
     CRIU "REWARM_CRIU" "The CRIU program, as `--criu`. Default: the one in the cache folder, else the one in `PATH`.";
     CACHE "REWARM_CACHE" "Folder of what was built or fetched once, `criu/sbin/criu` among it. Default: `rewarm` below `XDG_CACHE_HOME`.";
+    CONFIG "REWARM_CONFIG" "The configuration file, as `--config`. Default: `/etc/rewarm/config.toml`, which need not be there.";
+    KEYS "REWARM_KEYS" "Folder of signing keys. Default: `/etc/rewarm/keys`.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
     PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute.";
     XDG_CACHE_HOME "XDG_CACHE_HOME" "Folder of caches. Default: `.cache` below `HOME`.";
@@ -56,6 +58,12 @@ pub fn cache_dir() -> Option<PathBuf> {
         .map(PathBuf::from)
         .or_else(|| Some(PathBuf::from(HOME.get()?).join(".cache")))?;
     Some(base.join("rewarm"))
+}
+
+/// The folder of signing keys, where one is set.
+#[must_use]
+pub fn keys_dir() -> Option<PathBuf> {
+    KEYS.get().map(PathBuf::from)
 }
 
 /// Whether colours are unwanted. <https://no-color.org>: any value but the empty one counts.

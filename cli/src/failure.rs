@@ -55,6 +55,17 @@ pub(crate) enum Cause {
     /// A store or a snapshot in it.
     #[error(transparent)]
     Store(Box<rewarm_store::Error>),
+    /// A signing key.
+    #[error(transparent)]
+    Key(Box<rewarm_store::KeyError>),
+    /// The configuration file is not understood.
+    #[error("{} is not understood: {reason}", path.display())]
+    Config {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong, and where.
+        reason: String,
+    },
     /// CRIU.
     #[error(transparent)]
     Criu(Box<rewarm_criu::Error>),
@@ -144,6 +155,7 @@ macro_rules! boxed {
 boxed! {
     Container rewarm_container::Error;
     Store rewarm_store::Error;
+    Key rewarm_store::KeyError;
     Criu rewarm_criu::Error;
     Snapshot rewarm_snapshot::Error;
     Restore rewarm_restore::Error;
@@ -160,7 +172,8 @@ impl From<io::Error> for Cause {
 impl Classify for Cause {
     fn class(&self) -> Class {
         match self {
-            Cause::Usage { .. } => Class::Usage,
+            Cause::Usage { .. } | Cause::Config { .. } => Class::Usage,
+            Cause::Key(error) => error.class(),
             Cause::Probe(error) => error.class(),
             Cause::Container(error) => error.class(),
             Cause::Store(error) => error.class(),
@@ -188,6 +201,8 @@ impl Cause {
             Cause::Container(error) => hints::container(error),
             Cause::Criu(error) => hints::criu(error),
             Cause::Store(error) => hints::store(error),
+            Cause::Key(error) => hints::key(error),
+            Cause::Config { .. } => Some("docs/signatures.md lists every key of the file"),
             Cause::Probe(error) => hints::probe(error),
             Cause::Snapshot(error) => hints::snapshot(&error.cause),
             Cause::Restore(error) => hints::restore(&error.cause),

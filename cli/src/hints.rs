@@ -6,7 +6,7 @@ use rewarm_probe::Error as Probe;
 use rewarm_report::{Class, Classify};
 use rewarm_restore::Cause as Restore;
 use rewarm_snapshot::Cause as Snapshot;
-use rewarm_store::Error as Store;
+use rewarm_store::{Error as Store, KeyError as Key};
 
 pub(crate) fn container(error: &Container) -> Option<&'static str> {
     match error {
@@ -42,6 +42,18 @@ pub(crate) fn store(error: &Store) -> Option<&'static str> {
         Store::Unreachable { .. } => Some("the endpoint comes from AWS_ENDPOINT_URL or from ?endpoint=URL"),
         Store::TagTaken { .. } => Some("the other snapshot stands; take this one again"),
         Store::Newer { .. } => Some("a newer rewarm reads it"),
+        Store::Untrusted { .. } => Some(
+            "sign it when it is taken (`rewarm snapshot --sign KEY`), or trust another key (docs/signatures.md)",
+        ),
+        _ => None,
+    }
+}
+
+pub(crate) fn key(error: &Key) -> Option<&'static str> {
+    match error {
+        Key::Missing { .. } => Some("`rewarm key list` lists the keys; REWARM_KEYS names another folder"),
+        Key::Open { .. } => Some("chmod 600 it, if nobody else has read it yet; else make a new key"),
+        Key::Exists { .. } => Some("choose another name; what the old key signed needs it"),
         _ => None,
     }
 }

@@ -5,6 +5,7 @@
 
 mod args;
 mod commands;
+mod config;
 mod doctor;
 pub mod env;
 pub mod exit;
@@ -69,6 +70,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Rm(args) => commands::rm::run(args, global),
         Command::Ls(args) => wait_for(commands::ls::run(args, global)),
         Command::Inspect(args) => wait_for(commands::inspect::run(args, global)),
+        Command::Key(args) => commands::key::run(args, global),
         Command::Completions(args) => commands::completions::run(args),
         Command::Man(args) => commands::man::run(args, global),
         Command::Shim(args) => Ok(commands::shim::run(args, global)),
@@ -110,6 +112,7 @@ fn doing(command: &Command) -> String {
         Command::Rm(args) => format!("remove {}", joined(&args.names)),
         Command::Ls(args) => format!("list {}", args.store),
         Command::Inspect(args) => format!("inspect {}", args.reference),
+        Command::Key(args) => args.doing(),
         Command::Completions(_) => "print completions".to_owned(),
         Command::Man(_) => "write manual pages".to_owned(),
         Command::Shim(args) => format!("own {}", args.name),

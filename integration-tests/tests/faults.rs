@@ -5,4 +5,5 @@ mod input;
 mod killed;
 mod machine;
 mod servers;
+mod signatures;
 mod stores;

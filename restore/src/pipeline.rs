@@ -9,7 +9,7 @@ use futures::future::join_all;
 use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_probe::{Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
-use rewarm_store::{Boot, Manifest, Reference, Snapshot, Store, Target};
+use rewarm_store::{Boot, Manifest, Reference, Snapshot, Store, Target, Trust};
 use uuid::Uuid;
 
 use crate::blueprint::Blueprint;
@@ -26,6 +26,8 @@ use crate::verdict::{Reason, memory_reasons, reasons};
 pub struct Request {
     /// Which snapshot.
     pub source: Reference,
+    /// Whose signature the snapshot must have, if it must have one.
+    pub trust: Option<Trust>,
     /// Name of the replica.
     pub name: Option<Name>,
     /// How many replicas.
@@ -269,6 +271,10 @@ async fn admit(
 ) -> std::result::Result<Admitted, (Cause, Option<Box<Spec>>)> {
     let early = |cause: Cause| (cause, None);
     let store = Store::open(&request.source.store).await.map_err(|error| early(error.into()))?;
+    let store = match &request.trust {
+        Some(trust) => store.requiring(trust.clone()),
+        None => store,
+    };
     let variants = store.resolve_all(&request.source).await.map_err(|error| early(error.into()))?;
     let machine =
         here(&context.criu_version).map_err(|error| early(Cause::io("look at this machine")(error)))?;

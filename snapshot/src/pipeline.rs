@@ -9,7 +9,7 @@ use rewarm_container::shim::Client;
 use rewarm_container::{Name, Net, Record, State, Status};
 use rewarm_probe::{Hook, Probe, Recorded};
 use rewarm_report::{Aftermath, Clock, Stage};
-use rewarm_store::{Compression, Published, Reference, Session, SessionOptions, Store, Target};
+use rewarm_store::{Compression, Published, Reference, Session, SessionOptions, SigningKey, Store, Target};
 
 use crate::dump::Dumped;
 use crate::error::{Cause, Error, Result};
@@ -33,6 +33,8 @@ pub struct Request {
     pub post: Option<Hook>,
     /// How long a hook may take.
     pub hook_timeout: Duration,
+    /// Signs the manifest.
+    pub sign: Option<SigningKey>,
     /// How chunks are stored.
     pub compression: Compression,
     /// Connections to the outside come back closed instead of being refused.
@@ -180,6 +182,7 @@ impl Attempt {
         let options = SessionOptions {
             compression: self.request.compression,
             destination: Some((destination.name.clone(), self.tag().to_owned())),
+            sign: self.request.sign.clone(),
         };
         Ok(store.begin(options).await?)
     }

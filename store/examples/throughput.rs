@@ -113,7 +113,7 @@ async fn round(folder: &std::path::Path, compression: Compression, content: &[By
     let bench: Name = "bench".parse()?;
     let logical = content.iter().map(Bytes::len).sum::<usize>() as f64;
     let begun = Instant::now();
-    let session = store.begin(SessionOptions { compression, destination: None }).await?;
+    let session = store.begin(SessionOptions { compression, ..SessionOptions::default() }).await?;
     let mut region = session.region(RegionKind::Task { pid: 1 }).await?;
     for part in content {
         region.push(part.clone()).await?;

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use rewarm_report::{Class, Classify};
 
 use crate::digest::{ChunkId, DigestSyntax};
+use crate::signature::Mistrust;
 
 /// Result of an operation on a store.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -132,6 +133,16 @@ pub enum Error {
         object: String,
         /// How it is damaged.
         source: Box<Damage>,
+    },
+    /// Nobody whose key is trusted signed a manifest.
+    #[error("{object} in {store} is not trusted")]
+    Untrusted {
+        /// The store as the user wrote it.
+        store: String,
+        /// The manifest.
+        object: String,
+        /// Why not.
+        source: Mistrust,
     },
     /// What is to be stored exceeds a limit of the format.
     #[error("{what} is {value}, the format allows {limit}")]
@@ -298,7 +309,7 @@ impl Classify for Error {
             Error::Syntax { .. } => Class::Usage,
             Error::NotFound { .. } => Class::NotFound,
             Error::Newer { .. } => Class::Incompatible,
-            Error::Damaged { .. } => Class::Integrity,
+            Error::Damaged { .. } | Error::Untrusted { .. } => Class::Integrity,
             Error::Denied { .. }
             | Error::NoCredentials { .. }
             | Error::Full { .. }

@@ -11,9 +11,11 @@ mod error;
 #[cfg(feature = "testing")]
 pub mod fault;
 pub mod format;
+mod keys;
 mod limits;
 mod objects;
 mod reader;
+mod signature;
 mod store;
 mod url;
 mod writer;
@@ -23,10 +25,13 @@ pub use digest::{ChunkId, Digest, DigestSyntax};
 pub use error::{Damage, Error, Result, Syntax};
 pub use format::FORMAT;
 pub use format::manifest::{
-    Cpu, Facts, Hooks, HostFile, Manifest, Memory, RegionKind, SharedMemory, TaskMemory, Totals,
+    Cpu, Facts, Hooks, HostFile, Manifest, Memory, RegionKind, Seal, SharedMemory, Signature, TaskMemory,
+    Totals,
 };
+pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
 pub use reader::{Boot, Chunk, ChunkMap, Fetched, Region, Sink, Snapshot, Verified};
+pub use signature::{KeySyntax, Mistrust, PublicKey, SigningKey, Trust};
 pub use store::{Listed, Store};
 pub use url::{DEFAULT_TAG, Name, Reference, StoreUrl, Target};
 pub use writer::{Published, RegionWriter, Session, SessionOptions};

@@ -20,6 +20,7 @@ use crate::format::boot_path;
 use crate::format::manifest::{Manifest, RegionKind, Seal};
 use crate::limits::BOOT_BYTES_LIMIT;
 use crate::objects::Objects;
+use crate::signature::{Mistrust, PublicKey, Trust};
 use crate::store::Store;
 use crate::url::Reference;
 
@@ -33,7 +34,9 @@ pub struct Snapshot {
     digest: Digest,
     manifest: Arc<Manifest>,
     seal: Arc<Seal>,
-    manifest_bytes: u64,
+    /// The manifest object as it is stored.
+    object: Bytes,
+    signer: Option<PublicKey>,
 }
 
 impl Store {
@@ -41,7 +44,8 @@ impl Store {
     ///
     /// # Errors
     /// [`crate::Error::NotFound`] if store, name, tag or manifest do not exist, [`crate::Error::Newer`] if a newer program wrote it,
-    /// [`crate::Error::Damaged`] if it is not what its digest says.
+    /// [`crate::Error::Damaged`] if it is not what its digest says, [`crate::Error::Untrusted`] if a signature is
+    /// required and missing.
     pub async fn resolve(&self, reference: &Reference) -> Result<Snapshot> {
         let digests = self.variants(reference).await?;
         let newest = digests.first().expect("a tag has at least one variant");
@@ -65,13 +69,14 @@ impl Store {
 impl Snapshot {
     /// Reads a manifest by its digest.
     pub(crate) async fn read(store: &Store, digest: &Digest) -> Result<Self> {
-        let (manifest, seal, manifest_bytes) = store.manifest(digest).await?;
+        let read = store.manifest(digest).await?;
         Ok(Self {
             store: store.clone(),
             digest: *digest,
-            manifest: Arc::new(manifest),
-            seal: Arc::new(seal),
-            manifest_bytes,
+            manifest: Arc::new(read.manifest),
+            seal: Arc::new(read.seal),
+            object: read.bytes,
+            signer: read.signer,
         })
     }
 
@@ -96,7 +101,28 @@ impl Snapshot {
     /// Length of the manifest object in bytes.
     #[must_use]
     pub fn manifest_bytes(&self) -> u64 {
-        self.manifest_bytes
+        self.object.len() as u64
+    }
+
+    /// Who signed the manifest, where the store was opened with [`Store::requiring`].
+    #[must_use]
+    pub fn signer(&self) -> Option<PublicKey> {
+        self.signer
+    }
+
+    /// Whose signatures fit, whoever they are and whether they are trusted or not.
+    #[must_use]
+    pub fn signers(&self) -> Vec<PublicKey> {
+        let named = self.seal.signatures.iter().filter_map(|one| format!("ed25519:{}", one.key).parse().ok());
+        named.filter(|key| self.signed_by(&Trust::new([*key])).is_ok()).collect()
+    }
+
+    /// Whose signature makes it trusted, whatever the store was opened with.
+    ///
+    /// # Errors
+    /// Why it is not.
+    pub fn signed_by(&self, trust: &Trust) -> Result<PublicKey, Mistrust> {
+        trust.check(&self.object)
     }
 
     /// Fetches and checks the boot object.

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use futures::{StreamExt, TryStreamExt, stream};
 use object_store::aws::{AmazonS3Builder, AmazonS3ConfigKey};
 use object_store::azure::{AzureConfigKey, MicrosoftAzureBuilder};
@@ -23,6 +24,7 @@ use crate::limits::{
     TAG_BYTES_LIMIT,
 };
 use crate::objects::Objects;
+use crate::signature::{PublicKey, Trust};
 use crate::url::{Name, Place, Provider, Reference, StoreUrl, Target, check_word};
 
 /// Tags whose newest index object is read at the same time.
@@ -32,6 +34,8 @@ const TAGS_IN_FLIGHT: usize = 16;
 #[derive(Clone)]
 pub struct Store {
     inner: Arc<Inner>,
+    /// Whose snapshots are read; everybody's if nothing is said.
+    trust: Option<Arc<Trust>>,
 }
 
 struct Inner {
@@ -41,6 +45,16 @@ struct Inner {
     objects: OnceCell<Objects>,
     /// Whether the store honours writes under a condition; probed before the first publishing.
     conditional: OnceCell<bool>,
+}
+
+/// A manifest that was read and checked.
+pub(crate) struct ReadManifest {
+    pub(crate) manifest: Manifest,
+    pub(crate) seal: Seal,
+    /// The object as it is stored.
+    pub(crate) bytes: Bytes,
+    /// Who signed it, where a signature is required.
+    pub(crate) signer: Option<PublicKey>,
 }
 
 /// A name, a tag, and the variants that the tag means.
@@ -76,6 +90,7 @@ impl Store {
         };
         Ok(Self {
             inner: Arc::new(Inner { url: Some(url.clone()), name, objects, conditional: OnceCell::new() }),
+            trust: None,
         })
     }
 
@@ -84,7 +99,14 @@ impl Store {
     pub fn from_objects(store: Arc<dyn ObjectStore>, name: &str) -> Self {
         let name: Arc<str> = name.into();
         let objects = OnceCell::new_with(Some(Objects::new(store, name.clone())));
-        Self { inner: Arc::new(Inner { url: None, name, objects, conditional: OnceCell::new() }) }
+        let inner = Inner { url: None, name, objects, conditional: OnceCell::new() };
+        Self { inner: Arc::new(inner), trust: None }
+    }
+
+    /// The same store, of which no snapshot is read that none of these keys signed.
+    #[must_use]
+    pub fn requiring(self, trust: Trust) -> Self {
+        Self { trust: Some(Arc::new(trust)), ..self }
     }
 
     /// The objects of a store that must be there.
@@ -201,7 +223,7 @@ impl Store {
     }
 
     /// Reads and checks a manifest.
-    pub(crate) async fn manifest(&self, digest: &Digest) -> Result<(Manifest, Seal, u64)> {
+    pub(crate) async fn manifest(&self, digest: &Digest) -> Result<ReadManifest> {
         let objects = self.objects().await?;
         let path = manifest_path(digest);
         let bytes = objects.get(&path, MANIFEST_BYTES_LIMIT).await?;
@@ -210,8 +232,16 @@ impl Store {
             let (found, expected) = (found.to_string(), digest.to_string());
             return Err(objects.damaged(&path, Damage::Digest { found, expected }));
         }
+        let signer = match &self.trust {
+            Some(trust) => Some(trust.check(&bytes).map_err(|source| Error::Untrusted {
+                store: self.inner.name.to_string(),
+                object: path.to_string(),
+                source,
+            })?),
+            None => None,
+        };
         let (manifest, seal) = manifest::decode(&bytes, objects.name(), path.as_ref())?;
-        Ok((manifest, seal, bytes.len() as u64))
+        Ok(ReadManifest { manifest, seal, bytes, signer })
     }
 
     /// Whether the store refuses to write over an object when it is told to. Garage 2.5 does not.

@@ -1,6 +1,6 @@
 //! Where a store lies and which snapshot in it is meant: `STORE/NAME@TAG`.
 //!
-//! Answers for the syntax only: nothing here touches a disk or a network. A text without a scheme is a folder, taken as
+//! Answers for the syntax: nothing here touches a network, and a disk only to follow links. A text without a scheme is a folder, taken as
 //! it is; with a scheme it is a URL whose query carries options of the `object_store` library.
 //!
 //! ```text
@@ -87,6 +87,20 @@ impl StoreUrl {
         }
     }
 
+    /// Whether the store lies at `other` or below it, whatever the options of both. Of folders links are followed, as far
+    /// as the folders are there.
+    #[must_use]
+    pub fn is_within(&self, other: &Self) -> bool {
+        match (&self.place, &other.place) {
+            (Place::Folder(own), Place::Folder(other)) => resolved(own).starts_with(resolved(other)),
+            (Place::Bucket { .. }, Place::Bucket { .. }) => {
+                let (own, other) = (self.base(), other.base());
+                own.strip_prefix(&other).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            }
+            _ => false,
+        }
+    }
+
     fn parse(text: &str) -> Result<Self, Syntax> {
         if text.is_empty() {
             return Err(Syntax::Empty);
@@ -142,6 +156,20 @@ impl StoreUrl {
             }
         }
         if shown { format!("?{}", query.finish()) } else { String::new() }
+    }
+}
+
+/// The path with its links followed, or, of what is not there, without its dots.
+fn resolved(path: &Path) -> PathBuf {
+    if let Ok(real) = path.canonicalize() {
+        return real;
+    }
+    let whole = std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    match (whole.parent(), whole.file_name()) {
+        (Some(parent), Some(name)) => resolved(parent).join(name),
+        // What ends in `..` means what lies above the part before it.
+        (Some(parent), None) => resolved(parent).parent().map_or(parent.to_owned(), Path::to_owned),
+        (None, _) => whole,
     }
 }
 

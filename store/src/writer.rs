@@ -32,6 +32,7 @@ use crate::limits::{
     SESSION_MEMORY_BYTES, SKELETON_FILE_BYTES_LIMIT,
 };
 use crate::objects::Objects;
+use crate::signature::SigningKey;
 use crate::store::Store;
 use crate::url::{Name, check_word};
 
@@ -46,6 +47,8 @@ pub struct SessionOptions {
     /// there since the session began; otherwise since publishing began. It is also where chunks to reuse are looked for
     /// first.
     pub destination: Option<(Name, String)>,
+    /// Signs the manifest.
+    pub sign: Option<SigningKey>,
 }
 
 /// A snapshot that is being written. Dropped before it is published, it leaves nothing that anybody sees: uploads are
@@ -65,6 +68,7 @@ pub(crate) struct Shared {
     pub(crate) objects: Objects,
     pub(crate) compression: Compression,
     pub(crate) key: ChunkKey,
+    pub(crate) sign: Option<SigningKey>,
     pub(crate) reuse: reuse::Reuse,
     /// Pages of content that may still be taken in.
     memory: Arc<Semaphore>,
@@ -125,6 +129,7 @@ impl Store {
             objects,
             compression: options.compression,
             key: ChunkKey::public(),
+            sign: options.sign,
             reuse,
             memory: Arc::new(Semaphore::new((SESSION_MEMORY_BYTES / PAGE_BYTES) as usize)),
             sending: Arc::new(Semaphore::new(PARTS_IN_FLIGHT)),

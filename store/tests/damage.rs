@@ -9,8 +9,7 @@ use object_store::{ObjectStore, ObjectStoreExt};
 use rewarm_report::{Class, Classify};
 use rewarm_store::fault::{Faults, FaultyStore, Operation, Wrong};
 use rewarm_store::{
-    Compression, Damage, Digest, Error, Facts, Name, Reference, RegionKind, SessionOptions, Sink, Snapshot,
-    Store, Target,
+    Damage, Digest, Error, Facts, Name, Reference, RegionKind, SessionOptions, Sink, Snapshot, Store, Target,
 };
 
 use futures::TryStreamExt;
@@ -36,7 +35,7 @@ async fn world() -> World {
 }
 
 async fn write(store: &Store, content: &[Bytes], facts: Facts) -> rewarm_store::Result<Digest> {
-    let options = SessionOptions { compression: Compression::Auto, destination: Some((name(), "v1".into())) };
+    let options = SessionOptions { destination: Some((name(), "v1".into())), ..SessionOptions::default() };
     let session = store.begin(options).await?;
     for (n, content) in content.iter().enumerate() {
         let mut region = session.region(RegionKind::Task { pid: n as u32 }).await?;

@@ -5,9 +5,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use rewarm_store::{
-    Compression, Facts, Name, Reference, RegionKind, SessionOptions, Store, StoreUrl, Target,
-};
+use rewarm_store::{Facts, Name, Reference, RegionKind, SessionOptions, Store, StoreUrl, Target};
 
 #[path = "contract/content.rs"]
 mod content;
@@ -18,7 +16,7 @@ const FOLDER: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/v1/store
 
 async fn write(url: &StoreUrl, name: &Name) {
     let store = Store::open(url).await.unwrap();
-    let options = SessionOptions { compression: Compression::Auto, destination: None };
+    let options = SessionOptions::default();
     let session = store.begin(options).await.unwrap();
     let contents = [content::random(32 << 10, 1), content::compressible(96 << 10, 2)];
     for (content, kind) in

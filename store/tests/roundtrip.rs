@@ -43,7 +43,8 @@ fn bytes_of(region: &[Stretch]) -> Bytes {
 async fn write(store: &Store, tag: &str, regions: &[Bytes], step: usize, compression: Compression) -> u64 {
     let name: Name = "web".parse().unwrap();
     let destination = Some((name.clone(), tag.to_owned()));
-    let session = store.begin(SessionOptions { compression, destination }).await.unwrap();
+    let session =
+        store.begin(SessionOptions { compression, destination, ..SessionOptions::default() }).await.unwrap();
     for (n, content) in regions.iter().enumerate() {
         let mut region = session.region(RegionKind::Task { pid: n as u32 }).await.unwrap();
         for begin in (0..content.len()).step_by(step) {

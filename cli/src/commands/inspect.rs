@@ -22,6 +22,8 @@ struct Report {
 struct Variant {
     digest: String,
     verdict: Verdict,
+    /// Whose signatures fit.
+    signers: Vec<String>,
     manifest: Manifest,
 }
 
@@ -61,6 +63,7 @@ fn variant(snapshot: &Snapshot, machine: &Machine) -> Variant {
     };
     Variant {
         digest: snapshot.digest().to_string(),
+        signers: snapshot.signers().iter().map(ToString::to_string).collect(),
         verdict: Verdict { fits: reasons.is_empty(), reasons },
         manifest,
     }
@@ -99,6 +102,7 @@ fn describe(variant: &Variant) -> String {
         ("host files", facts.host_files.len().to_string()),
         ("probe", probe.map_or_else(|| "none".to_owned(), |answers| count(answers, "answer"))),
         ("hooks", or_none(hooks(manifest))),
+        ("signed by", or_none(variant.signers.join(", "))),
     ];
     let rows = rows.into_iter().map(|(name, value)| vec![name.to_owned(), value]);
     format!("{}{}", table(&["FACT", "VALUE"], rows), verdict(&variant.verdict))

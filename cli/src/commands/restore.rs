@@ -6,6 +6,7 @@ use rewarm_restore::{Context, Mode, Outcome, Request, Restored};
 use serde::Serialize;
 
 use crate::args::{self, Global, Restore};
+use crate::config::Config;
 use crate::failure::{Cause, Told};
 use crate::render::{self, Output, count, seconds};
 use crate::replicas::{self, Published};
@@ -51,7 +52,7 @@ pub(crate) async fn run(args: &Restore, global: &Global) -> Result<u8, Cause> {
     let mut interrupts = Interrupts::watch()?;
     programs::fit_for_containers()?;
     let output = Output::new(global);
-    let request = request(args)?;
+    let request = request(args, global)?;
     let clock = Clock::start(output.progress()).pausing_at(env::pause_at());
     let context = context(global, clock.clone()).await?;
     let outcome = tokio::select! {
@@ -61,7 +62,7 @@ pub(crate) async fn run(args: &Restore, global: &Global) -> Result<u8, Cause> {
     conclude(outcome, &clock, output)
 }
 
-fn request(args: &Restore) -> Result<Request, Cause> {
+fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
     let fixed = args.publish.iter().find(|publish| publish.host_port != 0);
     if let (Some(publish), 2..) = (fixed, args.count) {
         let problem = format!(
@@ -70,7 +71,12 @@ fn request(args: &Restore) -> Result<Request, Cause> {
         );
         return Err(Cause::Usage { problem });
     }
+    let keys = args.require_signature.as_ref().map(|keys| {
+        // A flag without a value is an empty one.
+        keys.iter().filter(|key| !key.is_empty()).cloned().collect::<Vec<_>>()
+    });
     Ok(Request {
+        trust: Config::load(global)?.demand(&args.source.store, keys.as_deref())?,
         source: args.source.clone(),
         name: args.name.clone(),
         count: u32::from(args.count),

@@ -6,10 +6,11 @@ use rewarm_container::State;
 use rewarm_probe::{Probe, limits::HOOK_TIMEOUT};
 use rewarm_report::{Clock, Timing};
 use rewarm_snapshot::{Context, Outcome, Request};
-use rewarm_store::Target;
+use rewarm_store::{SigningKey, Target};
 use serde::Serialize;
 
 use crate::args::{Global, Snapshot};
+use crate::config::{self, Config};
 use crate::failure::Cause;
 use crate::render::{self, Output, bytes, count, seconds};
 use crate::signals::Interrupts;
@@ -36,7 +37,7 @@ pub(crate) async fn run(args: &Snapshot, global: &Global) -> Result<u8, Cause> {
     let mut interrupts = Interrupts::watch()?;
     programs::fit_for_containers()?;
     let output = Output::new(global);
-    let request = request(args)?;
+    let request = request(args, global)?;
     let clock = Clock::start(output.progress()).pausing_at(env::pause_at());
     let context = context(global, replicas::open(global)?, clock.clone()).await?;
     let outcome = rewarm_snapshot::run(request, context, interrupts.next()).await?;
@@ -44,13 +45,16 @@ pub(crate) async fn run(args: &Snapshot, global: &Global) -> Result<u8, Cause> {
     Ok(0)
 }
 
-fn request(args: &Snapshot) -> Result<Request, Cause> {
+fn request(args: &Snapshot, global: &Global) -> Result<Request, Cause> {
     if let Target::Digest(digest) = &args.destination.target {
         let problem =
             format!("DEST names the digest {digest}, expected a tag: a digest follows from what is stored");
         return Err(Cause::Usage { problem });
     }
+    let sign = args.sign.as_deref().map(|key| config::key_folder().signing_key(key)).transpose()?;
+    demanded(&Config::load(global)?, args, sign.as_ref())?;
     Ok(Request {
+        sign,
         name: args.name.clone(),
         destination: args.destination.clone(),
         stop: args.stop,
@@ -62,6 +66,25 @@ fn request(args: &Snapshot) -> Result<Request, Cause> {
         tcp_close: args.tcp_close,
         freeze_timeout: FREEZE_TIMEOUT,
     })
+}
+
+/// A snapshot that nobody could restore is not taken.
+fn demanded(config: &Config, args: &Snapshot, sign: Option<&SigningKey>) -> Result<(), Cause> {
+    let Some(trust) = config.trust(&args.destination.store)? else { return Ok(()) };
+    if sign.is_some_and(|key| trust.keys().contains(&key.public())) {
+        return Ok(());
+    }
+    let given = match sign {
+        Some(key) => format!("--sign gives {}", key.public()),
+        None => "there is no --sign".to_owned(),
+    };
+    let expected = trust.keys().iter().map(ToString::to_string).collect::<Vec<_>>().join(" or ");
+    let problem = format!(
+        "{} demands signed snapshots in {}: {given}, expected {expected}",
+        config.path().display(),
+        args.destination.store
+    );
+    Err(Cause::Usage { problem })
 }
 
 async fn context(global: &Global, state: State, clock: Clock) -> Result<Context, Cause> {

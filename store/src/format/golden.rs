@@ -181,7 +181,7 @@ fn boot_object() {
 #[test]
 fn manifest_object() {
     let (manifest, seal) = manifest();
-    let bytes = manifest::encode(&manifest, &seal).unwrap();
+    let bytes = manifest::sealed(serde_json::to_vec(&manifest).unwrap(), &seal).unwrap();
     check("manifest.jsonl", &bytes);
     assert_eq!(manifest::decode(&bytes, "store", "manifest").unwrap(), (manifest, seal));
 }
@@ -189,7 +189,7 @@ fn manifest_object() {
 #[test]
 fn tag_index() {
     let (manifest, seal) = manifest();
-    let bytes = manifest::encode(&manifest, &seal).unwrap();
+    let bytes = manifest::sealed(serde_json::to_vec(&manifest).unwrap(), &seal).unwrap();
     let facts = DecidingFacts::of(&manifest.facts);
     let published = manifest.created.clone();
     let variant = Variant { manifest: Digest::of(&bytes), bytes: bytes.len() as u64, published, facts };

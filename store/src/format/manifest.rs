@@ -13,6 +13,7 @@ use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
 use crate::format::FORMAT;
 use crate::limits::MANIFEST_BYTES_LIMIT;
+use crate::signature::SigningKey;
 
 /// One snapshot.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -130,7 +131,7 @@ pub struct Seal {
 pub struct Signature {
     /// `ed25519`.
     pub algorithm: String,
-    /// Which key made it.
+    /// The public key that made it, 64 hexadecimal digits.
     pub key: String,
     /// The signature in hexadecimal digits.
     pub value: String,
@@ -247,9 +248,16 @@ struct Version {
     format: u32,
 }
 
-/// The bytes of a manifest object.
-pub(crate) fn encode(manifest: &Manifest, seal: &Seal) -> Result<Bytes> {
-    let mut out = serde_json::to_vec(manifest).expect("a manifest has only string keys");
+/// The bytes of a manifest object, signed by `key` if there is one.
+pub(crate) fn encode(manifest: &Manifest, key: Option<&SigningKey>) -> Result<Bytes> {
+    let line = serde_json::to_vec(manifest).expect("a manifest has only string keys");
+    let seal = Seal { signatures: key.map(|key| key.sign(&line)).into_iter().collect() };
+    sealed(line, &seal)
+}
+
+/// The first line of a manifest object and its seal.
+pub(crate) fn sealed(line: Vec<u8>, seal: &Seal) -> Result<Bytes> {
+    let mut out = line;
     out.push(b'\n');
     serde_json::to_writer(&mut out, seal).expect("writing to memory");
     out.push(b'\n');

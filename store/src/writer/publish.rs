@@ -18,7 +18,7 @@ use crate::error::{Damage, Error, Result};
 use crate::format::boot::{self, Leaf, LeafPlace, Root, RootRegion};
 use crate::format::frame::{self, Magic};
 use crate::format::index::{ChunkRef, Location, encode_leaf};
-use crate::format::manifest::{BootRef, Facts, KeyInfo, Manifest, RegionTotals, Seal, Totals};
+use crate::format::manifest::{BootRef, Facts, KeyInfo, Manifest, RegionTotals, Totals};
 use crate::format::tag::{DecidingFacts, TagIndex, Variant};
 use crate::format::{
     FORMAT, boot_path, claim_folder, index_path, manifest, manifest_path, pack_path, tag_path,
@@ -119,7 +119,7 @@ pub(crate) async fn publish(
         totals,
         key: KeyInfo::public(),
     };
-    let bytes = manifest::encode(&manifest, &Seal::default())?;
+    let bytes = manifest::encode(&manifest, shared.sign.as_ref())?;
     let digest = Digest::of(&bytes);
     let path = manifest_path(&digest);
     objects.put(&path, bytes.clone().into()).await?;

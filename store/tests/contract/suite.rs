@@ -5,8 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use rewarm_report::{Class, Classify};
 use rewarm_store::{
-    Compression, Error, Facts, Name, Published, Reference, RegionKind, Session, SessionOptions, Snapshot,
-    Store, Target,
+    Error, Facts, Name, Published, Reference, RegionKind, Session, SessionOptions, Snapshot, Store, Target,
 };
 
 use crate::content::{compressible, random};
@@ -36,7 +35,7 @@ fn reference(name: &Name, tag: &str) -> Reference {
 
 /// Options of a session that will publish `NAME@v1`.
 pub(crate) fn destination(text: &str) -> SessionOptions {
-    SessionOptions { compression: Compression::Auto, destination: Some((name(text), "v1".to_owned())) }
+    SessionOptions { destination: Some((name(text), "v1".to_owned())), ..SessionOptions::default() }
 }
 
 async fn write_region(session: &Session, kind: RegionKind, content: &Bytes, step: usize) {
