@@ -12,7 +12,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rewarm_store::{KeyFolder, Store, StoreUrl, Trust};
+use rewarm_store::{KeyFolder, StoreUrl, Trust};
 use serde::Deserialize;
 
 use crate::args::Global;
@@ -90,15 +90,6 @@ impl Config {
             });
         }
         Ok(trust)
-    }
-
-    /// Opens a store whose snapshots must be signed as this file and `also` demand.
-    pub(crate) async fn open(&self, url: &StoreUrl, also: Option<&[String]>) -> Result<Store, Cause> {
-        let store = Store::open(url).await?;
-        Ok(match self.demand(url, also)? {
-            Some(trust) => store.requiring(trust),
-            None => store,
-        })
     }
 
     /// What this file demands of `store`, and `--require-signature` on top. Without a key that flag means any key of the

@@ -25,6 +25,7 @@ const VERBS: &[&str] = &[
     "rm",
     "ls",
     "inspect",
+    "key",
     "completions",
     "man",
 ];
