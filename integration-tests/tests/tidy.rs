@@ -40,7 +40,8 @@ fn files() -> Vec<PathBuf> {
                 if !foreign {
                     waiting.push(path);
                 }
-            } else if kind.is_file() && !name.ends_with(".pyc") {
+            // In a further worktree `.git` is a file.
+            } else if kind.is_file() && !name.ends_with(".pyc") && name != ".git" {
                 found.push(path.strip_prefix(&root).expect("below the root").to_owned());
             }
         }
