@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 15] = [
+const VERBS: [&str; 16] = [
     "doctor",
     "run",
     "snapshot",
@@ -41,6 +41,7 @@ const VERBS: [&str; 15] = [
     "rm",
     "ls",
     "inspect",
+    "key",
     "completions",
     "man",
     "help",
