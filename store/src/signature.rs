@@ -23,7 +23,7 @@ pub struct SigningKey(ed25519_dalek::SigningKey);
 
 /// Checks what its secret part signed. Written as `ed25519:` and 64 lower-case hexadecimal digits.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub struct PublicKey(VerifyingKey);
+pub struct PublicKey([u8; 32]);
 
 /// Why a text or a file is not a key.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -88,7 +88,7 @@ impl SigningKey {
     /// Its public part.
     #[must_use]
     pub fn public(&self) -> PublicKey {
-        PublicKey(self.0.verifying_key())
+        PublicKey(self.0.verifying_key().to_bytes())
     }
 
     /// The key in PKCS 8, as PEM.
@@ -126,7 +126,14 @@ impl PublicKey {
     /// The 64 hexadecimal digits alone, as they stand in a seal.
     #[must_use]
     pub fn hex(&self) -> String {
-        hex(self.0.as_bytes())
+        hex(&self.0)
+    }
+
+    /// Whether its secret part made this signature. In the strict form: one signature has one spelling, and a key of small
+    /// order signs nothing.
+    fn made(&self, signature: &[u8; 64], line: &[u8]) -> bool {
+        let signature = ed25519_dalek::Signature::from_bytes(signature);
+        VerifyingKey::from_bytes(&self.0).is_ok_and(|key| key.verify_strict(line, &signature).is_ok())
     }
 }
 
@@ -148,7 +155,7 @@ impl FromStr for PublicKey {
     fn from_str(text: &str) -> Result<Self, KeySyntax> {
         let digits = text.strip_prefix(ALGORITHM).and_then(|rest| rest.strip_prefix(':'));
         let bytes = digits.and_then(bytes).ok_or_else(|| KeySyntax::Public(text.to_owned()))?;
-        VerifyingKey::from_bytes(&bytes).map(Self).map_err(|_| KeySyntax::Point(text.to_owned()))
+        VerifyingKey::from_bytes(&bytes).map(|_| Self(bytes)).map_err(|_| KeySyntax::Point(text.to_owned()))
     }
 }
 
@@ -187,12 +194,7 @@ impl Trust {
         for signature in seal.signatures.iter().filter(|signature| signature.algorithm == ALGORITHM) {
             let Some(key) = self.keys.iter().find(|key| key.hex() == signature.key) else { continue };
             match bytes(&signature.value) {
-                // The strict form: one signature has one spelling, and a key of small order signs nothing.
-                Some(value)
-                    if key.0.verify_strict(line, &ed25519_dalek::Signature::from_bytes(&value)).is_ok() =>
-                {
-                    return Ok(*key);
-                }
+                Some(value) if key.made(&value, line) => return Ok(*key),
                 _ => wrong = Some(*key),
             }
         }
