@@ -5,6 +5,7 @@
 mod abi;
 pub mod fdpass;
 pub mod guard;
+pub mod hold;
 pub mod machine;
 pub mod mount;
 pub mod netns;

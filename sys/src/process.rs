@@ -6,10 +6,9 @@ use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::Duration;
 
-use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::signal::{SigSet, Signal};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::sys::wait::{Id, WaitPidFlag, waitid};
 use nix::unistd::Pid;
 
 /// How a process ended.
@@ -152,15 +151,29 @@ pub fn die_with_parent(command: &mut Command) {
 
 /// Waits for a child (one that was given to this process as a subreaper included), reaps it and says how it ended.
 ///
+/// Stops of a child that this process holds by ptrace are told here too, with signals that `nix` has no name for, so the
+/// kernel's own words are read.
+///
 /// # Errors
 /// `ECHILD` if it is no child of this process.
 pub fn wait(pid: u32) -> io::Result<Ended> {
     loop {
-        match waitid(Id::Pid(to_pid(pid)), WaitPidFlag::WEXITED) {
-            Ok(WaitStatus::Exited(_, code)) => return Ok(Ended::Code(code)),
-            Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Ended::Signal(signal as i32)),
-            Ok(_) | Err(Errno::EINTR) => {}
-            Err(errno) => return Err(errno.into()),
+        // SAFETY: all-zero is a valid siginfo, which the call fills.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: `info` is ours and lives until the call returns.
+        let result = unsafe { libc::waitid(libc::P_PID, pid, &raw mut info, libc::WEXITED) };
+        if result < 0 {
+            match io::Error::last_os_error() {
+                error if error.kind() == io::ErrorKind::Interrupted => continue,
+                error => return Err(error),
+            }
+        }
+        // SAFETY: waitid filled the part of the union that belongs to SIGCHLD.
+        let status = unsafe { info.si_status() };
+        match info.si_code {
+            libc::CLD_EXITED => return Ok(Ended::Code(status)),
+            libc::CLD_KILLED | libc::CLD_DUMPED => return Ok(Ended::Signal(status)),
+            _ => {}
         }
     }
 }

@@ -1,0 +1,363 @@
+//! The side of the process that uses the device: its memory, its calls, and the thread that carries steps out.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::code;
+use crate::control::Fault;
+use crate::device::{self, Device, GRANULE, Memory};
+use crate::page::{MAGIC, PAGE, Uuid, wake_signal};
+
+const RUNNING: u32 = 0;
+const LOCKED: u32 = 1;
+const CHECKPOINTED: u32 = 2;
+const FAILED: u32 = 3;
+const STEP: Duration = Duration::from_micros(500);
+
+/// What this process has on devices.
+#[derive(Debug, Default)]
+struct Held {
+    /// By address.
+    allocations: BTreeMap<usize, Allocation>,
+    nodes: Vec<File>,
+    /// The devices that were visible when it was checkpointed.
+    visible: Vec<Device>,
+    /// Address and length of the copy, while it is checkpointed.
+    copy: Option<(usize, usize)>,
+    context: bool,
+}
+
+#[derive(Debug)]
+struct Allocation {
+    device: Uuid,
+    bytes: usize,
+    /// Absent while it is checkpointed.
+    memory: Option<Memory>,
+}
+
+static HELD: Mutex<Option<Held>> = Mutex::new(None);
+/// Calls that are being carried out, which a lock waits for.
+static CALLS: AtomicUsize = AtomicUsize::new(0);
+/// When the last kernel ends, in milliseconds of the monotonic clock.
+static KERNEL_UNTIL: AtomicU64 = AtomicU64::new(0);
+
+fn held() -> MutexGuard<'static, Option<Held>> {
+    HELD.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A call that a lock waits for.
+struct Call;
+
+impl Call {
+    /// Blocks while the process is not running.
+    fn enter() -> Self {
+        loop {
+            while PAGE.state.load(Ordering::SeqCst) != RUNNING {
+                std::thread::sleep(STEP);
+            }
+            CALLS.fetch_add(1, Ordering::SeqCst);
+            if PAGE.state.load(Ordering::SeqCst) == RUNNING {
+                return Self;
+            }
+            CALLS.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+impl Drop for Call {
+    fn drop(&mut self) {
+        CALLS.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn now_ms() -> u64 {
+    // SAFETY: all-zero is a valid timespec, which the call fills.
+    let mut now: libc::timespec = unsafe { std::mem::zeroed() };
+    // SAFETY: `now` is ours.
+    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
+}
+
+/// Opens the device nodes and starts the thread, once.
+pub(crate) fn context() -> u32 {
+    let mut guard = held();
+    let held = guard.get_or_insert_default();
+    if held.context {
+        return code::SUCCESS;
+    }
+    match device::open_nodes() {
+        Ok(nodes) => held.nodes = nodes,
+        Err(_) => return code::NO_DEVICE,
+    }
+    let (told, tells) = std::sync::mpsc::channel();
+    let start = std::thread::Builder::new().spawn(move || serve(&told));
+    if start.is_err() || tells.recv().is_err() {
+        return code::OPERATING_SYSTEM;
+    }
+    held.context = true;
+    code::SUCCESS
+}
+
+/// Takes memory of the device with that number.
+pub(crate) fn allocate(number: usize, bytes: usize) -> Result<usize, u32> {
+    let _call = Call::enter();
+    let device = device::all().into_iter().nth(number).ok_or(code::INVALID_DEVICE)?;
+    if bytes == 0 {
+        return Err(code::INVALID_VALUE);
+    }
+    let bytes = bytes.next_multiple_of(GRANULE);
+    let memory = Memory::new(&device, bytes).map_err(|_| code::OUT_OF_MEMORY)?;
+    let (address, _) = memory.map(None).map_err(|_| code::OUT_OF_MEMORY)?;
+    let allocation = Allocation { device: device.uuid, bytes, memory: Some(memory) };
+    held().get_or_insert_default().allocations.insert(address, allocation);
+    Ok(address)
+}
+
+/// Gives memory back.
+pub(crate) fn free(address: usize) -> u32 {
+    let _call = Call::enter();
+    let Some(allocation) = held().get_or_insert_default().allocations.remove(&address) else {
+        return code::INVALID_VALUE;
+    };
+    unmap(address, allocation.bytes);
+    code::SUCCESS
+}
+
+/// Copies between device memory at `device` and host memory; `to_host` tells the direction.
+///
+/// # Safety
+/// `host` must be valid for `bytes`.
+pub(crate) unsafe fn copy(device: usize, host: *mut u8, bytes: usize, to_host: bool) -> u32 {
+    let _call = Call::enter();
+    let inside = {
+        let mut guard = held();
+        let below = guard.get_or_insert_default().allocations.range(..=device).next_back();
+        below.is_some_and(|(start, allocation)| device + bytes <= start + allocation.bytes)
+    };
+    if !inside {
+        return code::INVALID_VALUE;
+    }
+    let place: *mut u8 = std::ptr::with_exposed_provenance_mut(device);
+    let (from, to) = if to_host { (place.cast_const(), host) } else { (host.cast_const(), place) };
+    // SAFETY: inside a mapping that stays while the call is counted, and valid host memory by this function's contract.
+    unsafe { std::ptr::copy(from, to, bytes) };
+    code::SUCCESS
+}
+
+/// Starts a kernel that runs for so long.
+pub(crate) fn launch(ms: u64) {
+    let _call = Call::enter();
+    KERNEL_UNTIL.fetch_max(now_ms() + ms, Ordering::SeqCst);
+}
+
+/// Waits for kernels.
+pub(crate) fn synchronize() {
+    let _call = Call::enter();
+    while now_ms() < KERNEL_UNTIL.load(Ordering::SeqCst) {
+        std::thread::sleep(STEP);
+    }
+}
+
+/// How often a restore found something in the place of a device range.
+pub(crate) fn clobbered() -> u32 {
+    PAGE.clobbered.load(Ordering::SeqCst)
+}
+
+fn unmap(address: usize, bytes: usize) {
+    // SAFETY: a mapping of this library that nothing refers to.
+    unsafe { libc::munmap(std::ptr::with_exposed_provenance_mut(address), bytes) };
+}
+
+/// The restore thread: waits for its signal and carries one request out after another.
+fn serve(ready: &std::sync::mpsc::Sender<()>) {
+    // SAFETY: all-zero is a valid set, which the calls fill.
+    let mut all: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `all` is ours.
+    unsafe { libc::sigfillset(&raw mut all) };
+    // SAFETY: as above; no old set is wanted.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, std::ptr::null_mut()) };
+    // SAFETY: as above.
+    let mut wake: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: `wake` is ours.
+    unsafe { libc::sigemptyset(&raw mut wake) };
+    // SAFETY: `wake` is ours, the number valid.
+    unsafe { libc::sigaddset(&raw mut wake, wake_signal()) };
+    // SAFETY: plain calls without arguments.
+    let (process, thread) = unsafe { (libc::getpid(), libc::gettid()) };
+    // As the real driver's: `cuda` and eleven hexadecimal digits.
+    let name = format!("cuda{process:011x}\0");
+    // SAFETY: at most 16 bytes with the end.
+    unsafe { libc::prctl(libc::PR_SET_NAME, name.as_ptr()) };
+    PAGE.owner.store(process, Ordering::SeqCst);
+    PAGE.thread.store(thread, Ordering::SeqCst);
+    PAGE.magic.store(MAGIC, Ordering::SeqCst);
+    // The opener waits for exactly this.
+    let _ = ready.send(());
+    let limit = libc::timespec { tv_sec: 30, tv_nsec: 0 };
+    loop {
+        // SAFETY: both structures live until the call returns.
+        unsafe { libc::sigtimedwait(&raw const wake, std::ptr::null_mut(), &raw const limit) };
+        while PAGE.done.load(Ordering::SeqCst) != PAGE.asked.load(Ordering::SeqCst) {
+            let result = carry_out();
+            PAGE.result.store(result, Ordering::SeqCst);
+            PAGE.done.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+}
+
+fn carry_out() -> u32 {
+    let fault = Fault::from_number(PAGE.fault.load(Ordering::SeqCst));
+    match fault {
+        Fault::Crash => {
+            // SAFETY: none: this is the crash that was asked for.
+            unsafe { std::ptr::null_mut::<u8>().write_volatile(0) };
+        }
+        Fault::Failed => {
+            PAGE.state.store(FAILED, Ordering::SeqCst);
+            return code::OPERATING_SYSTEM;
+        }
+        Fault::Broken => {
+            PAGE.broken.store(1, Ordering::SeqCst);
+            return code::OUT_OF_MEMORY;
+        }
+        Fault::None => {}
+    }
+    let state = PAGE.state.load(Ordering::SeqCst);
+    match (PAGE.step.load(Ordering::SeqCst), state) {
+        (0, RUNNING) => lock(Duration::from_millis(PAGE.timeout_ms.load(Ordering::SeqCst).into())),
+        (1, LOCKED) => checkpoint(),
+        (2, CHECKPOINTED) if PAGE.broken.load(Ordering::SeqCst) != 0 => code::OPERATING_SYSTEM,
+        (2, CHECKPOINTED) => restore(),
+        (3, LOCKED) => {
+            PAGE.state.store(RUNNING, Ordering::SeqCst);
+            code::SUCCESS
+        }
+        _ => code::ILLEGAL_STATE,
+    }
+}
+
+fn lock(limit: Duration) -> u32 {
+    let deadline = Instant::now() + limit;
+    PAGE.state.store(LOCKED, Ordering::SeqCst);
+    while CALLS.load(Ordering::SeqCst) > 0 || now_ms() < KERNEL_UNTIL.load(Ordering::SeqCst) {
+        if Instant::now() > deadline {
+            PAGE.state.store(RUNNING, Ordering::SeqCst);
+            return code::NOT_READY;
+        }
+        std::thread::sleep(STEP);
+    }
+    code::SUCCESS
+}
+
+/// Waits as long as moving so much at the wanted rate takes beyond the time spent.
+fn keep_rate(began: Instant, bytes: usize) {
+    let rate = PAGE.rate.load(Ordering::SeqCst);
+    if rate > 0 {
+        let wanted = Duration::from_micros(bytes as u64 * 1_000_000 / (rate << 20));
+        std::thread::sleep(wanted.saturating_sub(began.elapsed()));
+    }
+}
+
+fn checkpoint() -> u32 {
+    let began = Instant::now();
+    let mut guard = held();
+    let held = guard.get_or_insert_default();
+    let total: usize = held.allocations.values().map(|allocation| allocation.bytes).sum();
+    if total > 0 {
+        let (protection, flags) = (
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
+        );
+        // SAFETY: a new mapping.
+        let copy = unsafe { libc::mmap(std::ptr::null_mut(), total, protection, flags, -1, 0) };
+        if copy == libc::MAP_FAILED {
+            return code::OPERATING_SYSTEM;
+        }
+        let mut to = copy.cast::<u8>();
+        for (address, allocation) in &mut held.allocations {
+            let from: *const u8 = std::ptr::with_exposed_provenance(*address);
+            // SAFETY: the copy has room for all allocations, and this one is mapped.
+            unsafe { std::ptr::copy_nonoverlapping(from, to, allocation.bytes) };
+            // SAFETY: within the copy or just behind it.
+            to = unsafe { to.add(allocation.bytes) };
+            unmap(*address, allocation.bytes);
+            allocation.memory = None;
+        }
+        held.copy = Some((copy.expose_provenance(), total));
+    }
+    held.visible = device::all();
+    held.nodes.clear();
+    keep_rate(began, total);
+    PAGE.state.store(CHECKPOINTED, Ordering::SeqCst);
+    code::SUCCESS
+}
+
+/// In two phases, so that a failed one can be repeated: everything is taken and filled, then mapped.
+fn restore() -> u32 {
+    let began = Instant::now();
+    let mut guard = held();
+    let held = guard.get_or_insert_default();
+    let places = match places(&held.visible) {
+        Ok(places) => places,
+        Err(code) => return code,
+    };
+    let Ok(nodes) = device::open_nodes() else { return code::NO_DEVICE };
+    let mut from = held.copy.map_or(0, |(address, _)| address);
+    let mut filled = Vec::new();
+    for (address, allocation) in &held.allocations {
+        let Some(device) = places.get(&allocation.device) else { return code::INVALID_VALUE };
+        let Ok(memory) = Memory::new(device, allocation.bytes) else { return code::OUT_OF_MEMORY };
+        if memory.fill(from).is_err() {
+            return code::OPERATING_SYSTEM;
+        }
+        from += allocation.bytes;
+        filled.push((*address, device.uuid, memory));
+    }
+    for (address, uuid, memory) in filled {
+        match memory.map(Some(address)) {
+            Ok((_, clobbered)) => PAGE.clobbered.fetch_add(clobbered.into(), Ordering::SeqCst),
+            Err(_) => return code::OPERATING_SYSTEM,
+        };
+        let allocation = held.allocations.get_mut(&address).expect("taken from this map");
+        allocation.device = uuid;
+        allocation.memory = Some(memory);
+    }
+    held.nodes = nodes;
+    if let Some((address, bytes)) = held.copy.take() {
+        unmap(address, bytes);
+        keep_rate(began, bytes);
+    }
+    PAGE.state.store(LOCKED, Ordering::SeqCst);
+    code::SUCCESS
+}
+
+/// Which device takes the place of which. A map names every device that was visible, once, each with another of its kind.
+fn places(visible: &[Device]) -> Result<BTreeMap<Uuid, Device>, u32> {
+    let now = device::all();
+    let find = |uuid: &Uuid| now.iter().find(|device| device.uuid == *uuid).cloned();
+    let count = PAGE.pair_count.load(Ordering::SeqCst) as usize;
+    // SAFETY: the caller does not write between its request and the answer.
+    let pairs = unsafe { *PAGE.pairs.0.get() };
+    let mut places = BTreeMap::new();
+    if count == 0 {
+        for old in visible {
+            places.insert(old.uuid, find(&old.uuid).ok_or(code::INVALID_VALUE)?);
+        }
+        return Ok(places);
+    }
+    if count != visible.len() {
+        return Err(code::INVALID_VALUE);
+    }
+    for [old, new] in &pairs[..count.min(pairs.len())] {
+        let was = visible.iter().find(|device| device.uuid == *old).ok_or(code::INVALID_VALUE)?;
+        let becomes = find(new).ok_or(code::INVALID_VALUE)?;
+        let taken = places.values().any(|device: &Device| device.uuid == *new);
+        if taken || becomes.name != was.name || places.insert(*old, becomes).is_some() {
+            return Err(code::INVALID_VALUE);
+        }
+    }
+    Ok(places)
+}

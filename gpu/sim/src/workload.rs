@@ -1,0 +1,428 @@
+//! A server that keeps its weights and its KV cache in simulated device memory, and notices if any of it was changed.
+//!
+//! It loads the driver's library at run time as a real one does, and reaches device memory by the driver's calls only. All
+//! along, threads of it map memory, fill it, check it and unmap it: a device range put back over a program's memory, or the
+//! other way round, is found by one of the two sides.
+//!
+//! | request | answer |
+//! |---|---|
+//! | `GET /health` | 200 once the weights are in place |
+//! | `GET /check` | sums of all device memory, and how many errors the threads have seen |
+//! | `POST /generate` | an answer that depends on the prompt, the weights and nothing else; its state goes through the KV cache |
+//! | `POST /kernel?N` | starts a kernel of N milliseconds |
+//! | `POST /begin` | with `--late`: begins to use the device only now |
+
+use std::ffi::{c_int, c_uint, c_void};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use libloading::Library;
+
+const KV_SLOTS: u64 = 64;
+const KV_SLOT_BYTES: usize = 4096;
+const BLOCK: usize = 1 << 20;
+
+/// How the server is started.
+#[derive(Debug, Clone)]
+pub struct Options {
+    /// The driver's library.
+    pub library: PathBuf,
+    /// Port on the loopback interface; 0 lets the kernel choose, and the first line of output tells.
+    pub port: u16,
+    /// Size of the weights in MiB.
+    pub mib: usize,
+    /// Threads that map and unmap memory.
+    pub threads: usize,
+    /// Number of the device.
+    pub device: i32,
+    /// What the weights are made of.
+    pub seed: u64,
+    /// Use the device only after `POST /begin`.
+    pub late: bool,
+    /// Fork a child that keeps the open descriptors.
+    pub fork: bool,
+}
+
+impl Options {
+    /// From arguments such as `--mib 64`.
+    ///
+    /// # Errors
+    /// The argument that is not understood.
+    pub fn parse(args: &[String]) -> Result<Self, String> {
+        let mut options = Self {
+            library: PathBuf::from("libcuda.so.1"),
+            port: 0,
+            mib: 16,
+            threads: 2,
+            device: 0,
+            seed: 1,
+            late: false,
+            fork: false,
+        };
+        let mut args = args.iter();
+        while let Some(flag) = args.next() {
+            if flag == "--late" || flag == "--fork" {
+                *(if flag == "--late" { &mut options.late } else { &mut options.fork }) = true;
+                continue;
+            }
+            let value = args.next().ok_or_else(|| format!("{flag} needs a value"))?;
+            let number = || value.parse::<u64>().map_err(|error| format!("{flag} {value}: {error}"));
+            match flag.as_str() {
+                "--library" => options.library = PathBuf::from(value),
+                "--port" => options.port = u16::try_from(number()?).map_err(|error| error.to_string())?,
+                "--mib" => options.mib = usize::try_from(number()?).map_err(|error| error.to_string())?,
+                "--threads" => {
+                    options.threads = usize::try_from(number()?).map_err(|error| error.to_string())?
+                }
+                "--device" => options.device = i32::try_from(number()?).map_err(|error| error.to_string())?,
+                "--seed" => options.seed = number()?,
+                other => return Err(format!("unknown flag {other}")),
+            }
+        }
+        Ok(options)
+    }
+}
+
+/// Serves until it is killed.
+///
+/// # Errors
+/// What kept it from serving.
+pub fn main(options: &Options) -> Result<(), String> {
+    let listener = TcpListener::bind(("127.0.0.1", options.port)).map_err(|error| error.to_string())?;
+    let server = Arc::new(Server {
+        model: Mutex::new(None),
+        options: options.clone(),
+        churned: AtomicU64::new(0),
+        spoiled: AtomicU64::new(0),
+    });
+    if !options.late {
+        server.begin()?;
+    }
+    if options.fork {
+        fork_sleeper();
+    }
+    for _ in 0..options.threads {
+        let server = server.clone();
+        std::thread::spawn(move || server.churn());
+    }
+    let port = listener.local_addr().map_err(|error| error.to_string())?.port();
+    say(&format!("simulated device memory, port {port}"));
+    for socket in listener.incoming().flatten() {
+        let server = server.clone();
+        std::thread::spawn(move || server.serve(&socket));
+    }
+    Ok(())
+}
+
+#[expect(clippy::print_stdout, reason = "how a test learns the port")]
+fn say(line: &str) {
+    println!("{line}");
+}
+
+/// A child without exec, as data loaders make them.
+fn fork_sleeper() {
+    // SAFETY: the child makes async-signal-safe calls only.
+    if unsafe { libc::fork() } == 0 {
+        loop {
+            // SAFETY: plain call without memory.
+            unsafe { libc::pause() };
+        }
+    }
+}
+
+/// The driver's calls that the server makes.
+struct Driver {
+    alloc: unsafe extern "C" fn(*mut u64, usize) -> u32,
+    to_device: unsafe extern "C" fn(u64, *const c_void, usize) -> u32,
+    to_host: unsafe extern "C" fn(*mut c_void, u64, usize) -> u32,
+    set_current: unsafe extern "C" fn(*mut c_void) -> u32,
+    launch: unsafe extern "C" fn(u64) -> u32,
+    clobbered: unsafe extern "C" fn() -> u32,
+    context: usize,
+}
+
+impl Driver {
+    fn open(options: &Options) -> Result<Self, String> {
+        // SAFETY: the simulated driver, or the real one.
+        let library = unsafe { Library::new(&options.library) }.map_err(|error| error.to_string())?;
+        // It stays loaded, as the real one does.
+        let library: &'static Library = Box::leak(Box::new(library));
+        macro_rules! symbol {
+            ($name:literal) => {{
+                // SAFETY: the type is the one of the driver's header.
+                let found = unsafe { library.get($name) };
+                *found.map_err(|error| error.to_string())?
+            }};
+        }
+        let init: unsafe extern "C" fn(c_uint) -> u32 = symbol!("cuInit");
+        let retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> u32 =
+            symbol!("cuDevicePrimaryCtxRetain");
+        let mut context = std::ptr::null_mut();
+        // SAFETY: takes a number.
+        done("cuInit", unsafe { init(0) })?;
+        // SAFETY: writes one pointer.
+        done("cuDevicePrimaryCtxRetain", unsafe { retain(&raw mut context, options.device) })?;
+        Ok(Self {
+            alloc: symbol!("cuMemAlloc_v2"),
+            to_device: symbol!("cuMemcpyHtoD_v2"),
+            to_host: symbol!("cuMemcpyDtoH_v2"),
+            set_current: symbol!("cuCtxSetCurrent"),
+            launch: symbol!("rewarmSimLaunch"),
+            clobbered: symbol!("rewarmSimClobbered"),
+            context: context.expose_provenance(),
+        })
+    }
+
+    /// Makes the context current in this thread.
+    fn enter(&self) -> Result<(), String> {
+        let context = std::ptr::with_exposed_provenance_mut(self.context);
+        // SAFETY: the context that the driver gave.
+        done("cuCtxSetCurrent", unsafe { (self.set_current)(context) })
+    }
+
+    fn allocate(&self, bytes: usize) -> Result<u64, String> {
+        let mut address = 0;
+        // SAFETY: writes one address.
+        done("cuMemAlloc", unsafe { (self.alloc)(&raw mut address, bytes) })?;
+        Ok(address)
+    }
+
+    fn write(&self, at: u64, bytes: &[u8]) -> Result<(), String> {
+        // SAFETY: reads the borrowed bytes.
+        done("cuMemcpyHtoD", unsafe { (self.to_device)(at, bytes.as_ptr().cast(), bytes.len()) })
+    }
+
+    fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), String> {
+        // SAFETY: fills the borrowed buffer.
+        done("cuMemcpyDtoH", unsafe { (self.to_host)(bytes.as_mut_ptr().cast(), at, bytes.len()) })
+    }
+}
+
+fn done(call: &str, code: u32) -> Result<(), String> {
+    if code == 0 { Ok(()) } else { Err(format!("{call}: simulated driver says {code}")) }
+}
+
+/// What lies in device memory.
+struct Model {
+    driver: Driver,
+    weights: u64,
+    kv: u64,
+    bytes: usize,
+    /// Sum of the weights as they were made.
+    sum: u64,
+}
+
+/// 64-bit FNV-1a over words: quick, and every bit counts.
+fn mix(sum: u64, bytes: &[u8]) -> u64 {
+    bytes.chunks(8).fold(sum, |sum, chunk| {
+        let mut word = [0; 8];
+        word[..chunk.len()].copy_from_slice(chunk);
+        (sum ^ u64::from_le_bytes(word)).wrapping_mul(0x0000_0100_0000_01b3).rotate_left(23)
+    })
+}
+
+const START: u64 = 0xcbf2_9ce4_8422_2325;
+
+impl Model {
+    fn make(options: &Options) -> Result<Self, String> {
+        let driver = Driver::open(options)?;
+        driver.enter()?;
+        let bytes = options.mib.max(1) * BLOCK;
+        let (weights, kv) = (
+            driver.allocate(bytes)?,
+            driver.allocate(usize::try_from(KV_SLOTS).expect("small") * KV_SLOT_BYTES)?,
+        );
+        let mut model = Self { driver, weights, kv, bytes, sum: START };
+        let mut state = options.seed;
+        for block in 0..model.blocks() {
+            // One block in four is zeros, as memory of real servers partly is.
+            let mut content = vec![0; BLOCK];
+            if block % 4 != 3 {
+                for word in content.chunks_mut(8) {
+                    state =
+                        state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+                    word.copy_from_slice(&state.to_le_bytes());
+                }
+            }
+            model.driver.write(model.weights + (block * BLOCK) as u64, &content)?;
+            model.sum = mix(model.sum, &content);
+        }
+        Ok(model)
+    }
+
+    fn blocks(&self) -> usize {
+        self.bytes / BLOCK
+    }
+
+    fn sum_now(&self) -> Result<u64, String> {
+        self.driver.enter()?;
+        let mut content = vec![0; BLOCK];
+        (0..self.blocks()).try_fold(START, |sum, block| {
+            self.driver.read(self.weights + (block * BLOCK) as u64, &mut content)?;
+            Ok(mix(sum, &content))
+        })
+    }
+
+    fn kv_sum(&self) -> Result<u64, String> {
+        self.driver.enter()?;
+        let mut content = vec![0; KV_SLOT_BYTES];
+        (0..KV_SLOTS).try_fold(START, |sum, slot| {
+            self.driver.read(self.kv + slot * KV_SLOT_BYTES as u64, &mut content)?;
+            Ok(mix(sum, &content))
+        })
+    }
+
+    fn generate(&self, prompt: &[u8]) -> Result<u64, String> {
+        self.driver.enter()?;
+        let key = mix(START, prompt);
+        let slot = self.kv + key % KV_SLOTS * KV_SLOT_BYTES as u64;
+        let mut content = vec![0; KV_SLOT_BYTES];
+        let mut answer = key;
+        for token in 0..8_u64 {
+            let pages = (self.bytes / KV_SLOT_BYTES) as u64;
+            let page = mix(answer, &token.to_le_bytes()) % pages;
+            self.driver.read(self.weights + page * KV_SLOT_BYTES as u64, &mut content)?;
+            answer = mix(answer, &content);
+            // What was worked out so far is kept on the device, and read back for the next token.
+            self.driver.write(slot + token * 8, &answer.to_le_bytes())?;
+            let mut kept = [0; 8];
+            self.driver.read(slot + token * 8, &mut kept)?;
+            answer ^= u64::from_le_bytes(kept).rotate_left(7);
+        }
+        Ok(answer)
+    }
+}
+
+struct Server {
+    model: Mutex<Option<Arc<Model>>>,
+    options: Options,
+    churned: AtomicU64,
+    spoiled: AtomicU64,
+}
+
+impl Server {
+    fn begin(&self) -> Result<(), String> {
+        let mut model = self.model.lock().unwrap_or_else(PoisonError::into_inner);
+        if model.is_none() {
+            *model = Some(Arc::new(Model::make(&self.options)?));
+        }
+        Ok(())
+    }
+
+    fn model(&self) -> Result<Arc<Model>, String> {
+        let model = self.model.lock().unwrap_or_else(PoisonError::into_inner);
+        model.clone().ok_or_else(|| "the device is not in use yet".to_owned())
+    }
+
+    /// Maps memory, fills it, checks it and unmaps it, for ever.
+    fn churn(&self) {
+        let mut round = 0_u64;
+        loop {
+            round += 1;
+            let bytes = usize::try_from(1 + round % 4).expect("small") * BLOCK;
+            if !whole(bytes, round) {
+                self.spoiled.fetch_add(1, Ordering::SeqCst);
+            }
+            self.churned.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+
+    fn serve(&self, socket: &TcpStream) {
+        // A peer that goes away is no matter of the server's.
+        let _ = self.converse(socket);
+    }
+
+    fn converse(&self, mut socket: &TcpStream) -> std::io::Result<()> {
+        let mut reader = BufReader::new(socket);
+        loop {
+            let mut line = String::new();
+            if reader.read_line(&mut line)? == 0 {
+                return Ok(());
+            }
+            let mut length = 0;
+            loop {
+                let mut header = String::new();
+                if reader.read_line(&mut header)? == 0 || header.trim().is_empty() {
+                    break;
+                }
+                if let Some((name, value)) = header.split_once(':')
+                    && name.eq_ignore_ascii_case("content-length")
+                {
+                    length = value.trim().parse::<u64>().unwrap_or(0).min(1 << 20);
+                }
+            }
+            let mut body = Vec::new();
+            reader.by_ref().take(length).read_to_end(&mut body)?;
+            let mut words = line.split_whitespace();
+            let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
+            let (status, text) = match self.answer(method, path, &body) {
+                Ok(text) => ("200 OK", text),
+                Err(text) => ("503 Service Unavailable", format!("{{\"error\":{text:?}}}")),
+            };
+            let length = text.len();
+            write!(
+                socket,
+                "HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{text}"
+            )?;
+        }
+    }
+
+    fn answer(&self, method: &str, path: &str, body: &[u8]) -> Result<String, String> {
+        match (method, path.split_once('?').unwrap_or((path, ""))) {
+            ("GET", ("/health", _)) if self.options.late => Ok("{\"simulated\":true}".to_owned()),
+            ("GET", ("/health", _)) => self.model().map(|_| "{\"simulated\":true}".to_owned()),
+            ("POST", ("/begin", _)) => self.begin().map(|()| "{\"simulated\":true}".to_owned()),
+            ("GET", ("/check", _)) => {
+                let model = self.model()?;
+                let (sum, kv) = (model.sum_now()?, model.kv_sum()?);
+                // SAFETY: a call without arguments.
+                let clobbered = unsafe { (model.driver.clobbered)() };
+                let spoiled = self.spoiled.load(Ordering::SeqCst);
+                Ok(format!(
+                    "{{\"simulated\":true,\"sum\":\"{sum:016x}\",\"expected\":\"{:016x}\",\"kv\":\"{kv:016x}\",\"clobbered\":{clobbered},\"spoiled\":{spoiled},\"churned\":{}}}",
+                    model.sum,
+                    self.churned.load(Ordering::SeqCst)
+                ))
+            }
+            ("POST", ("/generate", _)) => {
+                let answer = self.model()?.generate(body)?;
+                Ok(format!("{{\"simulated\":true,\"answer\":\"{answer:016x}\"}}"))
+            }
+            ("POST", ("/kernel", ms)) => {
+                let ms = ms.parse().map_err(|_| format!("milliseconds {ms:?}"))?;
+                let model = self.model()?;
+                // SAFETY: takes a number.
+                done("launch", unsafe { (model.driver.launch)(ms) })?;
+                Ok("{\"simulated\":true}".to_owned())
+            }
+            _ => Err(format!("nothing at {method} {path}")),
+        }
+    }
+}
+
+/// Whether memory that was mapped and filled still has its content before it is unmapped.
+fn whole(bytes: usize, mark: u64) -> bool {
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: a new mapping.
+    let place = unsafe { libc::mmap(std::ptr::null_mut(), bytes, protection, flags, -1, 0) };
+    if place == libc::MAP_FAILED {
+        return true;
+    }
+    let words: *mut u64 = place.cast();
+    let step = BLOCK / 16 / 8;
+    for at in (0..bytes / 8).step_by(step) {
+        // SAFETY: inside the mapping.
+        unsafe { words.add(at).write_volatile(mark) };
+    }
+    std::thread::sleep(Duration::from_micros(200));
+    // SAFETY: inside the mapping.
+    let same = (0..bytes / 8).step_by(step).all(|at| unsafe { words.add(at).read_volatile() } == mark);
+    // SAFETY: our own mapping, which nothing refers to.
+    unsafe { libc::munmap(place, bytes) };
+    same
+}

@@ -1,0 +1,118 @@
+//! The helper process: the only one of ours that loads the driver.
+//!
+//! It lives long, because each new process that attaches to the driver pays for it (seconds on large machines), and it is
+//! a process, because a call may hang or crash. It initialises the driver once, makes no context and so holds no device
+//! memory. It does one thing after another; who wants a call that hangs to end kills it.
+//!
+//! It ends when its socket is closed, also while a call hangs.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+
+use crate::driver::{Code, Driver, DriverError};
+use crate::wire::{self, Answer, Call, PAIRS_MAX};
+
+/// The number under which the helper finds its socket.
+pub const SOCKET_FD: i32 = 3;
+
+/// Serves until the socket is closed and gives the exit code. Call it first thing in the process; `library` is the driver's
+/// library.
+#[must_use]
+pub fn main(library: &Path) -> u8 {
+    let socket = match rewarm_sys::process::take_inherited(SOCKET_FD) {
+        Ok(socket) => UnixStream::from(socket),
+        Err(error) => {
+            tracing::error!(%error, "no socket under descriptor {SOCKET_FD}; a shim starts this program");
+            return 2;
+        }
+    };
+    match end_with(&socket).and_then(|()| serve(&socket, library)) {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::error!(%error, "the helper failed");
+            1
+        }
+    }
+}
+
+/// Ends this process when the other end of the socket is closed, whatever the driver is doing.
+fn end_with(socket: &UnixStream) -> io::Result<()> {
+    let socket = socket.try_clone()?;
+    let watch = move || {
+        loop {
+            // A hang-up is always told.
+            let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+            match poll(&mut fds, PollTimeout::NONE) {
+                Ok(_) => end_now(),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(_) => return,
+            }
+        }
+    };
+    std::thread::Builder::new().name("lease".into()).spawn(watch).map(drop)
+}
+
+/// Without running the driver's handlers for a process's end: they would wait for the call that hangs.
+fn end_now() {
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
+}
+
+fn serve(socket: &UnixStream, library: &Path) -> io::Result<()> {
+    let driver = Driver::load(library).and_then(|driver| driver.init().map(|()| driver));
+    if let Err(error) = &driver {
+        tracing::info!(%error, "no driver");
+    }
+    while let Some(call) = wire::receive::<Call>(socket)? {
+        wire::send(socket, &answer(&driver, &call))?;
+    }
+    Ok(())
+}
+
+fn answer(driver: &Result<Driver, DriverError>, call: &Call) -> Answer {
+    if let Call::Hello { .. } = call {
+        let driver = driver.as_ref().map(Driver::version).map_err(ToString::to_string);
+        return Answer::Hello { version: wire::VERSION, driver };
+    }
+    match driver {
+        Ok(driver) => with_driver(driver, call),
+        Err(error) => Answer::Unable(error.to_string()),
+    }
+}
+
+fn with_driver(driver: &Driver, call: &Call) -> Answer {
+    match call {
+        Call::Hello { .. } => unreachable!("answered by the caller, which needs no driver"),
+        Call::Devices => match driver.devices() {
+            Ok(devices) => Answer::Devices(devices),
+            Err(error) => Answer::Unable(error.to_string()),
+        },
+        Call::State { pid } => driver.state(*pid).map_or_else(Answer::Refused, Answer::State),
+        Call::RestoreThread { pid } => {
+            driver.restore_thread(*pid).map_or_else(Answer::Refused, Answer::RestoreThread)
+        }
+        Call::Step { pairs, .. } if pairs.len() > PAIRS_MAX => {
+            Answer::Unable(format!("a map of {} GPUs, at most {PAIRS_MAX}", pairs.len()))
+        }
+        Call::Step { pairs, .. } if !pairs.is_empty() && driver.version() < crate::driver::VERSION_MAP => {
+            let (found, needed) = (driver.version(), crate::driver::VERSION_MAP);
+            Answer::Unable(format!(
+                "a restore onto other GPUs needs CUDA {needed} (R580), the driver has {found}"
+            ))
+        }
+        Call::Step { step, pid, lock_timeout_ms, pairs } => {
+            let began = Instant::now();
+            match driver.step(*step, *pid, Duration::from_millis(*lock_timeout_ms), pairs) {
+                Ok(()) => {
+                    Answer::Done { micros: u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX) }
+                }
+                Err(code @ Code::SUCCESS) => Answer::Unable(format!("the driver failed with {code}")),
+                Err(code) => Answer::Refused(code),
+            }
+        }
+    }
+}

@@ -1,0 +1,154 @@
+//! Helpers and servers that die in every moment.
+
+use std::time::{Duration, Instant};
+
+use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::{Aftermath, Cause, State, order, ranges};
+
+use crate::world::{LOCK, PATIENCE, World};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test(
+            "endings::the_helper_dies_in_each_call_of_a_suspend",
+            the_helper_dies_in_each_call_of_a_suspend,
+        ),
+        Trial::test(
+            "endings::the_helper_dies_in_each_call_of_a_resume",
+            the_helper_dies_in_each_call_of_a_resume,
+        ),
+        Trial::test("endings::the_server_dies_in_each_state", the_server_dies_in_each_state),
+        Trial::test("endings::the_server_dies_within_each_call", the_server_dies_within_each_call),
+        Trial::test(
+            "endings::a_helper_ends_with_its_owner_also_in_a_call",
+            a_helper_ends_with_its_owner_also_in_a_call,
+        ),
+    ]
+}
+
+fn the_helper_dies_in_each_call_of_a_suspend() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let answer = server.generate();
+    let mut helper = world.helper();
+    // Killed before it asked the driver: the call is not repeated, everything is undone.
+    for call in ["thread", "lock", "checkpoint"] {
+        world.control(&format!("{call}*1 die"));
+        let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("the helper died");
+        assert!(failure.to_string().contains("the GPU helper ended during the call"), "{call}: {failure}");
+        assert_eq!(failure.aftermath, Aftermath::Running, "{call}");
+        assert_eq!(
+            (helper.state(server.pid)?, server.generate()),
+            (State::RUNNING, answer.clone()),
+            "{call}"
+        );
+    }
+    // Killed after it was done: the state shows it.
+    for call in ["lock", "checkpoint"] {
+        world.control(&format!("{call} then-die"));
+        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        world.control("");
+        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        server.is_whole();
+    }
+    Ok(())
+}
+
+fn the_helper_dies_in_each_call_of_a_resume() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let answer = server.generate();
+    let mut helper = world.helper();
+    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    for call in ["restore", "unlock"] {
+        world.control(&format!("{call} die"));
+        let failure = order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("died");
+        assert_eq!(failure.aftermath, Aftermath::Suspended, "{call}: {failure}");
+        assert!(world.group.is_frozen(), "{call}");
+    }
+    for call in ["restore", "unlock"] {
+        world.control(&format!("{call} then-die"));
+        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        assert_eq!(server.generate(), answer, "{call}");
+        world.control("");
+        order::suspend(&mut helper, &world.group, LOCK)?;
+    }
+    let now = order::find(&mut helper, &world.group)?;
+    order::resume(&mut helper, &world.group, &now, &[])?;
+    server.is_whole();
+    Ok(())
+}
+
+fn the_server_dies_in_each_state() -> Result<(), Failed> {
+    let mut world = World::new(&[128]);
+    let mut helper = world.helper();
+    // Running: there is nothing left to suspend.
+    let server = world.serve(&["--mib", "4"]);
+    world.kill(server.pid);
+    assert!(order::find(&mut helper, &world.group)?.is_empty());
+    // Locked, then checkpointed; its memory is free at once.
+    for checkpoint in [false, true] {
+        let server = world.serve(&["--mib", "4"]);
+        helper.lock(server.pid, LOCK)?;
+        if checkpoint {
+            helper.checkpoint(server.pid, 0)?;
+        }
+        world.kill(server.pid);
+        assert!(helper.state(server.pid).is_err(), "a process that is gone has no state");
+        assert_eq!(world.used(0), 0);
+    }
+    // Suspended, one of two: the other one goes on.
+    let (gone, left) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
+    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    world.kill(gone.pid);
+    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    left.is_whole();
+    Ok(())
+}
+
+fn the_server_dies_within_each_call() -> Result<(), Failed> {
+    for call in ["lock", "checkpoint"] {
+        let mut world = World::new(&[64]);
+        let (bad, good) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
+        let mut helper = world.helper();
+        world.control(&format!("{call}@{} crash", bad.pid));
+        let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("it crashed");
+        assert!(matches!(failure.cause, Cause::Gone { pid, .. } if pid == bad.pid), "{call}: {failure}");
+        assert_eq!(failure.aftermath, Aftermath::Running, "{call}");
+        good.is_whole();
+    }
+    for call in ["restore", "unlock"] {
+        let mut world = World::new(&[64]);
+        let (bad, good) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
+        let mut helper = world.helper();
+        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        world.control(&format!("{call}@{} crash", bad.pid));
+        let failure =
+            order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("it crashed");
+        assert!(matches!(failure.cause, Cause::Gone { pid, .. } if pid == bad.pid), "{call}: {failure}");
+        assert_eq!(failure.aftermath, Aftermath::Suspended, "{call}");
+        world.control("");
+        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        good.is_whole();
+    }
+    Ok(())
+}
+
+fn a_helper_ends_with_its_owner_also_in_a_call() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    world.control("lock hang");
+    let mut helper = world.helper();
+    helper.start()?;
+    let pid = helper.pid().expect("it runs").cast_signed();
+    let calling =
+        std::thread::spawn(move || helper.with_deadline(Duration::from_millis(300)).lock(server.pid, LOCK));
+    calling.join().expect("no panic").expect_err("it hangs");
+    let deadline = Instant::now() + PATIENCE;
+    while ranges::exists(pid) {
+        assert!(Instant::now() < deadline, "the helper lives on");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    server.is_whole();
+    Ok(())
+}

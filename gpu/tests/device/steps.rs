@@ -1,0 +1,174 @@
+//! What works: servers are suspended and resumed, and nothing of theirs is changed.
+
+use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::{Code, State, Step, order};
+
+use crate::world::{LOCK, MIB, World};
+
+pub(crate) fn trials() -> Vec<Trial> {
+    vec![
+        Trial::test("steps::two_servers_are_suspended_and_resumed", two_servers_are_suspended_and_resumed),
+        Trial::test("steps::rounds_under_threads_that_map_memory", rounds_under_threads_that_map_memory),
+        Trial::test("steps::what_uses_no_device_is_only_frozen", what_uses_no_device_is_only_frozen),
+        Trial::test(
+            "steps::a_process_that_begins_meanwhile_is_suspended_too",
+            a_process_that_begins_meanwhile_is_suspended_too,
+        ),
+        Trial::test(
+            "steps::the_driver_allows_the_moves_of_the_table_and_no_others",
+            the_driver_allows_the_moves_of_the_table_and_no_others,
+        ),
+        Trial::test("steps::one_helper_serves_all_calls", one_helper_serves_all_calls),
+    ]
+}
+
+fn two_servers_are_suspended_and_resumed() -> Result<(), Failed> {
+    let mut world = World::new(&[256]);
+    let servers = [world.serve(&["--mib", "32"]), world.serve(&["--mib", "16", "--seed", "2"])];
+    let answers = servers.map(|server| server.generate());
+    assert_eq!(servers[0].nodes().len(), 2, "a running server holds the device's nodes");
+    let mut helper = world.helper();
+    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    // Weights and KV cache of both, in whole pieces of 2 MiB.
+    assert_eq!(suspended.bytes(), (32 + 2 + 16 + 2) * MIB);
+    assert_eq!(suspended.processes.len(), 2);
+    assert_eq!(world.used(0), 0, "the device is free");
+    assert!(world.group.is_frozen());
+    assert!(servers.iter().all(|server| server.nodes().is_empty()), "no descriptor is left");
+    let resumed = order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    assert!(resumed.restore <= resumed.total);
+    assert!(!world.group.is_frozen());
+    assert_eq!(world.used(0), 52 * MIB);
+    for (server, answer) in servers.iter().zip(answers) {
+        server.is_whole();
+        assert_eq!(server.generate(), answer);
+        assert_eq!(server.nodes().len(), 2);
+    }
+    Ok(())
+}
+
+fn rounds_under_threads_that_map_memory() -> Result<(), Failed> {
+    let mut world = World::new(&[128]);
+    let server = world.serve(&["--mib", "16", "--threads", "6"]);
+    let mut helper = world.helper();
+    for _ in 0..8 {
+        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        assert_eq!(suspended.bytes(), 18 * MIB, "the copy is found exactly among memory that comes and goes");
+        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        server.is_whole();
+    }
+    Ok(())
+}
+
+fn what_uses_no_device_is_only_frozen() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--late"]);
+    let mut helper = world.helper();
+    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    assert_eq!((suspended.processes.len(), suspended.bytes()), (0, 0));
+    assert_eq!(helper.pid(), None, "no helper is started for it");
+    assert!(world.group.is_frozen());
+    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    server.ask("GET", "/health", "")?;
+    Ok(())
+}
+
+/// Asks the second server to begin just when the first is locked.
+struct Late<'a> {
+    group: &'a crate::world::Freezer,
+    begin: crate::world::Server,
+    looks: std::cell::Cell<u32>,
+}
+
+impl rewarm_gpu::Group for Late<'_> {
+    fn processes(&self) -> Vec<i32> {
+        self.looks.set(self.looks.get() + 1);
+        if self.looks.get() == 2 {
+            self.begin.ask("POST", "/begin", "").expect("it begins");
+        }
+        self.group.processes()
+    }
+
+    fn freeze(&self) -> std::io::Result<()> {
+        self.group.freeze()
+    }
+
+    fn thaw(&self) -> std::io::Result<()> {
+        self.group.thaw()
+    }
+}
+
+fn a_process_that_begins_meanwhile_is_suspended_too() -> Result<(), Failed> {
+    let mut world = World::new(&[128]);
+    let (first, begin) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "8", "--late"]));
+    let group = Late { group: &world.group, begin, looks: 0.into() };
+    let mut helper = world.helper();
+    let suspended = order::suspend(&mut helper, &group, LOCK)?;
+    assert_eq!(suspended.processes.len(), 2);
+    order::resume(&mut helper, &group, &suspended.processes, &[])?;
+    first.is_whole();
+    begin.is_whole();
+    Ok(())
+}
+
+fn the_driver_allows_the_moves_of_the_table_and_no_others() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    // Nothing is held here, so there must be no thread that maps memory where a device range was.
+    let server = world.serve(&["--mib", "4", "--threads", "0"]);
+    let mut helper = world.helper();
+    let ways: [(&[Step], State); 3] = [
+        (&[], State::RUNNING),
+        (&[Step::Lock], State::LOCKED),
+        (&[Step::Lock, Step::Checkpoint], State::CHECKPOINTED),
+    ];
+    let take = |helper: &mut rewarm_gpu::Helper, step| match step {
+        Step::Lock => helper.lock(server.pid, LOCK),
+        Step::Checkpoint => helper.checkpoint(server.pid, 0),
+        Step::Restore => helper.restore(server.pid, 0, &[]),
+        Step::Unlock => helper.unlock(server.pid),
+    };
+    for (way, state) in ways {
+        for step in Step::ALL {
+            for step in way {
+                take(&mut helper, *step)?;
+            }
+            assert_eq!(helper.state(server.pid)?, state);
+            let result = take(&mut helper, step);
+            let now = helper.state(server.pid)?;
+            match step.from(state) {
+                Some(to) => {
+                    result?;
+                    assert_eq!(now, to, "{step} from {state}");
+                }
+                None => {
+                    let error = result.expect_err("not in the table");
+                    assert_eq!(error.code(), Some(Code::ILLEGAL_STATE), "{step} from {state}: {error}");
+                    assert_eq!(now, state, "a refused {step} changes nothing");
+                }
+            }
+            for step in rewarm_gpu::states::way_back(now).expect("known states only") {
+                take(&mut helper, *step)?;
+            }
+        }
+    }
+    server.is_whole();
+    Ok(())
+}
+
+fn one_helper_serves_all_calls() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let mut helper = world.helper();
+    helper.start()?;
+    let pid = helper.pid();
+    for _ in 0..3 {
+        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    }
+    assert!(pid.is_some() && helper.pid() == pid);
+    let devices = helper.devices()?;
+    assert_eq!(devices.len(), 1);
+    assert!(devices[0].name.contains("Simulated") && devices[0].uuid == World::uuid(0));
+    server.is_whole();
+    Ok(())
+}
