@@ -30,7 +30,7 @@ struct Target {
 pub(crate) fn state(pid: i32) -> Result<u32, u32> {
     follow("state", pid, |_| {
         let target = find(pid)?;
-        Ok(target.read_u32(std::mem::offset_of!(Page, state))?)
+        target.read_u32(std::mem::offset_of!(Page, state))
     })
 }
 
