@@ -331,10 +331,11 @@ fn done(call: &'static str, code: u32) -> Result<(), DriverError> {
 
 fn bind(library: &'static Library, path: &Path) -> Result<Calls, DriverError> {
     macro_rules! symbol {
-        // SAFETY: the field's type is the function's type in the driver's header.
-        ($name:literal) => {
-            unsafe { find(library, path, $name) }?
-        };
+        ($name:literal) => {{
+            // SAFETY: the field's type is the function's type in the driver's header.
+            let found = unsafe { find(library, path, $name) };
+            found?
+        }};
     }
     Ok(Calls {
         init: symbol!("cuInit"),
