@@ -29,6 +29,12 @@ pub(crate) fn criu(error: &Criu) -> Option<&'static str> {
         Criu::Missing { .. } | Criu::TooOld { .. } => {
             Some("`make setup` builds CRIU; --criu or REWARM_CRIU names another; `rewarm doctor` says more")
         }
+        Criu::Refused { verb: "dump", .. } => Some(
+            "CRIU cannot carry this: let a hook (--pre) close it before the dump, or start the server without it; docs/operating.md explains CRIU's messages",
+        ),
+        Criu::Refused { .. } => Some(
+            "what the server had at the snapshot must be found here too; --cold-fallback starts it cold instead; docs/operating.md explains CRIU's messages",
+        ),
         _ => None,
     }
 }

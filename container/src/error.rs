@@ -1,7 +1,7 @@
 //! What can go wrong, by what the caller can do about it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rewarm_report::{Class, Classify};
 use serde::{Deserialize, Serialize};
@@ -198,6 +198,9 @@ pub enum Refusal {
 pub struct Remote {
     message: String,
     cause: Option<Box<Remote>>,
+    /// The log of the program that failed, as long as it exists.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    log: Option<PathBuf>,
 }
 
 impl Remote {
@@ -208,7 +211,18 @@ impl Remote {
         while source.is_some_and(|source| message.ends_with(&source.to_string())) {
             source = source.and_then(std::error::Error::source);
         }
-        Self { message, cause: source.map(|source| Box::new(Self::from_error(source))) }
+        let log = match error.downcast_ref::<Error>() {
+            Some(Error::Program { log, .. }) => log.clone(),
+            _ => None,
+        };
+        Self { message, cause: source.map(|source| Box::new(Self::from_error(source))), log }
+    }
+
+    /// The full log of the program that failed, where a program failed by itself and wrote one. It exists until the client
+    /// of the shim is dropped.
+    #[must_use]
+    pub fn log(&self) -> Option<&Path> {
+        self.log.as_deref().or_else(|| self.cause.as_deref().and_then(Self::log))
     }
 
     /// The messages, outermost first.
@@ -229,6 +243,18 @@ impl std::fmt::Display for Remote {
 impl std::error::Error for Remote {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.cause.as_deref().map(|cause| cause as &(dyn std::error::Error + 'static))
+    }
+}
+
+impl Error {
+    /// The log that says more about this failure, see [`Remote::log`].
+    #[must_use]
+    pub fn log(&self) -> Option<&Path> {
+        match self {
+            Self::Shim { source, .. } => source.log(),
+            Self::Program { log, .. } => log.as_deref(),
+            _ => None,
+        }
     }
 }
 

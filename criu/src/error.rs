@@ -1,11 +1,11 @@
 //! What can go wrong while talking with CRIU, by what the caller can do about it.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rewarm_report::{Class, Classify};
 
-use crate::{lazy_pages, page_server};
+use crate::{lazy_pages, log, page_server};
 
 /// A failure of this crate.
 #[derive(Debug, thiserror::Error)]
@@ -37,6 +37,14 @@ pub enum Error {
         status: String,
         /// What it said on standard error, at most 50 lines.
         stderr: String,
+    },
+    /// CRIU could not dump or restore a server, and its log says why.
+    #[error("criu could not {verb} the server: {cause}")]
+    Refused {
+        /// `dump` or `restore`.
+        verb: &'static str,
+        /// The line of its log that names the cause.
+        cause: log::Cause,
     },
     /// A call to the operating system failed.
     #[error("{action} {}", path.display())]
@@ -135,14 +143,24 @@ impl Classify for Error {
         match self {
             Self::Missing { .. } | Self::TooOld { .. } => Class::Incompatible,
             Self::Image { .. } => Class::Integrity,
-            Self::Command { .. } | Self::Io { .. } | Self::PageServer(_) | Self::LazyPages(_) => {
-                Class::Failed
-            }
+            Self::Refused { .. }
+            | Self::Command { .. }
+            | Self::Io { .. }
+            | Self::PageServer(_)
+            | Self::LazyPages(_) => Class::Failed,
         }
     }
 }
 
 impl Error {
+    /// The failure that a log tells of; `None` where it names none. `verb` is `dump` or `restore`.
+    #[must_use]
+    pub fn of_log(verb: &'static str, path: &Path) -> Option<Self> {
+        let cause = log::cause(path)?;
+        tracing::debug!(log = %log::tail(path).join("\n"), "the end of criu's log");
+        Some(Self::Refused { verb, cause })
+    }
+
     pub(crate) fn io(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { action, path, source }

@@ -4,6 +4,7 @@
 //! of it: the first error is the one to show. Some errors are no errors.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -28,27 +29,62 @@ const HARMLESS: &[&str] = &[
 /// What only says that something failed, not why.
 const NO_CAUSE: &[&str] = &["Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED"];
 
-/// The first line that names a cause, without time and pid, such as
-/// `files-reg: File app/data has bad size 4096 (expect 0)`. `None` if there is no log or no error in it.
+/// Why CRIU failed, in its own words.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cause {
+    /// The line without time and pid, such as `files-reg: File app/data has bad size 4096 (expect 0)`.
+    pub text: String,
+    /// The process it is about, where CRIU says so: at a dump as the host counts, at a restore as the replica does.
+    pub pid: Option<u32>,
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(pid) = self.pid {
+            write!(f, "process {pid}: ")?;
+        }
+        f.write_str(&self.text)
+    }
+}
+
+/// The first line that names a cause. `None` if there is no log or no error in it.
 #[must_use]
-pub fn cause(path: &Path) -> Option<String> {
+pub fn cause(path: &Path) -> Option<Cause> {
     let mut fallback = None;
-    let mut found = None;
+    let mut found: Option<Cause> = None;
     each_line(path, |line| {
-        let Some((_, message)) = line.split_once("Error (") else { return true };
+        let Some((before, message)) = line.split_once("Error (") else { return true };
         let (place, text) = message.split_once("): ").unwrap_or(("", message));
         if HARMLESS.iter().any(|harmless| text.contains(harmless)) {
             return true;
         }
-        let message = describe(place, text.trim());
+        let pid = named_pid(text).or_else(|| prefixed_pid(before));
+        // What fails because of the first error often says in which process: `Dump files (pid: 17) failed with -1`.
+        if let Some(found) = &mut found {
+            found.pid = found.pid.or(pid);
+            return found.pid.is_none();
+        }
+        let cause = Cause { text: describe(place, text.trim()), pid };
         if NO_CAUSE.iter().any(|phrase| text.contains(phrase)) {
-            fallback.get_or_insert(message);
+            fallback.get_or_insert(cause);
             return true;
         }
-        found = Some(message);
-        false
+        found = Some(cause);
+        found.as_ref().is_some_and(|found| found.pid.is_none())
     })?;
     found.or(fallback)
+}
+
+/// The number in `(pid: 17 comm: python3)` or `(pid: 17)`.
+fn named_pid(text: &str) -> Option<u32> {
+    let (_, rest) = text.split_once("(pid: ")?;
+    rest.split(|letter: char| !letter.is_ascii_digit()).next()?.parse().ok()
+}
+
+/// The number in `(00.110000)     17: `, which is what a task of a restore writes before its lines.
+fn prefixed_pid(before: &str) -> Option<u32> {
+    let (_, rest) = before.rsplit_once(')')?;
+    rest.trim().strip_suffix(':')?.trim().parse().ok()
 }
 
 /// The last lines of the log, at most 50. Empty if there is no log.
@@ -105,32 +141,43 @@ mod tests {
         file
     }
 
+    fn told(text: &str) -> Option<String> {
+        cause(log(text).path()).map(|cause| cause.to_string())
+    }
+
     #[test]
-    fn the_first_real_error_is_the_cause() {
-        let file = log(
-            "(00.000023) Error (criu/rlimit.c:17): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n\
+    fn the_first_real_error_is_the_cause_with_its_process() {
+        let text = "(00.000023) Error (criu/rlimit.c:17): rlimit: Can't setup RLIMIT_NOFILE for self: Operation not permitted\n\
              (00.010000) Warn  (criu/kerndat.c:1290): Can't keep kdat cache on non-tempfs\n\
              (00.110000)      1: Error (criu/files-reg.c:2253): File app/out has bad size 12 (expect 0)\n\
-             (00.120000) Error (criu/cr-restore.c:2605): Restoring FAILED.\n",
+             (00.120000) Error (criu/cr-restore.c:2605): Restoring FAILED.\n";
+        assert_eq!(
+            told(text).as_deref(),
+            Some("process 1: files-reg: File app/out has bad size 12 (expect 0)")
         );
-        assert_eq!(cause(file.path()).as_deref(), Some("files-reg: File app/out has bad size 12 (expect 0)"));
+    }
+
+    #[test]
+    fn a_dump_names_the_process_in_a_later_line() {
+        let text = "(00.111180) Error (criu/files-ext.c:94): Can't dump file 3 of that type [600] (anon anon_inode:[userfaultfd])\n\
+             (00.111196) Error (criu/cr-dump.c:1545): Dump files (pid: 3274) failed with -1\n\
+             (00.116847) Error (criu/cr-dump.c:1975): Dumping FAILED.\n";
+        let expected =
+            "process 3274: files-ext: Can't dump file 3 of that type [600] (anon anon_inode:[userfaultfd])";
+        assert_eq!(told(text).as_deref(), Some(expected));
     }
 
     #[test]
     fn a_place_is_not_named_twice() {
-        let file =
-            log("(00.1) Error (criu/uffd.c:100): uffd: connect to lazy-pages.socket failed: No such file\n");
-        assert_eq!(
-            cause(file.path()).as_deref(),
-            Some("uffd: connect to lazy-pages.socket failed: No such file")
-        );
+        let text = "(00.1) Error (criu/uffd.c:100): uffd: connect to lazy-pages.socket failed: No such file\n";
+        assert_eq!(told(text).as_deref(), Some("uffd: connect to lazy-pages.socket failed: No such file"));
     }
 
     #[test]
     fn a_failure_without_cause_is_better_than_nothing() {
-        let file = log("(00.1) Error (criu/cr-dump.c:2098): Dumping FAILED.\n");
-        assert_eq!(cause(file.path()).as_deref(), Some("cr-dump: Dumping FAILED."));
-        assert_eq!(cause(log("(00.1) all well\n").path()), None);
+        let text = "(00.1) Error (criu/cr-dump.c:2098): Dumping FAILED.\n";
+        assert_eq!(told(text).as_deref(), Some("cr-dump: Dumping FAILED."));
+        assert_eq!(told("(00.1) all well\n"), None);
         assert_eq!(cause(Path::new("/nonexistent/dump.log")), None);
     }
 

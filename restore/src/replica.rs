@@ -67,7 +67,14 @@ impl Replica {
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         };
         let files = lazy.map(Lazy::files);
-        Ok(self.client.restore(request, files.as_ref().map_or(&[], |files| files.as_slice()))?)
+        let files = files.as_ref().map_or(&[][..], |files| files.as_slice());
+        self.client.restore(request, files).map_err(|error| {
+            // CRIU's log says more than runc, and is there only as long as the replica.
+            match error.log().and_then(|log| rewarm_criu::Error::of_log("restore", log)) {
+                Some(refused) => Cause::Criu(refused),
+                None => Cause::Container(error),
+            }
+        })
     }
 
     /// The process that fills the replica's memory while it runs: a child of its shim.

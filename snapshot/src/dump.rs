@@ -118,12 +118,15 @@ fn copy_at_vote(
     })
 }
 
-/// The receiver's own reason says more than CRIU's "broken pipe" after it.
+/// The receiver's own reason says more than CRIU's "broken pipe" after it, and CRIU's log more than runc.
 fn explain(error: rewarm_container::Error, received: Option<&rewarm_criu::Error>, limit: Duration) -> Cause {
     match received {
         Some(rewarm_criu::Error::PageServer(page_server::Fault::Deadline { .. })) => {
             Cause::Deadline { seconds: limit.as_secs() }
         }
-        _ => Cause::Container(error),
+        _ => match error.log().and_then(|log| rewarm_criu::Error::of_log("dump", log)) {
+            Some(refused) => Cause::Criu(refused),
+            None => Cause::Container(error),
+        },
     }
 }

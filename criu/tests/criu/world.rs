@@ -184,7 +184,7 @@ impl Criu {
     pub(crate) fn fails(self) -> Option<String> {
         let log = self.log.clone();
         assert!(!self.ends(), "criu succeeded");
-        log::cause(&log)
+        log::cause(&log).map(|cause| cause.text)
     }
 
     fn ends(mut self) -> bool {
