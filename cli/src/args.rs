@@ -285,16 +285,16 @@ pub(crate) struct Exec {
     /// The replica.
     #[arg(value_name = "NAME")]
     pub(crate) name: Name,
-    /// User and group, by number; without it the server's.
-    #[arg(long, value_name = "UID[:GID]", value_parser = values::user_number)]
-    pub(crate) user: Option<String>,
+    /// User and group, by number or by name in the replica's own /etc/passwd; without it the server's.
+    #[arg(long, value_name = "U[:G]")]
+    pub(crate) user: Option<User>,
     /// Environment variable.
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) env: Vec<(String, String)>,
     /// Folder in which the command starts.
     #[arg(long, value_name = "DIR")]
     pub(crate) workdir: Option<PathBuf>,
-    /// The command; its stdin, status and signals pass through.
+    /// The command; its stdin, status and signals pass through. 127: there is no such program, 126: it cannot be run.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
 }

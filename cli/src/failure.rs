@@ -103,20 +103,6 @@ pub(crate) enum Cause {
     /// There is no runc.
     #[error("no runc program in PATH")]
     NoRunc,
-    /// A server that did not become ready, and what it wrote.
-    #[error("{cause}")]
-    NotReady {
-        /// Why.
-        cause: Box<Cause>,
-        /// The last lines of its output.
-        output: String,
-    },
-    /// A signal asked this command to end; what it had begun is undone.
-    #[error("interrupted by {signal}")]
-    Interrupted {
-        /// Its name.
-        signal: &'static str,
-    },
     /// The system does not give this command its threads.
     #[error("start the runtime")]
     Runtime(#[source] io::Error),
@@ -180,11 +166,9 @@ impl Classify for Cause {
             Cause::Criu(error) => error.class(),
             Cause::Snapshot(error) => error.class(),
             Cause::Restore(error) => error.class(),
-            Cause::NotReady { cause, .. } => cause.class(),
             Cause::NoRunc | Cause::Unprivileged { .. } => Class::Incompatible,
             Cause::SomeFailed { .. }
             | Cause::Machine(_)
-            | Cause::Interrupted { .. }
             | Cause::Signals(_)
             | Cause::Runtime(_)
             | Cause::File { .. }
@@ -197,7 +181,6 @@ impl Cause {
     /// What to do next, where we know it.
     fn hint(&self) -> Option<&'static str> {
         match self {
-            Cause::NotReady { cause, .. } => cause.hint(),
             Cause::Container(error) => hints::container(error),
             Cause::Criu(error) => hints::criu(error),
             Cause::Store(error) => hints::store(error),
@@ -213,7 +196,6 @@ impl Cause {
             Cause::Usage { .. }
             | Cause::SomeFailed { .. }
             | Cause::Machine(_)
-            | Cause::Interrupted { .. }
             | Cause::Signals(_)
             | Cause::Runtime(_)
             | Cause::File { .. }
@@ -232,7 +214,6 @@ impl Cause {
     /// The messages, outermost first, without what `doing` says already.
     fn chain(&self) -> Vec<String> {
         match self {
-            Cause::NotReady { cause, .. } => cause.chain(),
             Cause::Snapshot(error) => staged(error.stage, &error.cause),
             Cause::Restore(error) => staged(error.stage, &error.cause),
             other => messages(other),
@@ -272,7 +253,10 @@ impl Cause {
     /// What the server wrote, where that says why.
     fn output(&self) -> Option<&str> {
         match self {
-            Cause::NotReady { output, .. } => Some(output),
+            Cause::Restore(error) => match &error.cause {
+                rewarm_restore::Cause::NotStarted { output, .. } if !output.is_empty() => Some(output),
+                _ => None,
+            },
             _ => None,
         }
     }

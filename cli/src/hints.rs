@@ -99,6 +99,7 @@ pub(crate) fn restore(cause: &Restore) -> Option<&'static str> {
         Restore::Criu(error) => criu(error),
         Restore::Store(error) => store(error),
         Restore::Probe(error) => probe(error),
+        Restore::NotStarted { source, .. } => restore(source),
         Restore::Incompatible { .. } => Some(
             "take a snapshot on this kind of machine under the same tag, or start cold where it does not fit with --cold-fallback",
         ),

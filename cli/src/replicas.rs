@@ -1,21 +1,14 @@
-//! Replicas as the verbs see them: the state folder, a view for `--json`, the last lines of a log.
+//! Replicas as the verbs see them: the state folder, a view for `--json`.
 
-use std::fs::File;
-use std::io::{self, Read, Seek, SeekFrom};
-use std::path::Path;
 use std::sync::Arc;
 
-use rewarm_container::shim::{Client, Paths};
+use rewarm_container::shim::Client;
 use rewarm_container::{Entry, Exit, ExitStatus, Name, Origin, Publish, State};
 use serde::Serialize;
 
 use crate::args::Global;
 use crate::failure::Cause;
 use crate::render;
-
-/// How much of the end of a log an error may quote.
-const QUOTED_BYTES_MAX: u64 = 16 << 10;
-const QUOTED_LINES_MAX: usize = 20;
 
 /// Opens the state folder and cleans up after shims that died.
 pub(crate) fn open(global: &Global) -> Result<State, Cause> {
@@ -147,39 +140,4 @@ impl From<&Entry> for View {
             exit: entry.exit.as_ref().map(Ended::from),
         }
     }
-}
-
-/// How a server ended, for a sentence: `ended with code 3 (out of memory)`.
-pub(crate) fn ending(exit: &Exit) -> String {
-    use rewarm_container::Cause as Why;
-    let why = match &exit.cause {
-        Why::Ended | Why::Stopped => String::new(),
-        Why::Killed(reason) => format!(", killed: {reason}"),
-        Why::OutOfMemory => ", since its memory limit was reached".to_owned(),
-        Why::Resident(reason) => format!(", killed because its memory could not be trusted: {reason}"),
-        Why::Crashed => ", together with its shim".to_owned(),
-    };
-    format!("it ended with {}{why}", exit.status)
-}
-
-/// The last lines that a server wrote, stdout before stderr, for the error of a start that failed.
-pub(crate) fn last_lines(paths: &Paths) -> String {
-    let quoted =
-        [("stdout", paths.stdout()), ("stderr", paths.stderr())].into_iter().filter_map(|(stream, path)| {
-            let text = tail(&path).ok()?;
-            (!text.is_empty()).then(|| format!("last lines of {stream}:\n{text}"))
-        });
-    quoted.collect::<Vec<_>>().join("\n")
-}
-
-fn tail(path: &Path) -> io::Result<String> {
-    let mut file = File::open(path)?;
-    let length = file.metadata()?.len();
-    file.seek(SeekFrom::Start(length.saturating_sub(QUOTED_BYTES_MAX)))?;
-    let mut bytes = Vec::new();
-    file.take(QUOTED_BYTES_MAX).read_to_end(&mut bytes)?;
-    let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
-    let lines: Vec<&str> = text.lines().collect();
-    let from = lines.len().saturating_sub(QUOTED_LINES_MAX);
-    Ok(lines[from..].iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n"))
 }

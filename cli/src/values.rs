@@ -16,16 +16,6 @@ pub(crate) fn spelled<T: FromStr<Err: Error>>(text: &str) -> Result<T, String> {
     })
 }
 
-/// `UID[:GID]`. runc knows no names, and the names of the host are not those of the replica.
-pub(crate) fn user_number(text: &str) -> Result<String, String> {
-    let (user, group) = text.split_once(':').unwrap_or((text, "0"));
-    if user.parse::<u32>().is_ok() && group.parse::<u32>().is_ok() {
-        Ok(text.to_owned())
-    } else {
-        Err("expected numbers, UID or UID:GID".to_owned())
-    }
-}
-
 /// Bytes: a number with an optional unit. `K`, `M`, `G`, `T` and their `iB` forms are powers of 1024, `kB` ... `TB` of 1000.
 pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
@@ -109,8 +99,6 @@ mod tests {
         assert!(key_value("=x").is_err() && key_value("x").is_err());
         assert_eq!(duration("1m 30s"), Ok(Duration::from_secs(90)));
         assert!(duration("30").is_err());
-        assert!(user_number("1000:1000").is_ok() && user_number("0").is_ok());
-        assert!(user_number("nobody").is_err() && user_number("1:").is_err() && user_number("-1").is_err());
         assert!(cpus("0").is_err() && cpus("nan").is_err());
     }
 }

@@ -6,7 +6,7 @@
 //! (each costs 4 to 8 ms in every restore).
 
 mod seccomp;
-mod user;
+pub(crate) mod user;
 
 use std::path::Path;
 

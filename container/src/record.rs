@@ -162,6 +162,22 @@ pub struct Exit {
     pub ended: Timestamp,
 }
 
+impl fmt::Display for Exit {
+    /// For a sentence: `it ended with code 3, since its memory limit was reached`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "it ended with {}", self.status)?;
+        match &self.cause {
+            Cause::Ended | Cause::Stopped => Ok(()),
+            Cause::Killed(reason) => write!(f, ", killed: {reason}"),
+            Cause::OutOfMemory => f.write_str(", since its memory limit was reached"),
+            Cause::Resident(reason) => {
+                write!(f, ", killed because its memory could not be trusted: {reason}")
+            }
+            Cause::Crashed => f.write_str(", together with its shim"),
+        }
+    }
+}
+
 /// Writes a file so that a reader sees the old content or the new, never a part.
 pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     let text = serde_json::to_vec_pretty(value).expect("these types have string keys only");

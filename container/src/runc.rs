@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 
+use crate::bundle::user::Resolved;
 use crate::error::Error;
 use crate::shim::Paths;
 use crate::shim::protocol::{DumpRequest, ExecRequest, RestoreRequest};
@@ -97,16 +98,26 @@ impl Runc {
         command
     }
 
-    /// `runc exec`; its errors go to its standard error.
+    /// `runc exec`; its errors go to its standard error and into `log`, which it appends to.
     #[must_use]
-    pub fn exec(&self, request: &ExecRequest, pid_file: &Path) -> Command {
+    pub(crate) fn exec(
+        &self,
+        request: &ExecRequest,
+        user: Option<&Resolved>,
+        pid_file: &Path,
+        log: &Path,
+    ) -> Command {
         let mut command = self.command();
+        command.arg("--log").arg(log).args(["--log-format", "json"]);
         command.arg("exec").arg("--pid-file").arg(pid_file);
         if let Some(workdir) = &request.workdir {
             command.arg("--cwd").arg(workdir);
         }
-        if let Some(user) = &request.user {
-            command.args(["--user", user]);
+        if let Some(user) = user {
+            command.args(["--user", &format!("{}:{}", user.uid, user.gid)]);
+            for group in &user.groups {
+                command.args(["--additional-gids", &group.to_string()]);
+            }
         }
         for pair in &request.env {
             command.args(["--env", pair]);
@@ -118,8 +129,13 @@ impl Runc {
     /// The error of a call that ended badly.
     #[must_use]
     pub fn failure(&self, verb: &str, status: ExitStatus, log: Option<PathBuf>) -> Error {
-        let text = tail(&self.log);
-        let lines: Vec<String> = text.lines().map(message).collect();
+        Self::failure_of(verb, status, log, &self.log)
+    }
+
+    /// [`Runc::failure`] of a call that had a log of its own.
+    pub(crate) fn failure_of(verb: &str, status: ExitStatus, log: Option<PathBuf>, own_log: &Path) -> Error {
+        let text = tail(own_log);
+        let lines: Vec<String> = text.lines().filter(|line| !line.trim().is_empty()).map(message).collect();
         let cause = lines.last().cloned().unwrap_or_else(|| "it left no log".into());
         let output = lines[lines.len().saturating_sub(OUTPUT_LINES_MAX)..].to_vec();
         Error::Program { program: format!("runc {verb}"), status: status.to_string(), cause, output, log }

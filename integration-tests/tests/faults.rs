@@ -1,6 +1,7 @@
 //! Bad input and bad luck: a clear error, the right exit code, the server still serving, nothing left behind.
 
 mod contents;
+mod criu;
 mod input;
 mod killed;
 mod machine;

@@ -86,6 +86,7 @@ pub struct Timing {
 pub struct Clock {
     began: Instant,
     timings: Arc<Mutex<Vec<Timing>>>,
+    latest: Arc<Mutex<Option<Stage>>>,
     progress: Arc<dyn Progress>,
     pause_at: Option<Stage>,
 }
@@ -97,7 +98,13 @@ impl Clock {
     /// Starts the clock of an operation and tells `progress` of each stage.
     #[must_use]
     pub fn start(progress: Arc<dyn Progress>) -> Self {
-        Self { began: Instant::now(), timings: Arc::default(), progress, pause_at: None }
+        Self {
+            began: Instant::now(),
+            timings: Arc::default(),
+            latest: Arc::default(),
+            progress,
+            pause_at: None,
+        }
     }
 
     /// Makes the operation wait for half a minute at the beginning of `stage`, and say so first. This is how the fault
@@ -110,6 +117,7 @@ impl Clock {
 
     /// Runs `work` as `stage`, and records how long it took whether it succeeded or not.
     pub async fn stage<T>(&self, stage: Stage, work: impl Future<Output = T>) -> T {
+        self.begin(stage);
         self.pause(stage).await;
         let start = Instant::now();
         self.progress.started(stage);
@@ -120,6 +128,7 @@ impl Clock {
 
     /// [`Clock::stage`] for work that blocks its thread.
     pub fn stage_blocking<T>(&self, stage: Stage, work: impl FnOnce() -> T) -> T {
+        self.begin(stage);
         if self.pauses_at(stage) {
             std::thread::sleep(PAUSE);
         }
@@ -128,6 +137,16 @@ impl Clock {
         let value = work();
         self.record(stage, start, start.elapsed());
         value
+    }
+
+    fn begin(&self, stage: Stage) {
+        *self.latest.lock().expect("no panic while recording") = Some(stage);
+    }
+
+    /// The stage that began last; `None` before the first.
+    #[must_use]
+    pub fn latest(&self) -> Option<Stage> {
+        *self.latest.lock().expect("no panic while recording")
     }
 
     /// Waits if the operation was told to pause at this stage.

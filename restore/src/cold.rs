@@ -1,54 +1,69 @@
 //! A cold start: the server's own command, waited for until it is ready. What `run` does, and what a restore falls back to.
 
+use std::fs::File;
+use std::io::{self, Read, Seek, SeekFrom};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
+use rewarm_container::shim::Paths;
 use rewarm_container::{Name, Origin, Spec};
 use rewarm_probe::Ready;
 use rewarm_report::Stage;
 
+use crate::begun::{Begun, Ground, unless_interrupted};
 use crate::error::{Cause, Error, Result};
-use crate::pipeline::{Context, Restored, blocking};
+use crate::pipeline::{Restored, blocking};
 use crate::replica::Replica;
 
-/// How long runc may take to start a process.
+/// runc makes a container in a fraction of a second; a machine under load is given time.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
-/// Lines of the server's output that an error carries.
-const LOG_LINES: usize = 20;
+/// How much of the end of each log an error quotes.
+const QUOTED_BYTES_MAX: u64 = 16 << 10;
+const QUOTED_LINES_MAX: usize = 20;
 
-/// Starts a server and waits until it is ready; then it lives without this process. `ready` comes before the spec's own check.
+/// Starts a server and waits until it is ready; then it lives without this process. `ready` comes before the spec's own
+/// check. `interrupted` completes when the caller wants it given up, with the reason.
 ///
 /// # Errors
-/// If it cannot be laid out or started, ends, or is not ready in time. Nothing of it is left then; the error has the last lines of its output.
-pub async fn start(
+/// If it cannot be laid out or started, ends, is not ready in time, or is interrupted. Nothing of it is left then; the
+/// error has the last lines of its output.
+pub async fn run(
     name: &Name,
     spec: Spec,
     ready: Option<Ready>,
     timeout: Duration,
-    context: &Context,
+    ground: &Ground,
+    interrupted: impl Future<Output = &'static str>,
 ) -> Result<Restored> {
-    let clock = &context.clock;
+    let begun = Begun::default();
+    let starting = start(name, spec, ready, timeout, ground, &begun);
+    unless_interrupted(starting, interrupted, &begun, ground, name.as_str()).await
+}
+
+/// [`run`] as a part of something larger that gives up what was begun.
+pub(crate) async fn start(
+    name: &Name,
+    spec: Spec,
+    ready: Option<Ready>,
+    timeout: Duration,
+    ground: &Ground,
+    begun: &Begun,
+) -> Result<Restored> {
+    let clock = &ground.clock;
     let failed = |stage| move |cause| Error { name: name.to_string(), stage, cause };
     let recorded = spec.ready.as_deref().map(str::parse::<Ready>).transpose();
-    let ready = ready.or(recorded.map_err(|error| failed(Stage::Admit)(error.into()))?);
-    let (asked, inner) = (name.clone(), context.clone());
-    let laid_out = blocking(move || Replica::prepare(&inner, &asked, spec, Origin::Cold, 0));
+    let ready = ready.or(recorded.map_err(|error| failed(Stage::Sandbox)(error.into()))?);
+    let (asked, place, list) = (name.clone(), ground.clone(), begun.clone());
+    let laid_out = blocking(move || Replica::prepare(&list, &place, &asked, spec, Origin::Cold, 0));
     let replica = Arc::new(clock.stage(Stage::Sandbox, laid_out).await.map_err(failed(Stage::Sandbox))?);
     let result = clock.stage(Stage::Ready, serve(&replica, ready.as_ref(), timeout)).await;
     match result {
-        Ok(pid) => Ok(Restored {
-            name: name.clone(),
-            uuid: replica.record.uuid,
-            pid,
-            published: replica.record.published.clone(),
-            ready_after: clock.elapsed(),
-            answers: 0,
-            cold: None,
-        }),
+        Ok(pid) => Ok(replica.restored(pid, clock.elapsed(), 0)),
         Err(cause) => {
-            let log = last_lines(&replica);
+            let output = last_lines(replica.client.paths());
             replica.give_up(&format!("it did not become ready: {cause}")).await;
-            Err(failed(Stage::Ready)(Cause::NotStarted { source: Box::new(cause), log }))
+            Err(failed(Stage::Ready)(Cause::NotStarted { source: Box::new(cause), output }))
         }
     }
 }
@@ -66,15 +81,24 @@ async fn serve(
     Ok(pid)
 }
 
-/// The end of what the server wrote, standard error last.
-fn last_lines(replica: &Replica) -> Vec<String> {
-    let paths = replica.client.paths();
-    let mut lines = Vec::new();
-    for path in [paths.stdout(), paths.stderr()] {
-        let text = std::fs::read(path).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
-        let all: Vec<&str> = text.lines().collect();
-        lines.extend(all[all.len().saturating_sub(LOG_LINES)..].iter().map(|line| (*line).to_owned()));
-    }
-    lines
+/// The last lines that a server wrote, stdout before stderr; empty if it wrote nothing.
+fn last_lines(paths: &Paths) -> String {
+    let quoted =
+        [("stdout", paths.stdout()), ("stderr", paths.stderr())].into_iter().filter_map(|(stream, path)| {
+            let text = tail(&path).ok()?;
+            (!text.is_empty()).then(|| format!("last lines of {stream}:\n{text}"))
+        });
+    quoted.collect::<Vec<_>>().join("\n")
+}
+
+fn tail(path: &Path) -> io::Result<String> {
+    let mut file = File::open(path)?;
+    let length = file.metadata()?.len();
+    file.seek(SeekFrom::Start(length.saturating_sub(QUOTED_BYTES_MAX)))?;
+    let mut bytes = Vec::new();
+    file.take(QUOTED_BYTES_MAX).read_to_end(&mut bytes)?;
+    let text = String::from_utf8_lossy(&bytes).trim_end().to_owned();
+    let lines: Vec<&str> = text.lines().collect();
+    let from = lines.len().saturating_sub(QUOTED_LINES_MAX);
+    Ok(lines[from..].iter().map(|line| format!("  {line}")).collect::<Vec<_>>().join("\n"))
 }

@@ -2,6 +2,7 @@
 
 use std::io;
 
+use rewarm_container::Name;
 use rewarm_report::{Class, Classify, Stage};
 
 use crate::verdict::Reason;
@@ -52,14 +53,24 @@ pub enum Cause {
         class: Class,
     },
     /// The server was started and did not become ready.
-    #[error("the server did not become ready{}", tail(log))]
+    #[error("{source}")]
     NotStarted {
         /// Why.
-        #[source]
         source: Box<Cause>,
-        /// The last lines of its output.
-        log: Vec<String>,
+        /// The last lines of its output; empty if it wrote nothing.
+        output: String,
     },
+    /// The caller wanted it given up.
+    #[error("interrupted by {signal}; {}", given_up_in_words(given_up))]
+    Interrupted {
+        /// By which signal.
+        signal: &'static str,
+        /// The replicas that had been begun, of which nothing is left.
+        given_up: Vec<Name>,
+    },
+    /// The operation was interrupted before this replica was begun.
+    #[error("it was not begun, because the operation was interrupted")]
+    GivenUp,
     /// A file or the system.
     #[error("{action}")]
     Io {
@@ -87,9 +98,12 @@ fn list(reasons: &[Reason]) -> String {
     reasons.iter().map(|reason| format!("\n  - {reason}")).collect()
 }
 
-fn tail(log: &[String]) -> String {
-    let lines: Vec<String> = log.iter().map(|line| format!("\n  | {line}")).collect();
-    if lines.is_empty() { String::new() } else { format!("; its last lines:{}\n", lines.concat()) }
+fn given_up_in_words(names: &[Name]) -> String {
+    if names.is_empty() {
+        return "no replica had been begun".to_owned();
+    }
+    let names: Vec<&str> = names.iter().map(Name::as_str).collect();
+    format!("given up, with nothing left of it: {}", names.join(", "))
 }
 
 impl Cause {
@@ -116,7 +130,7 @@ impl Classify for Cause {
         match self {
             Self::Incompatible { .. } | Self::Inadmissible { .. } => Class::Incompatible,
             Self::Inconsistent { .. } => Class::Integrity,
-            Self::Io { .. } => Class::Failed,
+            Self::Io { .. } | Self::Interrupted { .. } | Self::GivenUp => Class::Failed,
             Self::Shared { class, .. } => *class,
             Self::NotStarted { source, .. } => source.class(),
             Self::Container(error) => error.class(),

@@ -4,6 +4,7 @@
 //! were compared with the recorded ones; whatever fails before, nothing of it is left.
 
 mod admission;
+mod begun;
 mod blueprint;
 pub mod cold;
 mod error;
@@ -17,6 +18,7 @@ mod replica;
 pub mod resident;
 mod verdict;
 
+pub use begun::Ground;
 pub use error::{Cause, Error, Result};
 pub use machine::{HostView, here};
 pub use pipeline::{Context, Mode, Outcome, Request, Restored, run};

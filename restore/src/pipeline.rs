@@ -12,6 +12,7 @@ use rewarm_report::{Clock, Stage};
 use rewarm_store::{Boot, Manifest, Reference, Snapshot, Store, Target, Trust};
 use uuid::Uuid;
 
+use crate::begun::{Begun, Ground, unless_interrupted};
 use crate::blueprint::Blueprint;
 use crate::error::{Cause, Error, Result};
 use crate::fetch::{self, Fetching};
@@ -83,6 +84,12 @@ pub struct Context {
     pub clock: Clock,
 }
 
+impl Context {
+    fn ground(&self) -> Ground {
+        Ground { state: self.state.clone(), program: self.program.clone(), clock: self.clock.clone() }
+    }
+}
+
 /// A replica that serves.
 #[derive(Debug, Clone)]
 pub struct Restored {
@@ -92,6 +99,8 @@ pub struct Restored {
     pub uuid: Uuid,
     /// Process number of its init, as the host sees it.
     pub pid: u32,
+    /// Process number of its shim.
+    pub shim_pid: u32,
     /// Published ports, with those that the kernel chose.
     pub published: Vec<Publish>,
     /// From the start of the operation until it was ready.
@@ -121,28 +130,40 @@ struct Admitted {
     post: Option<Hook>,
 }
 
-/// Restores replicas side by side; each lives or fails for itself.
+/// Restores replicas side by side; each lives or fails for itself. `interrupted` completes when the caller wants all of
+/// them given up, with the reason.
 ///
 /// # Errors
-/// What concerns all of them: the snapshot is missing or does not fit. What concerns one is in [`Outcome::replicas`].
-pub async fn run(request: Request, context: Context) -> Result<Outcome> {
+/// What concerns all of them: the snapshot is missing or does not fit, or the restore is interrupted. What concerns one
+/// is in [`Outcome::replicas`].
+pub async fn run(
+    request: Request,
+    context: Context,
+    interrupted: impl Future<Output = &'static str>,
+) -> Result<Outcome> {
+    let begun = Begun::default();
+    let (ground, name) = (context.ground(), request.source.to_string());
+    unless_interrupted(stages(&request, &context, &begun), interrupted, &begun, &ground, &name).await
+}
+
+async fn stages(request: &Request, context: &Context, begun: &Begun) -> Result<Outcome> {
     let clock = context.clock.clone();
-    let admitted = clock.stage(Stage::Admit, admit(&request, &context)).await;
+    let admitted = clock.stage(Stage::Admit, admit(request, context)).await;
     let admitted = match admitted {
         Ok(admitted) => Arc::new(admitted),
-        Err((cause, spec)) => return refused(&request, &context, cause, spec).await,
+        Err((cause, spec)) => return refused(request, context, begun, cause, spec).await,
     };
-    let names = names(&request, &admitted.manifest.name).map_err(|error| early(&request, error))?;
+    let names = names(request, &admitted.manifest.name).map_err(|error| early(request, error))?;
     let (laid_out, boot) = tokio::join!(
-        clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, &context)),
+        clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, context, begun)),
         admitted.snapshot.boot(),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
     let reads = if request.mode == Mode::Eager { Reads::All } else { Reads::NotLazy };
-    let fetched = clock.stage(Stage::Fetch, fetch(boot, &alive, reads, &context)).await;
+    let fetched = clock.stage(Stage::Fetch, fetch(boot, &alive, reads, context)).await;
     let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).map(|(name, replica)| {
-        let (request, context, admitted, rest) = (&request, &context, &admitted, &rest);
+        let (admitted, rest) = (&admitted, &rest);
         async move {
             let result = match replica {
                 Ok(replica) => finish(&replica, request, context, admitted, rest).await,
@@ -151,7 +172,7 @@ pub async fn run(request: Request, context: Context) -> Result<Outcome> {
             match result {
                 Ok(restored) => Ok(restored),
                 Err((stage, cause)) => {
-                    fall_back(name, request, context, Some(&admitted.spec), stage, cause).await
+                    fall_back(name, request, context, begun, Some(&admitted.spec), (stage, cause)).await
                 }
             }
         }
@@ -218,16 +239,8 @@ async fn finish(
         let answers = at(clock, Stage::Replay, replica.replay(recorded)).await?;
         at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
         rest.all().await?;
-        let published = commit(replica).await.map_err(|cause| (Stage::Ready, cause))?;
-        Ok(Restored {
-            name: replica.record.name.clone(),
-            uuid: replica.record.uuid,
-            pid,
-            published,
-            ready_after: clock.elapsed(),
-            answers,
-            cold: None,
-        })
+        commit(replica).await.map_err(|cause| (Stage::Ready, cause))?;
+        Ok(replica.restored(pid, clock.elapsed(), answers))
     };
     let result = tokio::select! {
         // What the store did says more than what its consequences look like.
@@ -259,10 +272,9 @@ async fn ready(replica: &Replica, request: &Request, spec: &Spec) -> std::result
 }
 
 /// Lets the replica live on its own: its published ports open here and not before.
-async fn commit(replica: &Replica) -> std::result::Result<Vec<Publish>, Cause> {
+async fn commit(replica: &Replica) -> std::result::Result<(), Cause> {
     let client = replica.client.clone();
-    blocking(move || client.commit().map_err(Cause::from)).await?;
-    Ok(replica.record.published.clone())
+    blocking(move || client.commit().map_err(Cause::from)).await
 }
 
 async fn admit(
@@ -352,12 +364,14 @@ async fn sandboxes(
     names: &[Name],
     admitted: &Arc<Admitted>,
     context: &Context,
+    begun: &Begun,
 ) -> Vec<std::result::Result<Arc<Replica>, Cause>> {
     let generation = admitted.manifest.facts.spec["generation"].as_u64().unwrap_or(0) + 1;
     let each = names.iter().map(|name| {
-        let (name, spec, context) = (name.clone(), admitted.spec.clone(), context.clone());
+        let (name, spec, ground, begun) =
+            (name.clone(), admitted.spec.clone(), context.ground(), begun.clone());
         let origin = Origin::Restored { source: admitted.source.clone() };
-        blocking(move || Replica::prepare(&context, &name, spec, origin, generation).map(Arc::new))
+        blocking(move || Replica::prepare(&begun, &ground, &name, spec, origin, generation).map(Arc::new))
     });
     join_all(each).await
 }
@@ -380,6 +394,7 @@ async fn fetch(
 async fn refused(
     request: &Request,
     context: &Context,
+    begun: &Begun,
     cause: Cause,
     spec: Option<Box<Spec>>,
 ) -> Result<Outcome> {
@@ -392,7 +407,8 @@ async fn refused(
     let names = names(request, request.source.name.as_str()).map_err(|error| early(request, error))?;
     let mut replicas = Vec::new();
     for name in &names {
-        replicas.push(fall_back(name, request, context, known, Stage::Admit, cause.shared()).await);
+        let failure = (Stage::Admit, cause.shared());
+        replicas.push(fall_back(name, request, context, begun, known, failure).await);
     }
     Ok(Outcome { source: None, replicas })
 }
@@ -402,9 +418,9 @@ async fn fall_back(
     name: &Name,
     request: &Request,
     context: &Context,
+    begun: &Begun,
     spec: Option<&Spec>,
-    stage: Stage,
-    cause: Cause,
+    (stage, cause): (Stage, Cause),
 ) -> Result<Restored> {
     let Some(command) = &request.cold_fallback else {
         return Err(Error { name: name.to_string(), stage, cause });
@@ -416,7 +432,8 @@ async fn fall_back(
         spec.command.clone_from(command);
     }
     let ready = request.ready.clone();
-    let started = crate::cold::start(name, spec, ready, request.ready_timeout, context).await?;
+    let ground = context.ground();
+    let started = crate::cold::start(name, spec, ready, request.ready_timeout, &ground, begun).await?;
     Ok(Restored { cold: Some(why), ..started })
 }
 

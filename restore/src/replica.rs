@@ -7,14 +7,15 @@ use std::time::Duration;
 use rewarm_container::cgroup::Cgroup;
 use rewarm_container::dial::Inside;
 use rewarm_container::shim::{Client, Prepare, ResidentRequest, RestoreRequest};
-use rewarm_container::{Name, Origin, Record, Spec};
+use rewarm_container::{Name, Net, Origin, Record, Spec};
 use rewarm_criu::config::Config;
 use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
 
 use crate::admission;
+use crate::begun::{Begun, Ground};
 use crate::error::Cause;
 use crate::lazy::Lazy;
-use crate::pipeline::Context;
+use crate::pipeline::Restored;
 
 /// Beside what the bytes need at a slow 100 MB/s.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
@@ -29,14 +30,14 @@ pub(crate) struct Replica {
 impl Replica {
     /// Takes the name, starts the shim and lays everything out; nothing runs yet.
     pub(crate) fn prepare(
-        context: &Context,
+        begun: &Begun,
+        ground: &Ground,
         name: &Name,
         spec: Spec,
         origin: Origin,
         generation: u64,
     ) -> Result<Self, Cause> {
-        let claim = context.state.create(name)?;
-        let client = Arc::new(Client::spawn(claim, &context.program)?);
+        let (client, _laying_out) = begun.begin(&ground.state, &ground.program, name)?;
         match client.prepare(Prepare { spec, origin, generation }) {
             Ok(prepared) => Ok(Self { inside: Inside::new(client.clone()), client, record: prepared.record }),
             Err(error) => {
@@ -110,9 +111,25 @@ impl Replica {
     /// Waits for the ready check; without one, until the first port listens; without a port, not at all.
     pub(crate) async fn ready(&self, ready: Option<&Ready>, timeout: Duration) -> Result<(), Cause> {
         let port = self.port();
-        let Some(ready) = ready.cloned().or_else(|| port.map(Ready::tcp)) else { return Ok(()) };
+        // Without an interface no port can be dialled.
+        let listens = port.filter(|_| self.record.spec.net != Net::None).map(Ready::tcp);
+        let Some(ready) = ready.cloned().or(listens) else { return Ok(()) };
         wait_ready(&ready, &self.inside, port, timeout, ended(self.client.clone())).await?;
         Ok(())
+    }
+
+    /// What it is to the caller, once it serves.
+    pub(crate) fn restored(&self, pid: u32, ready_after: Duration, answers: usize) -> Restored {
+        Restored {
+            name: self.record.name.clone(),
+            uuid: self.record.uuid,
+            pid,
+            shim_pid: self.record.shim_pid,
+            published: self.record.published.clone(),
+            ready_after,
+            answers,
+            cold: None,
+        }
     }
 
     /// Kills what runs and waits until nothing is left.
@@ -134,7 +151,8 @@ async fn ended(client: Arc<Client>) -> String {
         let _ = told.send(client.wait());
     });
     match hear.await {
-        Ok(Ok(exit)) => exit.status.to_string(),
-        _ => "its shim vanished".to_owned(),
+        Ok(Ok(exit)) => exit.to_string(),
+        Ok(Err(error)) => format!("its shim is gone: {error}"),
+        Err(_) => "its shim is gone".to_owned(),
     }
 }

@@ -55,10 +55,7 @@ pub(crate) async fn run(args: &Restore, global: &Global) -> Result<u8, Cause> {
     let request = request(args, global)?;
     let clock = Clock::start(output.progress()).pausing_at(env::pause_at());
     let context = context(global, clock.clone()).await?;
-    let outcome = tokio::select! {
-        outcome = rewarm_restore::run(request, context) => outcome?,
-        signal = interrupts.next() => return Err(Cause::Interrupted { signal }),
-    };
+    let outcome = rewarm_restore::run(request, context, interrupts.next()).await?;
     conclude(outcome, &clock, output)
 }
 

@@ -34,7 +34,7 @@ pub(crate) fn run(args: &Stop, global: &Global) -> Result<u8, Cause> {
     let stopped = |(name, exit): &(Name, Exit)| Stopped { name: name.to_string(), exit: Ended::from(exit) };
     let report = Report { replicas: exits.iter().map(stopped).collect() };
     if failed.is_none() || !exits.is_empty() {
-        let line = |(name, exit): &(Name, Exit)| format!("{name} is stopped: {}\n", replicas::ending(exit));
+        let line = |(name, exit): &(Name, Exit)| format!("{name} is stopped: {}\n", exit);
         Output::new(global).answer(&report, |_| exits.iter().map(line).collect())?;
     }
     failed.map_or(Ok(0), Err)

@@ -19,7 +19,7 @@ pub(crate) fn run(args: &Wait, global: &Global) -> Result<u8, Cause> {
     let state = replicas::open(global)?;
     let exit = wait(&state, &args.name)?;
     let report = Report { name: args.name.to_string(), exit: Ended::from(&exit) };
-    Output::new(global).answer(&report, |_| format!("{}: {}\n", args.name, replicas::ending(&exit)))?;
+    Output::new(global).answer(&report, |_| format!("{}: {}\n", args.name, exit))?;
     Ok(u8::try_from(exit.status.code() & 0xff).expect("masked"))
 }
 

@@ -1,25 +1,36 @@
 //! Who a server runs as: names are looked up in the root file system's own files.
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
+
+use nix::fcntl::{OFlag, OpenHow, ResolveFlag, openat2};
 
 use crate::error::Refusal;
 use crate::spec::User;
 
 /// Longest file that is read for it.
 const FILE_BYTES_MAX: u64 = 16 << 20;
+const PASSWD: &str = "etc/passwd";
+const GROUP: &str = "etc/group";
 
+/// A user as the kernel knows it.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Resolved {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) groups: Vec<u32>,
-    pub(super) home: String,
+pub(crate) struct Resolved {
+    /// User number.
+    pub(crate) uid: u32,
+    /// Its own group.
+    pub(crate) gid: u32,
+    /// Other groups of which it is a member.
+    pub(crate) groups: Vec<u32>,
+    /// Its home folder.
+    pub(crate) home: String,
 }
 
-pub(super) fn resolve(user: Option<&User>, rootfs: &Path) -> Result<Resolved, Refusal> {
-    let passwd_file = rootfs.join("etc/passwd");
-    let group_file = rootfs.join("etc/group");
-    let passwd = read(&passwd_file);
+/// Looks a user up in the files of the root file system at `root`; without one it is root.
+pub(crate) fn resolve(user: Option<&User>, root: &Path) -> Result<Resolved, Refusal> {
+    let (passwd_file, group_file) = (root.join(PASSWD), root.join(GROUP));
+    let passwd = read(root, PASSWD);
     let wanted = user.map_or("0", |user| user.user.as_str());
     // name:password:uid:gid:comment:home:shell
     let line = passwd.lines().map(|line| line.split(':').collect::<Vec<_>>()).find(|fields| {
@@ -31,32 +42,32 @@ pub(super) fn resolve(user: Option<&User>, rootfs: &Path) -> Result<Resolved, Re
         (None, Err(_)) => return Err(unknown("user", wanted, &passwd_file)),
     };
     let gid = match (user.and_then(|user| user.group.as_deref()), &line) {
-        (Some(group), _) => group_number(group, &group_file)?,
+        (Some(group), _) => group_number(group, root, &group_file)?,
         (None, Some(fields)) => number(fields[3], "group", fields[3], &passwd_file)?,
         (None, None) => 0,
     };
     let name = line.as_ref().map(|fields| fields[0]);
     let groups = match (name, user.and_then(|user| user.group.as_ref())) {
-        (Some(name), None) => memberships(name, gid, &group_file),
+        (Some(name), None) => memberships(name, gid, root),
         _ => Vec::new(),
     };
     let home = line.as_ref().map(|fields| fields[5]).filter(|home| home.starts_with('/')).unwrap_or("/");
     Ok(Resolved { uid, gid, groups, home: home.into() })
 }
 
-fn group_number(group: &str, file: &Path) -> Result<u32, Refusal> {
+fn group_number(group: &str, root: &Path, file: &Path) -> Result<u32, Refusal> {
     if let Ok(gid) = group.parse() {
         return Ok(gid);
     }
-    let text = read(file);
+    let text = read(root, GROUP);
     let line = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
     let found = line.into_iter().find(|fields| fields.len() >= 3 && fields[0] == group);
     found.map_or_else(|| Err(unknown("group", group, file)), |fields| number(fields[2], "group", group, file))
 }
 
 /// Other groups that list the user as a member.
-fn memberships(name: &str, own: u32, file: &Path) -> Vec<u32> {
-    let text = read(file);
+fn memberships(name: &str, own: u32, root: &Path) -> Vec<u32> {
+    let text = read(root, GROUP);
     let lines = text.lines().map(|line| line.split(':').collect::<Vec<_>>());
     lines
         .filter(|fields| fields.len() >= 4 && fields[3].split(',').any(|member| member == name))
@@ -73,11 +84,20 @@ fn unknown(what: &'static str, name: &str, file: &Path) -> Refusal {
     Refusal::UnknownUser { what, name: name.into(), file: PathBuf::from(file) }
 }
 
-/// A missing file knows nobody: numbers still work.
-fn read(file: &Path) -> String {
-    use std::io::Read;
+/// A missing file knows nobody: numbers still work. Symbolic links are followed as the replica would, never out of its
+/// root, and what is no file is not read: a pipe would keep the reader waiting.
+fn read(root: &Path, file: &str) -> String {
+    let open = || -> std::io::Result<File> {
+        let root = File::open(root)?;
+        let how = OpenHow::new()
+            .flags(OFlag::O_RDONLY | OFlag::O_NONBLOCK | OFlag::O_CLOEXEC)
+            .resolve(ResolveFlag::RESOLVE_IN_ROOT);
+        Ok(openat2(&root, file, how)?.into())
+    };
     let mut bytes = Vec::new();
-    if let Ok(file) = std::fs::File::open(file) {
+    if let Ok(file) = open()
+        && file.metadata().is_ok_and(|metadata| metadata.is_file())
+    {
         let _ = file.take(FILE_BYTES_MAX).read_to_end(&mut bytes);
     }
     String::from_utf8_lossy(&bytes).into_owned()
@@ -110,5 +130,17 @@ mod tests {
         assert_eq!(of(None, dir.path()).expect("root").home, "/root");
         assert!(matches!(of(Some("nobody"), dir.path()), Err(Refusal::UnknownUser { what: "user", .. })));
         assert!(matches!(of(Some("0:none"), dir.path()), Err(Refusal::UnknownUser { what: "group", .. })));
+    }
+
+    #[test]
+    fn links_stay_inside_the_root_and_a_pipe_is_not_waited_for() {
+        let dir = root();
+        let etc = dir.path().join("etc");
+        std::fs::rename(etc.join("passwd"), dir.path().join("users")).expect("our own folder");
+        std::os::unix::fs::symlink("/users", etc.join("passwd")).expect("our own folder");
+        assert_eq!(of(Some("www"), dir.path()).expect("by the link").uid, 33);
+        std::fs::remove_file(etc.join("passwd")).expect("our own folder");
+        nix::unistd::mkfifo(&etc.join("passwd"), nix::sys::stat::Mode::S_IRWXU).expect("a pipe");
+        assert!(of(Some("www"), dir.path()).is_err());
     }
 }

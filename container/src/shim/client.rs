@@ -245,12 +245,13 @@ impl Client {
         self.exit("stop", &self.lease(), &Request::Stop { timeout_ms: millis(timeout) })
     }
 
-    /// Kills the server at once, frozen or not, writes `reason` down, and waits until everything is gone.
+    /// Kills the server at once, frozen or not, writes `reason` down, and waits until everything is gone. Does not wait for
+    /// another call of this client: what that is doing ends with the server.
     ///
     /// # Errors
     /// If the shim vanishes.
     pub fn kill(&self, reason: &str) -> Result<Exit, Error> {
-        self.exit("kill", &self.lease(), &Request::Kill { reason: reason.into() })
+        self.exit("kill", &self.another()?, &Request::Kill { reason: reason.into() })
     }
 
     /// Waits until the server has ended and everything is gone.

@@ -2,7 +2,8 @@
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::process::Stdio;
+use std::path::Path;
+use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
@@ -10,7 +11,9 @@ use std::time::{Duration, Instant};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_sys::pidfd::PidFd;
 
+use crate::bundle::user;
 use crate::error::{Context, Error};
+use crate::runc::Runc;
 use crate::shim::children::signal;
 use crate::shim::protocol::{self, ExecOutput, ExecRequest, Request};
 use crate::shim::replica::{Asker, Replica};
@@ -30,8 +33,14 @@ impl Drop for Inside<'_> {
     }
 }
 
+/// What a shell says of a program that is not there, or cannot be run.
+const NOT_FOUND: i32 = 127;
+const NOT_EXECUTABLE: i32 = 126;
+/// With this runc ends when it could not run the program; a program may end with it as well.
+const RUNC_FAILED: i32 = 255;
+
 enum Ending {
-    Ended(i32),
+    Ended(ExitStatus),
     Late,
     Lost,
 }
@@ -48,9 +57,9 @@ impl Replica {
             return Err(Error::Malformed { what: "command", value: String::new(), expected: "a program" });
         }
         let parts = self.parts("exec")?;
-        let _inside = {
+        let (init, _inside) = {
             let mut inner = self.lock();
-            self.require_running("exec", &inner)?;
+            let init = self.require_running("exec", &inner)?;
             if let Some(busy) = inner.busy {
                 return Err(self.busy_with(busy));
             }
@@ -58,11 +67,17 @@ impl Replica {
                 return Err(self.busy_with("it is frozen"));
             }
             inner.execs += 1;
-            Inside(self)
+            (init, Inside(self))
         };
+        // Who `www` is, the replica's own files say, as the server sees them.
+        let root = std::path::PathBuf::from(format!("/proc/{init}/root"));
+        let user = request.user.as_ref().map(|user| user::resolve(Some(user), &root)).transpose()?;
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
         let pid_file = self.paths.dir().join(format!("exec-{serial}.pid"));
-        let mut command = parts.runc.exec(request, &pid_file);
+        let log = self.paths.dir().join(format!("exec-{serial}.log"));
+        // Something is in it from the start: a full disk shows here, and not as a riddle of runc's.
+        std::fs::write(&log, "\n").context("write", log.display()).inspect_err(|_| drop_file(&log))?;
+        let mut command = parts.runc.exec(request, user.as_ref(), &pid_file, &log);
         let capture = match (request.stdio, <[OwnedFd; 3]>::try_from(stdio)) {
             (true, Ok([stdin, stdout, stderr])) => {
                 command.stdin(stdin).stdout(stdout).stderr(stderr);
@@ -79,7 +94,7 @@ impl Replica {
         let deadline = request.timeout_ms.map(|limit| Instant::now() + Duration::from_millis(limit));
         let ending = watch(&mut child, asker, deadline).context("wait for", "the command");
         let code = match &ending {
-            Ok(Ending::Ended(code)) => *code,
+            Ok(Ending::Ended(status)) => self.exec_code(*status, &pid_file, &log),
             _ => {
                 // The command leads a session of its own; runc's death alone would not end it.
                 if let Ok(pid) = read_pid(&pid_file) {
@@ -87,22 +102,50 @@ impl Replica {
                 }
                 let _ = child.kill();
                 let _ = child.wait();
-                128 + 9
+                Ok(128 + 9)
             }
         };
         self.children.release(child.id());
-        let _ = std::fs::remove_file(&pid_file);
+        drop_file(&pid_file);
+        drop_file(&log);
         let (stdout, stderr) = capture.map(Capture::finish).unwrap_or_default();
         match ending? {
             Ending::Lost => Err(Error::Abandoned { operation: "exec" }),
-            ending => Ok(ExecOutput { code, timed_out: matches!(ending, Ending::Late), stdout, stderr }),
+            ending => Ok(ExecOutput { code: code?, timed_out: matches!(ending, Ending::Late), stdout, stderr }),
+        }
+    }
+
+    /// The code that a shell would give. runc ends with 255 whatever kept it from running the program; it writes the pid
+    /// file only when the program runs.
+    fn exec_code(&self, status: ExitStatus, pid_file: &Path, log: &Path) -> Result<i32, Error> {
+        use std::os::unix::process::ExitStatusExt;
+        let code = status.code().or(status.signal().map(|signal| 128 + signal)).unwrap_or(RUNC_FAILED);
+        if code != RUNC_FAILED || pid_file.exists() {
+            return Ok(code);
+        }
+        let failure = Runc::failure_of("exec", status, None, log);
+        let Error::Program { cause, .. } = &failure else { return Err(failure) };
+        let says = |words: &[&str]| words.iter().any(|word| cause.contains(word));
+        // Only where the program itself is meant: `--workdir` may be missing as well.
+        if !says(&["exec: "]) || says(&["chdir", "cwd"]) {
+            Err(failure)
+        } else if says(&["executable file not found", "no such file or directory"]) {
+            Ok(NOT_FOUND)
+        } else if says(&["permission denied", "exec format error", "is a directory"]) {
+            Ok(NOT_EXECUTABLE)
+        } else {
+            Err(failure)
         }
     }
 }
 
+/// Removes a file of ours, which may not be there.
+fn drop_file(path: &Path) {
+    let _ = std::fs::remove_file(path);
+}
+
 /// Waits for the command, and passes signals on that the client sends.
 fn watch(child: &mut std::process::Child, asker: Asker<'_>, deadline: Option<Instant>) -> io::Result<Ending> {
-    use std::os::unix::process::ExitStatusExt;
     let pidfd = PidFd::open(child.id())?;
     loop {
         let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
@@ -119,8 +162,7 @@ fn watch(child: &mut std::process::Child, asker: Asker<'_>, deadline: Option<Ins
         }
         let told = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
         if told(&fds[0]) {
-            let status = child.wait()?;
-            return Ok(Ending::Ended(status.code().or(status.signal().map(|s| 128 + s)).unwrap_or(255)));
+            return child.wait().map(Ending::Ended);
         }
         if told(&fds[1]) {
             match protocol::receive(asker.socket) {

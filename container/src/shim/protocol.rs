@@ -16,7 +16,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::Remote;
 use crate::record::{Exit, Origin, Record};
-use crate::spec::{Publish, Spec};
+use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
 pub const VERSION: u32 = 1;
@@ -110,8 +110,8 @@ pub struct ExecRequest {
     pub env: Vec<String>,
     /// Working directory, if not the replica's own.
     pub workdir: Option<PathBuf>,
-    /// `U[:G]`, if not the replica's own.
-    pub user: Option<String>,
+    /// Who runs it, if not the replica's own user; names are those of the replica's own `/etc/passwd`.
+    pub user: Option<User>,
     /// Kill it after this time, in milliseconds.
     pub timeout_ms: Option<u64>,
     /// The request carries three descriptors for stdin, stdout and stderr; else the output is captured.

@@ -1,0 +1,86 @@
+//! What only CRIU sees: its own reason reaches the user, with the process, and nothing is left behind.
+
+use std::process::Command;
+
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
+use rewarm_integration_tests::server::Server;
+
+use crate::world_for;
+
+/// Makes a userfaultfd and keeps it: CRIU has no way to carry one.
+const USERFAULTFD: &str = r"
+import ctypes, os
+number = {'x86_64': 323, 'aarch64': 282}[os.uname().machine]
+# 1: for faults of user space only, which needs no privilege.
+kept = ctypes.CDLL(None, use_errno=True).syscall(number, 1)
+assert kept >= 0, os.strerror(ctypes.get_errno())
+print('userfaultfd', kept, flush=True)
+";
+
+#[test]
+fn what_criu_cannot_dump_is_told_in_its_own_words() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    server.command[2] = format!("{USERFAULTFD}\n{}", server.command[2]);
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let pid = source.entry().expect("ps shows it")["pid"].to_string();
+    for flags in [&[][..], &["--stop"]] {
+        let output = world.snapshot_call(&source, "v1", flags).fails(1);
+        output.says(&[
+            "stage dump",
+            "criu could not dump the server",
+            &format!("process {pid}"),
+            "Can't dump file",
+            "userfaultfd",
+            "the server goes on serving",
+            "--pre",
+        ]);
+        server_answers_as_before(&source, &server, &before);
+        no_residue(&world, &traces);
+        assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    }
+    world.finish();
+}
+
+/// Listens on a Unix socket in a folder that is brought in from the host.
+const LISTENING: &str = r"
+import socket
+control = socket.socket(socket.AF_UNIX)
+control.bind('/shared/control')
+control.listen()
+";
+
+#[test]
+fn what_criu_cannot_restore_is_told_in_its_own_words() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let folder = world.root().join("shared");
+    std::fs::create_dir(&folder).expect("our own folder");
+    server.mounts.push(format!("{}:/shared", folder.display()));
+    server.command[2] = format!("{LISTENING}\n{}", server.command[2]);
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    // The folder is there, but nobody can make a socket in it: no verdict foresees that.
+    let mounted = Command::new("mount").args(["-t", "tmpfs", "-o", "size=1m,ro", "tmpfs"]).arg(&folder).status();
+    assert!(mounted.expect("mount is part of the base system").success());
+    let output = world.restore_call("plain", "v1", server.port, &[]).run();
+    let unmounted = Command::new("umount").arg(&folder).status();
+    assert!(unmounted.expect("umount is part of the base system").success());
+    output.expect_code(1);
+    output.says(&[
+        "stage skeleton",
+        "criu could not restore the server",
+        "process 1",
+        "unix",
+        "Read-only file system",
+        "--cold-fallback",
+    ]);
+    no_residue(&world, &traces);
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
