@@ -155,6 +155,10 @@ pub(crate) struct Run {
     /// Label, shown by `ps --json` and kept in snapshots.
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) label: Vec<(String, String)>,
+    /// No random addresses (ASLR) and, unless set, PYTHONHASHSEED=0: snapshots of two starts share most of their pages, at the
+    /// price of a defence against attackers.
+    #[arg(long)]
+    pub(crate) deterministic: bool,
     /// The server.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,

@@ -17,11 +17,27 @@ pub(crate) fn container(error: &Container) -> Option<&'static str> {
         Container::NotRunning { .. } => Some("`rewarm logs NAME` shows what it wrote"),
         Container::Busy { .. } => Some("a replica that runs is stopped by `rewarm stop NAME`"),
         Container::PortInUse { .. } => Some("host port 0 lets the kernel choose a free one"),
+        error if is_full(error) => {
+            Some("the disk of the state folder is full: make room there, or choose another one with --state")
+        }
         error if error.class() == Class::Incompatible => {
             Some("`rewarm doctor` lists every need of this machine with its fix")
         }
         _ => None,
     }
+}
+
+/// Whether the system said so, here or in the shim.
+fn is_full(error: &Container) -> bool {
+    let full = std::io::Error::from_raw_os_error(nix::libc::ENOSPC).to_string();
+    let mut next: Option<&dyn std::error::Error> = Some(error);
+    while let Some(error) = next {
+        if error.to_string().contains(&full) {
+            return true;
+        }
+        next = error.source();
+    }
+    false
 }
 
 pub(crate) fn criu(error: &Criu) -> Option<&'static str> {

@@ -3,7 +3,7 @@
 //! CRIU runs as root and gives tasks what the images say: credentials, capabilities, namespaces, mounts, filters of
 //! system calls. Who can write into a store must not become root on every machine that restores from it. So before
 //! CRIU runs, [`check`] compares the images with what the bundle of the new replica grants. Everything that the images
-//! want beyond it is listed at once.
+//! want beyond it is listed at once. A snapshot asks the same of its own images before it publishes them.
 
 use std::collections::HashSet;
 use std::fs;
@@ -17,11 +17,13 @@ use crate::image::seccomp::{self, Filter};
 use crate::image::{self, inventory, mm, namespaces, pstree};
 
 mod bpf;
+mod bundle;
 mod connections;
 mod host_files;
 mod mounts;
 mod violation;
 
+pub use bundle::check_bundle;
 pub use connections::{Connection, Listener, Peer, connections, listeners};
 pub use host_files::{HostFile, host_files};
 pub use violation::Violation;

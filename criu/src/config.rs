@@ -42,12 +42,15 @@ impl Config {
     }
 
     /// What both sides need: `network-lock skip` because connections are not locked by a firewall (nothing outside can
-    /// reach a replica's own network namespace, and iptables may not be there); `manage-cgroups ignore` because runc has
+    /// reach a replica's own network namespace, and iptables may not be there); `manage-cgroups=ignore` because runc has
     /// put CRIU into the new cgroups already; `tcp-established` because CRIU refuses connections without it.
     fn shared() -> Self {
         Self { lines: Vec::new() }
             .value("network-lock", "skip")
-            .value("manage-cgroups", "ignore")
+            // With a blank instead of `=` CRIU reads the option without its value, which may be left out, and takes the
+            // cgroups of the whole machine into the images: a restore would make them anew, and on cgroup v2 put the
+            // clone into the cgroup of its source.
+            .flag("manage-cgroups=ignore")
             .flag("tcp-established")
             .flag("file-locks")
     }
@@ -159,13 +162,13 @@ mod tests {
         let dump = Config::dump().plugins(Path::new("/run/x y")).to_string();
         assert_eq!(
             dump,
-            "network-lock skip\nmanage-cgroups ignore\ntcp-established\nfile-locks\npage-server\nps-socket 20\n\
+            "network-lock skip\nmanage-cgroups=ignore\ntcp-established\nfile-locks\npage-server\nps-socket 20\n\
              ghost-limit 1073741824\nlibdir \"/run/x y\"\n"
         );
         let restore = Config::restore().leave_stopped().to_string();
         assert_eq!(
             restore,
-            "network-lock skip\nmanage-cgroups ignore\ntcp-established\nfile-locks\nleave-stopped\n"
+            "network-lock skip\nmanage-cgroups=ignore\ntcp-established\nfile-locks\nleave-stopped\n"
         );
     }
 

@@ -169,7 +169,8 @@ mod tests {
 
     #[test]
     fn a_place_is_not_named_twice() {
-        let text = "(00.1) Error (criu/uffd.c:100): uffd: connect to lazy-pages.socket failed: No such file\n";
+        let text =
+            "(00.1) Error (criu/uffd.c:100): uffd: connect to lazy-pages.socket failed: No such file\n";
         assert_eq!(told(text).as_deref(), Some("uffd: connect to lazy-pages.socket failed: No such file"));
     }
 

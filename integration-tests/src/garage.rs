@@ -1,10 +1,10 @@
 //! A single-node Garage: a real S3 server with a bucket and a key of its own, ended on drop.
 
 use std::fs::{self, File};
-use std::io;
 use std::net::TcpListener;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::http;
@@ -24,6 +24,7 @@ pub struct Garage {
     child: Child,
     port: u16,
     bucket: String,
+    config: PathBuf,
 }
 
 impl Garage {
@@ -58,7 +59,8 @@ impl Garage {
             .stderr(log)
             .spawn()
             .expect("start Garage");
-        let garage = Self { child, port, bucket: bucket.to_owned() };
+        let config = folder.join("garage.toml");
+        let garage = Self { child, port, bucket: bucket.to_owned(), config };
         let began = Instant::now();
         while !garage.answers() {
             let log = fs::read_to_string(folder.join("garage.log")).unwrap_or_default();
@@ -89,6 +91,36 @@ impl Garage {
         .to_vec()
     }
 
+    /// The variables of a client that may read the bucket and not write it.
+    ///
+    /// # Panics
+    ///
+    /// When Garage does not make such a key.
+    #[must_use]
+    pub fn read_only_env(&self) -> Vec<(String, String)> {
+        let made = self.administer(&["key", "create", "reader"]);
+        let value = |name: &str| {
+            let line = made.lines().find_map(|line| line.trim().strip_prefix(name));
+            line.unwrap_or_else(|| panic!("no {name} in\n{made}")).trim().to_owned()
+        };
+        let (id, secret) = (value("Key ID:"), value("Secret key:"));
+        self.administer(&["bucket", "allow", "--read", &self.bucket, "--key", &id]);
+        [("AWS_ACCESS_KEY_ID", id), ("AWS_SECRET_ACCESS_KEY", secret)]
+            .map(|(name, value)| (name.to_owned(), value))
+            .to_vec()
+    }
+
+    fn administer(&self, arguments: &[&str]) -> String {
+        let output = Command::new(needs::cache().join("garage/bin/garage"))
+            .args(arguments)
+            .env("GARAGE_CONFIG_FILE", &self.config)
+            .output()
+            .expect("start Garage's command line");
+        let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        assert!(output.status.success(), "garage {arguments:?}:\n{out}{err}");
+        out.into_owned()
+    }
+
     /// The bucket is made after the port opens; 403 (no signature) means that the server is up with its layout.
     fn answers(&self) -> bool {
         let path = format!("/{}/", self.bucket);
@@ -103,13 +135,26 @@ impl Drop for Garage {
     }
 }
 
-/// A port that nobody listens on at the moment.
+/// A port that nobody listens on, and that the kernel gives to nobody who asks for any port: between this call and its use
+/// another test must not get it.
 ///
 /// # Panics
 ///
-/// When the machine has none left.
+/// When all of them are taken.
 #[must_use]
 pub fn free_port() -> u16 {
-    let port = |listener: TcpListener| -> io::Result<u16> { Ok(listener.local_addr()?.port()) };
-    TcpListener::bind(("127.0.0.1", 0)).and_then(port).expect("a free port")
+    // Below the kernel's own range, which begins at 32768.
+    const FIRST: u32 = 20_000;
+    const COUNT: u32 = 12_000;
+    static ASKED: AtomicU32 = AtomicU32::new(0);
+    // Processes that run at the same time begin far from each other.
+    let start = std::process::id().wrapping_mul(7919) % COUNT;
+    for _ in 0..COUNT {
+        let port = FIRST + (start + ASKED.fetch_add(1, Ordering::Relaxed)) % COUNT;
+        let port = u16::try_from(port).expect("the range ends below 65536");
+        if TcpListener::bind(("0.0.0.0", port)).is_ok() {
+            return port;
+        }
+    }
+    panic!("no free port from {FIRST} on");
 }

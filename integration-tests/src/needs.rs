@@ -52,7 +52,9 @@ impl Need {
         }
     }
 
-    fn is_met(self) -> bool {
+    /// Whether the machine has it.
+    #[must_use]
+    pub fn is_met(self) -> bool {
         match self {
             Need::Root => nix::unistd::geteuid().is_root(),
             Need::Resource => has_capability(24),

@@ -36,7 +36,9 @@ pub struct World {
     folder: TempDir,
     store: String,
     store_env: Vec<(String, String)>,
-    _garage: Option<Garage>,
+    garage: Option<Garage>,
+    /// A program and its arguments that start `rewarm`; empty if it is started directly.
+    wrapper: Vec<String>,
     _slot: Option<Slot>,
 }
 
@@ -65,7 +67,16 @@ impl World {
         let public = std::os::unix::fs::PermissionsExt::from_mode(0o755);
         fs::set_permissions(folder.path(), public).expect("our own folder");
         let store = folder.path().join("store").to_string_lossy().into_owned();
-        Self { id, program, folder, store, store_env: Vec::new(), _garage: None, _slot: None }
+        Self {
+            id,
+            program,
+            folder,
+            store,
+            store_env: Vec::new(),
+            garage: None,
+            wrapper: Vec::new(),
+            _slot: None,
+        }
     }
 
     /// Waits for one of the two places of heavy tests and keeps it as long as the world lives.
@@ -81,11 +92,20 @@ impl World {
     ///
     /// When the server does not start.
     #[must_use]
-    pub fn on_garage(mut self) -> Self {
+    pub fn ongarage(mut self) -> Self {
         let garage = Garage::start(&self.root().join("garage"), &self.id);
         self.store = garage.url();
         self.store_env = garage.env();
-        self._garage = Some(garage);
+        self.garage = Some(garage);
+        self
+    }
+
+    /// Shows `rewarm`, and all that it starts, a machine that has cgroup v2 and nothing else. Controllers that the machine
+    /// has on v1 are on neither then.
+    #[must_use]
+    pub fn on_cgroup_v2(mut self) -> Self {
+        const SCRIPT: &str = "umount --recursive --lazy /sys/fs/cgroup && mount -t cgroup2 none /sys/fs/cgroup && exec \"$0\" \"$@\"";
+        self.wrapper = ["unshare", "--mount", "sh", "-c", SCRIPT].map(str::to_owned).to_vec();
         self
     }
 
@@ -94,6 +114,16 @@ impl World {
     pub fn with_store(mut self, path: &Path) -> Self {
         self.store = path.to_string_lossy().into_owned();
         self
+    }
+
+    /// The S3 server of this world.
+    ///
+    /// # Panics
+    ///
+    /// When its store is a folder.
+    #[must_use]
+    pub fn garage(&self) -> &Garage {
+        self.garage.as_ref().expect("the world is on Garage")
     }
 
     /// What makes this world different from all others.
@@ -167,6 +197,10 @@ impl World {
             .env_remove("RUST_LOG");
         for (name, value) in &self.store_env {
             call = call.env(name, value);
+        }
+        if let Some((program, prefix)) = self.wrapper.split_first() {
+            let prefix: Vec<&str> = prefix.iter().map(String::as_str).collect();
+            call = call.under(program, &prefix);
         }
         call.arg("--state").arg(self.state())
     }

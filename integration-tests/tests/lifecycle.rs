@@ -3,9 +3,11 @@
 mod clones;
 mod cold;
 mod hooks;
+mod machines;
 mod network;
 mod probe;
 mod root;
 mod servers;
 mod stores;
+mod timers;
 mod verbs;

@@ -3,7 +3,6 @@
 //! [`run`] is the whole of it; `pipeline.rs` has one line for each stage. A replica is handed out only after its answers
 //! were compared with the recorded ones; whatever fails before, nothing of it is left.
 
-mod admission;
 mod begun;
 mod blueprint;
 pub mod cold;

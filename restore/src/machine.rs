@@ -16,13 +16,19 @@ use crate::verdict::{Found, Lookup, Machine};
 /// # Errors
 /// If `/proc` cannot be read.
 pub fn here(criu_version: &str) -> io::Result<Machine> {
-    use rewarm_sys::machine;
+    use rewarm_sys::{machine, process};
     Ok(Machine {
         architecture: machine::architecture()?,
         kernel: machine::kernel_release()?,
         cpu_features: machine::cpu()?.features.into_iter().collect::<BTreeSet<_>>(),
         criu: criu_version.to_owned(),
         free_bytes: machine::free_bytes()?,
+        limits: if process::may_change_limits() {
+            None
+        } else {
+            // A replica's processes descend from this one and inherit what it may have.
+            Some(process::hard_limits(std::process::id().cast_signed())?)
+        },
     })
 }
 
@@ -66,6 +72,10 @@ impl Lookup for HostView {
             build_id: build_id(&path),
             mtime_ns: modified.and_then(|time| i64::try_from(time.as_nanos()).ok()).unwrap_or(0),
         })
+    }
+
+    fn is_folder(&self, path: &str) -> bool {
+        self.locate(path).is_dir()
     }
 
     fn digest(&self, path: &str) -> Option<String> {

@@ -261,8 +261,8 @@ async fn restore(
     lazy: Option<Arc<Lazy>>,
 ) -> std::result::Result<u32, Cause> {
     let (client, record) = (replica.client.clone(), replica.record.clone());
-    let (criu, bytes) = (context.criu.clone(), admitted.manifest.facts.memory.logical_bytes);
-    blocking(move || Replica::over(client, record).restore(criu, bytes, lazy.as_deref())).await
+    let (criu, facts) = (context.criu.clone(), admitted.manifest.facts.clone());
+    blocking(move || Replica::over(client, record).restore(criu, &facts, lazy.as_deref())).await
 }
 
 /// Waits until the replica is ready.

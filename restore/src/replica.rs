@@ -2,16 +2,18 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rewarm_container::cgroup::Cgroup;
 use rewarm_container::dial::Inside;
 use rewarm_container::shim::{Client, Prepare, ResidentRequest, RestoreRequest};
 use rewarm_container::{Name, Net, Origin, Record, Spec};
+use rewarm_criu::admission::check_bundle;
 use rewarm_criu::config::Config;
+use rewarm_criu::patch;
 use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
+use rewarm_store::Facts;
 
-use crate::admission;
 use crate::begun::{Begun, Ground};
 use crate::error::Cause;
 use crate::lazy::Lazy;
@@ -53,10 +55,17 @@ impl Replica {
     }
 
     /// Compares the images with the bundle, then lets CRIU restore them.
-    pub(crate) fn restore(&self, criu: PathBuf, bytes: u64, lazy: Option<&Lazy>) -> Result<u32, Cause> {
+    pub(crate) fn restore(&self, criu: PathBuf, facts: &Facts, lazy: Option<&Lazy>) -> Result<u32, Cause> {
         let inside = self.client.inside();
-        admission::check(&inside.images(), &inside.bundle().join("config.json"))?;
-        let timeout = RESTORE_TIMEOUT + Duration::from_millis(bytes / 100_000);
+        if let Some(passed) = facts.dumped_ms.and_then(since) {
+            patch::forward_alarms(&inside.images(), passed)?;
+        }
+        let violations = check_bundle(&inside.images(), &inside.bundle().join("config.json"))?;
+        if !violations.is_empty() {
+            let violations = violations.iter().map(ToString::to_string).collect();
+            return Err(Cause::Inadmissible { violations });
+        }
+        let timeout = RESTORE_TIMEOUT + Duration::from_millis(facts.memory.logical_bytes / 100_000);
         let request = RestoreRequest {
             criu,
             config: Config::restore().to_string(),
@@ -142,6 +151,11 @@ impl Replica {
     fn port(&self) -> Option<u16> {
         self.record.spec.ports.first().copied()
     }
+}
+
+/// The time that has passed since a moment, in milliseconds after 1970; `None` if this machine's clock is before it.
+fn since(moment_ms: u64) -> Option<Duration> {
+    SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_millis(moment_ms)).ok()
 }
 
 /// Completes when the server has ended, with its status in words. The thread that waits ends with the process.

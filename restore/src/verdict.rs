@@ -3,7 +3,7 @@
 //! Pure: facts of the snapshot and facts of the machine go in, reasons come out. What must be looked up (files of the
 //! host) goes through [`Lookup`], so that `inspect` and `restore` give the same verdict.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 use rewarm_store::{Facts, HostFile};
 
@@ -20,6 +20,8 @@ pub struct Machine {
     pub criu: String,
     /// Bytes of memory that can be taken without pressure.
     pub free_bytes: u64,
+    /// The limits that a restored process cannot have more of, by the kernel's name; `None` where any can be given.
+    pub limits: Option<BTreeMap<String, u64>>,
 }
 
 /// Finds files as the replica would see them.
@@ -28,6 +30,8 @@ pub trait Lookup {
     fn find(&self, path: &str) -> Option<Found>;
     /// BLAKE3 of the content in hexadecimal digits; `None` if it cannot be read. Asked only when size and time do not decide.
     fn digest(&self, path: &str) -> Option<String>;
+    /// Whether `path` is a folder inside the replica.
+    fn is_folder(&self, path: &str) -> bool;
 }
 
 /// A file of the host.
@@ -71,6 +75,27 @@ pub enum Reason {
     FileMissing {
         /// Its path inside the replica.
         path: String,
+    },
+    /// A folder that the server has open, or works in, is missing.
+    #[error("the folder {path} is missing; the server has it open or works in it")]
+    FolderMissing {
+        /// Its path inside the replica.
+        path: String,
+    },
+    /// A process of the server has a higher limit than one can be given here.
+    #[error(
+        "the server has a limit of {} for {:?}, this process {}, and without CAP_SYS_RESOURCE nobody can raise it",
+        number(*expected),
+        name,
+        number(*found)
+    )]
+    Limit {
+        /// The kernel's name of it.
+        name: String,
+        /// What can be given here.
+        found: u64,
+        /// What the server had.
+        expected: u64,
     },
     /// A file that the server has open or mapped has another length.
     #[error("{path} has {found} bytes, {expected} at the snapshot")]
@@ -149,8 +174,19 @@ pub fn reasons(facts: &Facts, machine: &Machine, lookup: &dyn Lookup) -> Vec<Rea
     if facts.criu != machine.criu {
         reasons.push(Reason::Criu { snapshot: facts.criu.clone(), machine: machine.criu.clone() });
     }
+    for (name, &found) in machine.limits.iter().flatten() {
+        if let Some(&expected) = facts.limits.get(name)
+            && expected > found
+        {
+            reasons.push(Reason::Limit { name: name.clone(), found, expected });
+        }
+    }
     reasons.extend(facts.host_files.iter().filter_map(|file| compare(file, lookup)));
     reasons
+}
+
+fn number(limit: u64) -> String {
+    if limit == u64::MAX { "unlimited".to_owned() } else { limit.to_string() }
 }
 
 /// Whether `count` replicas of `bytes` each fit into the limit of each and into what is free.
@@ -191,6 +227,9 @@ fn matters(feature: &str) -> bool {
 
 fn compare(file: &HostFile, lookup: &dyn Lookup) -> Option<Reason> {
     let path = file.path.clone();
+    if file.folder {
+        return (!lookup.is_folder(&path)).then_some(Reason::FolderMissing { path });
+    }
     let Some(found) = lookup.find(&path) else { return Some(Reason::FileMissing { path }) };
     if let Some(expected) = &file.build_id {
         // The build id names the content; a package that was only repacked may differ in length.
@@ -216,8 +255,6 @@ fn compare(file: &HostFile, lookup: &dyn Lookup) -> Option<Reason> {
 
 #[cfg(test)]
 mod tests {
-    use std::collections::BTreeMap;
-
     use super::*;
 
     #[derive(Default)]
@@ -229,6 +266,9 @@ mod tests {
         }
         fn digest(&self, path: &str) -> Option<String> {
             self.0.get(path).and_then(|(_, digest)| digest.clone())
+        }
+        fn is_folder(&self, path: &str) -> bool {
+            path.ends_with('/')
         }
     }
 
@@ -259,6 +299,7 @@ mod tests {
             digest: digest.map(str::to_owned),
             mtime_ns: 1,
             mapped: true,
+            folder: false,
         }
     }
 
@@ -301,6 +342,26 @@ mod tests {
         assert_eq!(compare(&file, &files(3, None, 2, Some("d1"))), None);
         assert!(matches!(compare(&file, &files(3, None, 2, Some("d2"))), Some(Reason::FileContent { .. })));
         assert!(matches!(compare(&file, &files(4, None, 1, None)), Some(Reason::FileSize { .. })));
+    }
+
+    #[test]
+    fn a_folder_must_be_there_and_a_limit_must_be_reached() {
+        let (mut facts, mut machine) = fitting();
+        let folder = |path: &str| HostFile { path: path.into(), folder: true, ..HostFile::default() };
+        facts.host_files = vec![folder("/there/"), folder("/gone")];
+        facts.limits = [("Max open files", 4096), ("Max cpu time", u64::MAX)]
+            .map(|(name, limit)| (name.to_owned(), limit))
+            .into();
+        let texts = |machine: &Machine| -> Vec<String> {
+            reasons(&facts, machine, &Files::default()).iter().map(Reason::to_string).collect()
+        };
+        assert_eq!(texts(&machine), ["the folder /gone is missing; the server has it open or works in it"]);
+        machine.limits =
+            Some([("Max open files".to_owned(), 1024), ("Max cpu time".to_owned(), u64::MAX)].into());
+        assert_eq!(
+            texts(&machine)[0],
+            "the server has a limit of 4096 for \"Max open files\", this process 1024, and without CAP_SYS_RESOURCE nobody can raise it"
+        );
     }
 
     #[test]

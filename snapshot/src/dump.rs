@@ -1,9 +1,10 @@
 //! The freeze: CRIU dumps into the receiver; delta and `/dev/shm` are copied before its end is voted for.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rewarm_container::shim::DumpRequest;
 use rewarm_criu::config::Config;
@@ -27,6 +28,10 @@ pub(crate) struct Dumped {
     pub(crate) upper: Captured,
     pub(crate) shm: Captured,
     pub(crate) stats: DumpStats,
+    /// When the server stood still, milliseconds since 1970.
+    pub(crate) dumped_ms: u64,
+    /// The highest limits that its processes had before.
+    pub(crate) limits: BTreeMap<String, u64>,
 }
 
 impl Dumped {
@@ -35,8 +40,8 @@ impl Dumped {
     }
 }
 
-/// What is copied inside the freeze: the upper layer and `/dev/shm`.
-type Copied = Option<(Captured, Captured)>;
+/// What is copied inside the freeze: the upper layer and `/dev/shm`, and when that was.
+type Copied = Option<(Captured, Captured, SystemTime)>;
 
 /// Dumps the replica. It goes on afterwards, or stays frozen if it was frozen before.
 pub(crate) async fn dump(
@@ -70,6 +75,7 @@ pub(crate) async fn dump(
         config: Config::dump().skip_in_flight().to_string(),
         tcp_established: true,
         file_locks: true,
+        real_ids: findings.owner.map(|owner| (owner.uid, owner.gid)),
         timeout_ms: u64::try_from(request.freeze_timeout.as_millis()).unwrap_or(u64::MAX),
     };
     let client = replica.client.clone();
@@ -83,9 +89,11 @@ pub(crate) async fn dump(
     received?;
     let pages = receiver.finish().map_err(Cause::io("keep the server's pages"))?;
     let trees = copied.lock().expect("no panic while copying").take();
-    let (upper, shm) = trees.expect("CRIU succeeded, so it asked for the vote");
+    let (upper, shm, dumped_at) = trees.expect("CRIU succeeded, so it asked for the vote");
     let stats = stats::dump(&replica.client.inside().dump_work())?;
-    Ok(Dumped { pages, upper, shm, stats })
+    let since_1970 = dumped_at.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let dumped_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
+    Ok(Dumped { pages, upper, shm, stats, dumped_ms, limits: findings.limits.clone() })
 }
 
 /// Ends the receiver's connection when it is dropped: CRIU then fails the dump and lets the server go on. It is dropped
@@ -112,7 +120,7 @@ fn copy_at_vote(
         clock.stage_blocking(Stage::Delta, || {
             let upper = capture(&inside.upper(), &mut budget)?;
             let shm = capture(&inside.shm(), &mut budget)?;
-            *copied.lock().expect("no panic while copying") = Some((upper, shm));
+            *copied.lock().expect("no panic while copying") = Some((upper, shm, SystemTime::now()));
             Ok(())
         })
     })

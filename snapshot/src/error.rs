@@ -66,7 +66,7 @@ pub enum Cause {
     #[error("take the frozen server's memory and files")]
     Receive(#[source] io::Error),
     /// The images contain more than the restore side would admit.
-    #[error("the images ask for more than the replica's own configuration: {}", violations.join("; "))]
+    #[error("no restore would admit it, since it has more than its own configuration grants: {}", violations.join("; "))]
     Inadmissible {
         /// Every violation.
         violations: Vec<String>,

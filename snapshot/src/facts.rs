@@ -51,6 +51,8 @@ pub(crate) async fn gather(
         },
         device: None,
         labels: record.spec.labels.clone(),
+        dumped_ms: Some(dumped.dumped_ms),
+        limits: dumped.limits.clone(),
     })
 }
 
@@ -85,6 +87,10 @@ fn host_files(images: &Path, root: &Path, carried: &BTreeSet<PathBuf>) -> Result
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             Err(error) => return Err(Cause::io(doing())(error)),
         };
+        if file.folder && metadata.is_dir() {
+            files.push(HostFile { path: file.path, folder: true, ..HostFile::default() });
+            continue;
+        }
         if !metadata.is_file() {
             continue;
         }
@@ -100,6 +106,7 @@ fn host_files(images: &Path, root: &Path, carried: &BTreeSet<PathBuf>) -> Result
             digest,
             mtime_ns: modified.and_then(|time| i64::try_from(time.as_nanos()).ok()).unwrap_or(0),
             mapped: file.mapped,
+            folder: false,
             path: file.path,
         });
     }

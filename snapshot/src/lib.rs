@@ -16,4 +16,4 @@ mod upload;
 
 pub use error::{Cause, Error, Result};
 pub use pipeline::{Context, Outcome, Request, run};
-pub use preflight::Obstacle;
+pub use preflight::{Obstacle, Owner};

@@ -12,6 +12,9 @@ use procfs::process::{FDTarget, Process};
 /// CRIU copies a deleted file that is still open into the image, up to this size (`ghost-limit`).
 pub(crate) const GHOST_BYTES_MAX: u64 = 1 << 30;
 
+/// How the paths of GPU devices begin.
+const DEVICES: &str = "/dev/nvidia";
+
 /// One thing that cannot be dumped, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Obstacle {
@@ -69,6 +72,20 @@ pub enum Obstacle {
         /// The other end.
         remote: SocketAddr,
     },
+    /// CRIU must not read the limits of a process that belongs to somebody else.
+    #[error(
+        "process {pid} runs as {owner} and process {other_pid} as {other}: without CAP_SYS_RESOURCE CRIU can read the limits of one user's processes only; grant that capability, or run all of the server as one user"
+    )]
+    Owners {
+        /// The first process.
+        pid: i32,
+        /// Whose it is.
+        owner: Owner,
+        /// A process of somebody else.
+        other_pid: i32,
+        /// Whose that is.
+        other: Owner,
+    },
     /// The server's memory does not fit into what is free.
     #[error("the server has {server_bytes} bytes of memory to copy and {free_bytes} bytes are free")]
     Memory {
@@ -79,9 +96,28 @@ pub enum Obstacle {
     },
 }
 
+/// Whose a process is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Owner {
+    /// User number, the same for its real, effective and saved user.
+    pub uid: u32,
+    /// Group number, likewise.
+    pub gid: u32,
+}
+
+impl std::fmt::Display for Owner {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "user {} of group {}", self.uid, self.gid)
+    }
+}
+
 /// What the preflight learned of a replica that can be dumped.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Findings {
+    /// As whom CRIU must run to read the limits of all processes; `None` where it may read those of all.
+    pub(crate) owner: Option<Owner>,
+    /// The highest limit of each resource that any process has, by the kernel's name of it.
+    pub(crate) limits: BTreeMap<String, u64>,
     /// Bytes that CRIU will send, at most.
     pub(crate) memory_bytes: u64,
     /// Inodes of sockets that must come back closed in a clone.
@@ -108,6 +144,17 @@ pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Ve
     for task in &tasks {
         findings.memory_bytes += task_bytes(task);
         descriptors(task, &mut sockets, &mut obstacles);
+        mapped_devices(task.pid(), &mut obstacles);
+        for (name, limit) in rewarm_sys::process::hard_limits(task.pid()).unwrap_or_default() {
+            let highest = findings.limits.entry(name).or_default();
+            *highest = limit.max(*highest);
+        }
+    }
+    if !rewarm_sys::process::may_change_limits() {
+        match common_owner(&tasks) {
+            Ok(owner) => findings.owner = owner,
+            Err(obstacle) => obstacles.push(obstacle),
+        }
     }
     findings.warnings.extend(secrets(&tasks));
     connections(init, shim, rules, &sockets, &mut findings, &mut obstacles);
@@ -132,6 +179,21 @@ pub(crate) fn descendants(init: i32) -> Vec<Process> {
         found.push(process);
     }
     found
+}
+
+/// Whose all the tasks are; `None` if they are root's, which CRIU is anyway. The kernel lets a process without
+/// CAP_SYS_RESOURCE read the limits of those whose three user and group numbers are its own real ones.
+fn common_owner(tasks: &[Process]) -> Result<Option<Owner>, Obstacle> {
+    let owner = |task: &Process| {
+        let status = task.status().ok()?;
+        Some((task.pid(), Owner { uid: status.euid, gid: status.egid }))
+    };
+    let mut owners = tasks.iter().filter_map(owner);
+    let Some((pid, first)) = owners.next() else { return Ok(None) };
+    match owners.find(|(_, other)| *other != first) {
+        Some((other_pid, other)) => Err(Obstacle::Owners { pid, owner: first, other_pid, other }),
+        None => Ok(Some(first).filter(|owner| *owner != Owner::default())),
+    }
 }
 
 /// Bytes of a task that CRIU will send: its own pages, and shared memory that has no file.
@@ -161,8 +223,21 @@ fn descriptors(task: &Process, sockets: &mut BTreeMap<u64, i32>, obstacles: &mut
     }
 }
 
+/// A driver may have mapped its device and closed it.
+fn mapped_devices(pid: i32, obstacles: &mut Vec<Obstacle>) {
+    let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+    let paths: BTreeSet<&str> =
+        maps.lines().filter_map(|line| line.find(DEVICES).map(|at| &line[at..])).collect();
+    for path in paths {
+        let seen = |obstacle: &Obstacle| matches!(obstacle, Obstacle::Device { pid: p, path: known } if *p == pid && known == path);
+        if !obstacles.iter().any(seen) {
+            obstacles.push(Obstacle::Device { pid, path: path.to_owned() });
+        }
+    }
+}
+
 fn file(pid: i32, fd: i32, path: &str, mounts: &BTreeSet<String>, obstacles: &mut Vec<Obstacle>) {
-    if path.starts_with("/dev/nvidia") {
+    if path.starts_with(DEVICES) {
         obstacles.push(Obstacle::Device { pid, path: path.to_owned() });
         return;
     }

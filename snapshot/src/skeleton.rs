@@ -20,11 +20,13 @@ const PIECE_BYTES: usize = 4 << 20;
 
 /// Mends the images and stores them. Gives the number of connections that will come back closed.
 pub(crate) async fn store(session: &Session, replica: &Replica, tcp_close: bool) -> Result<usize, Cause> {
-    let directory = replica.client.inside().dump_images();
+    let inside = replica.client.inside();
+    let (directory, config) = (inside.dump_images(), inside.bundle().join("config.json"));
     let private_net = replica.record.spec.net == Net::Private;
     let (mended, closed) = tokio::task::spawn_blocking(move || {
         patch::rearm_timerfds(&directory)?;
         let closed = close_connections(&directory, private_net, tcp_close)?;
+        admissible(&directory, &config)?;
         Ok::<_, Cause>((images(&directory)?, closed))
     })
     .await
@@ -33,6 +35,15 @@ pub(crate) async fn store(session: &Session, replica: &Replica, tcp_close: bool)
         put(session, &path).await?;
     }
     Ok(closed)
+}
+
+/// Nobody must publish what every restore would refuse. The source's bundle and a clone's are made alike.
+fn admissible(directory: &Path, config: &Path) -> Result<(), Cause> {
+    let violations = admission::check_bundle(directory, config)?;
+    if violations.is_empty() {
+        return Ok(());
+    }
+    Err(Cause::Inadmissible { violations: violations.iter().map(ToString::to_string).collect() })
 }
 
 /// Decides for each connection of the images what a clone finds. Judged here and not at the preflight, because this is

@@ -119,6 +119,8 @@ impl Store {
     /// [`Error::Unreachable`].
     pub async fn begin(&self, options: SessionOptions) -> Result<Session> {
         let objects = self.objects_for_writing().await?.clone();
+        // Asked now and not before the tag is written: a store that cannot be written is found while nothing is frozen.
+        self.conditional().await?;
         let base = match &options.destination {
             Some((name, tag)) => Some(publish::Base::read(self, name, tag).await?),
             None => None,

@@ -1,5 +1,6 @@
 //! Processes: what a child inherits, who reaps whom, who dies first when memory runs out.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
@@ -138,6 +139,52 @@ pub fn fixed_addresses(command: &mut Command) {
     unsafe { command.pre_exec(work) };
 }
 
+/// Gives the child another real user and group, while it stays root in effect. The kernel asks for the real ones where one
+/// process reads another's limits.
+pub fn real_ids(command: &mut Command, uid: u32, gid: u32) {
+    let work = move || {
+        // SAFETY: async-signal-safe call with plain numbers.
+        if unsafe { libc::setresgid(gid, 0, 0) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        // SAFETY: as above.
+        if unsafe { libc::setresuid(uid, 0, 0) } < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: see the closure.
+    unsafe { command.pre_exec(work) };
+}
+
+/// Whether this process may read and raise the limits of any process (CAP_SYS_RESOURCE).
+#[must_use]
+pub fn may_change_limits() -> bool {
+    const CAP_SYS_RESOURCE: u32 = 24;
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .is_some_and(|bits| bits & (1 << CAP_SYS_RESOURCE) != 0)
+}
+
+/// The limits that a process cannot raise for itself, by the kernel's names (`Max open files`); `u64::MAX` for none.
+///
+/// # Errors
+/// If there is no such process.
+pub fn hard_limits(pid: i32) -> io::Result<BTreeMap<String, u64>> {
+    Ok(parse_limits(&std::fs::read_to_string(format!("/proc/{pid}/limits"))?))
+}
+
+/// `Max open files            1024                 20000                files`: columns of fixed width.
+fn parse_limits(text: &str) -> BTreeMap<String, u64> {
+    const NAME_WIDTH: usize = 26;
+    let limit = |line: &str| {
+        let (name, rest) = line.split_at_checked(NAME_WIDTH)?;
+        let hard = rest.split_whitespace().nth(1)?;
+        let limit = if hard == "unlimited" { Some(u64::MAX) } else { hard.parse().ok() };
+        Some((name.trim().to_owned(), limit?))
+    };
+    text.lines().skip(1).filter_map(limit).collect()
+}
+
 /// Kills the child when the thread that started it ends.
 pub fn die_with_parent(command: &mut Command) {
     let work = || {
@@ -227,6 +274,20 @@ fn to_pid(pid: u32) -> Pid {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn limits_have_the_names_of_the_kernel() {
+        let text = "Limit                     Soft Limit           Hard Limit           Units     \n\
+                    Max cpu time              unlimited            unlimited            seconds   \n\
+                    Max open files            1024                 20000                files     \n\
+                    Max nice priority         0                    0                    \n";
+        let limits = parse_limits(text);
+        assert_eq!(limits["Max cpu time"], u64::MAX);
+        assert_eq!(limits["Max open files"], 20_000);
+        assert_eq!(limits["Max nice priority"], 0);
+        let own = hard_limits(std::process::id().cast_signed()).expect("this process");
+        assert!(own["Max open files"] > 0 && own.len() >= 16, "{own:?}");
+    }
     use std::io::Read;
     use std::os::unix::net::UnixStream;
 

@@ -11,10 +11,10 @@ use serde::Serialize;
 
 use crate::args::{Global, Run};
 use crate::failure::Cause;
-use crate::programs;
 use crate::render::{Output, seconds};
 use crate::replicas::{self, Published};
 use crate::signals::Interrupts;
+use crate::{env, programs};
 
 /// What was started, in JSON.
 #[derive(Debug, Serialize)]
@@ -35,7 +35,11 @@ pub(crate) async fn run(args: &Run, global: &Global) -> Result<u8, Cause> {
     programs::fit_for_containers()?;
     let state = replicas::open(global)?;
     let output = Output::new(global);
-    let ground = Ground { state, program: replicas::program(), clock: Clock::start(output.progress()) };
+    let ground = Ground {
+        state,
+        program: replicas::program(),
+        clock: Clock::start(output.progress()).pausing_at(env::pause_at()),
+    };
     let started =
         cold::run(&args.name, spec(args), None, args.ready_timeout, &ground, interrupts.next()).await?;
     let started = Started {
@@ -79,6 +83,7 @@ fn spec(args: &Run) -> Spec {
         publish: args.publish.clone(),
         ready: args.ready.as_ref().map(Ready::to_string),
         labels: args.label.iter().cloned().collect(),
+        deterministic: args.deterministic,
         ..Spec::default()
     }
 }

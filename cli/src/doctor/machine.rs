@@ -65,8 +65,8 @@ pub(super) fn privileges() -> [Need; 3] {
         Need::degraded(
             "CAP_SYS_RESOURCE",
             "absent",
-            "a server that raised its own limits (RLIMIT_*) above this shell's cannot be restored",
-            "grant CAP_SYS_RESOURCE, or raise this shell's limits to those of the server",
+            "a server whose processes belong to several users cannot be snapshotted, and one with higher limits (RLIMIT_*) than this shell's cannot be restored",
+            "grant CAP_SYS_RESOURCE; or run each server as one user, and raise this shell's limits to those of the server",
         )
     };
     [root, capabilities, resource]
@@ -170,10 +170,10 @@ pub(super) fn state_folder(state: &Path) -> Need {
         Ok(system) if system.flags().contains(nix::sys::statvfs::FsFlags::ST_RDONLY) => {
             Need::missing(NAME, found("a read-only file system"), unusable, "choose another by --state")
         }
-        Ok(system) if system.filesystem_type() == OVERLAYFS_SUPER_MAGIC => Need::missing(
+        Ok(system) if system.filesystem_type() == OVERLAYFS_SUPER_MAGIC => Need::degraded(
             NAME,
             found("overlayfs"),
-            "a replica's writable layer cannot lie on another overlay",
+            "what replicas write to their root takes memory, because an overlay's layer cannot lie on another overlay",
             "choose a folder on ext4, xfs or tmpfs by --state",
         ),
         Ok(system) if system.filesystem_type() == TMPFS_MAGIC => Need::ok(NAME, found("tmpfs")),

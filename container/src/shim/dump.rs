@@ -35,6 +35,9 @@ impl Replica {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         rewarm_sys::process::inherit(&mut command, vec![(copy.into(), DumpRequest::SOCKET)])
             .context("prepare", "the page server's socket")?;
+        if let Some((uid, gid)) = request.real_ids {
+            rewarm_sys::process::real_ids(&mut command, uid, gid);
+        }
         let mut child = self.children.spawn(&mut command).context("start", "runc")?;
         drop(command);
         let timeout = Duration::from_millis(request.timeout_ms);

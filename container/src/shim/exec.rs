@@ -111,7 +111,9 @@ impl Replica {
         let (stdout, stderr) = capture.map(Capture::finish).unwrap_or_default();
         match ending? {
             Ending::Lost => Err(Error::Abandoned { operation: "exec" }),
-            ending => Ok(ExecOutput { code: code?, timed_out: matches!(ending, Ending::Late), stdout, stderr }),
+            ending => {
+                Ok(ExecOutput { code: code?, timed_out: matches!(ending, Ending::Late), stdout, stderr })
+            }
         }
     }
 

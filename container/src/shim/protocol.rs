@@ -58,6 +58,10 @@ pub struct DumpRequest {
     pub file_locks: bool,
     /// Give the dump up after this time, in milliseconds.
     pub timeout_ms: u64,
+    /// Real user and group number of runc and CRIU, which stay root in effect: the kernel lets a process without
+    /// CAP_SYS_RESOURCE read the limits of those processes only that belong to its real user and group.
+    #[serde(default)]
+    pub real_ids: Option<(u32, u32)>,
 }
 
 impl DumpRequest {

@@ -20,9 +20,11 @@ pub struct HostFile {
     pub mapped: bool,
     /// Some task can write to it.
     pub writable: bool,
+    /// It is a folder: open, or some task's root or working folder.
+    pub folder: bool,
 }
 
-/// The files that are open or mapped, by path. Without deleted ones, whose content is in the images.
+/// The files and folders that are open or mapped, by path. Without deleted ones, whose content is in the images.
 ///
 /// # Errors
 /// [`crate::Error::Io`] or [`crate::Error::Image`] if the images cannot be read.
@@ -33,8 +35,10 @@ pub fn host_files(directory: &Path) -> crate::Result<Vec<HostFile>> {
     let mut found: BTreeMap<String, HostFile> = BTreeMap::new();
     for OpenFile { id, kind } in files::read(directory)? {
         let FileKind::Regular(file) = kind else { continue };
-        let Some(bytes) = file.bytes else { continue };
-        if deleted.contains(&id) || file.external || !file.is_file() {
+        let folder = file.is_folder();
+        // A folder's own size says nothing.
+        let Some(bytes) = file.bytes.filter(|_| !folder).or(folder.then_some(0)) else { continue };
+        if deleted.contains(&id) || file.external || !(file.is_file() || folder) {
             continue;
         }
         let build_id = file.build_id.map(|id| id.iter().map(|byte| format!("{byte:02x}")).collect());
@@ -46,6 +50,7 @@ pub fn host_files(directory: &Path) -> crate::Result<Vec<HostFile>> {
             build_id: None,
             mapped: false,
             writable: false,
+            folder,
         });
         entry.build_id = entry.build_id.take().or(build_id);
         entry.mapped |= mapped;

@@ -99,6 +99,12 @@ impl RegularFile {
         self.mode.is_none_or(|mode| mode & Self::TYPE == 0o100_000)
     }
 
+    /// A folder.
+    #[must_use]
+    pub fn is_folder(&self) -> bool {
+        self.mode.is_some_and(|mode| mode & Self::TYPE == 0o040_000)
+    }
+
     /// A character or block device.
     #[must_use]
     pub fn is_device(&self) -> bool {

@@ -10,7 +10,7 @@ use rewarm_integration_tests::checks::{
     Answers, answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
 };
 use rewarm_integration_tests::server::Server;
-use rewarm_integration_tests::{Replica, World, residue};
+use rewarm_integration_tests::{Output, Replica, World, residue};
 use rewarm_report::{Operation, Stage};
 
 use crate::world_for;
@@ -41,7 +41,7 @@ fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
         let running = world.snapshot_call(&source, "v1", &flags).pause_at(stage).spawn();
         running.await_stderr(&format!("paused at {stage}"));
         running.signal(signal);
-        ended(running, signal, stage);
+        let _ = ended(running, signal, stage);
         no_residue(&world, &traces);
         server_answers_as_before(&source, &server, &before);
         assert_eq!(visible(&world), list, "{stage}: a reader sees something new");
@@ -57,7 +57,7 @@ fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
     world.finish();
 }
 
-fn ended(running: rewarm_integration_tests::Running, signal: Signal, stage: Stage) {
+fn ended(running: rewarm_integration_tests::Running, signal: Signal, stage: Stage) -> Output {
     let output = running.wait();
     match signal {
         Signal::SIGKILL => assert_eq!(output.signal, Some(Signal::SIGKILL as i32), "{stage}: {output}"),
@@ -67,6 +67,7 @@ fn ended(running: rewarm_integration_tests::Running, signal: Signal, stage: Stag
         }
     }
     assert!(output.took < Duration::from_secs(25), "{stage}: it slept through the signal: {output}");
+    output
 }
 
 #[test]
@@ -94,11 +95,24 @@ fn restore_ended_by(signal: Signal, count: &str) {
     let name = world.name("clone");
     let flags = ["--name", &name, "--count", count];
     for stage in stages(Operation::Restore) {
-        let traces = world.traces();
+        let (traces, alive) = (world.traces(), residue::processes(world.id()).len());
         let running = world.restore_call("plain", "v1", server.port, &flags).pause_at(stage).spawn();
         running.await_stderr(&format!("paused at {stage}"));
         running.signal(signal);
-        ended(running, signal, stage);
+        let output = ended(running, signal, stage);
+        if signal == Signal::SIGINT {
+            // It has waited until nothing was left, and says what was given up.
+            output.says(&[&format!("stage {stage}")]);
+            let begun = stage != Stage::Admit && !output.stderr.contains("no replica had been begun");
+            if begun {
+                output.says(&["given up", &name]);
+            }
+            assert!(
+                begun || matches!(stage, Stage::Admit | Stage::Sandbox),
+                "{stage}: nothing was begun\n{output}"
+            );
+            assert_eq!(residue::processes(world.id()).len(), alive, "{stage}: a process is left\n{output}");
+        }
         no_residue(&world, &traces);
     }
     still_restores(&world, &server, &before, &flags);
@@ -117,6 +131,41 @@ fn still_restores(world: &World, server: &Server, before: &Answers, flags: &[&st
 #[test]
 fn a_restore_interrupted_at_any_stage_leaves_nothing() {
     restore_ended_by(Signal::SIGINT, "1");
+}
+
+#[test]
+fn a_restore_of_two_interrupted_at_any_stage_leaves_nothing() {
+    restore_ended_by(Signal::SIGINT, "2");
+}
+
+/// A cold start too: while it is laid out, and while it is waited for.
+#[test]
+fn a_run_interrupted_at_any_stage_leaves_nothing() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let traces = world.traces();
+    let name = world.name("plain");
+    for stage in [Stage::Sandbox, Stage::Ready] {
+        let running = world.run_call(&name, &server, &[]).pause_at(stage).spawn();
+        running.await_stderr(&format!("paused at {stage}"));
+        running.signal(Signal::SIGINT);
+        let output = ended(running, Signal::SIGINT, stage);
+        output.says(&[&format!("stage {stage}")]);
+        assert_eq!(residue::processes(world.id()), [], "{stage}: {output}");
+        no_residue(&world, &traces);
+    }
+    let call = world.run_call(&name, &server, &["--ready", "tcp:9999"]).spawn();
+    world.await_state("the server runs", Duration::from_secs(20), || {
+        residue::processes(world.id()).iter().any(|(_, command)| command.starts_with("/usr/bin/python3"))
+    });
+    call.signal(Signal::SIGTERM);
+    let output = call.wait();
+    output.expect_code(1);
+    output.says(&["interrupted by SIGTERM", "given up", &name]);
+    no_residue(&world, &traces);
+    let replica = world.start("plain", &server);
+    assert_eq!(replica.json("/healthz")["ready"], true);
+    world.finish();
 }
 
 #[test]

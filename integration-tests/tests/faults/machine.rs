@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rewarm_integration_tests::World;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Need, Replica, World};
 
 use crate::world_for;
 
@@ -83,6 +83,53 @@ fn a_mount_that_is_gone_is_named() {
     fs::remove_dir(&models).expect("our own folder");
     world.restore_call("plain", "v1", server.port, &[]).fails(3).says(&["models"]);
     no_residue(&world, &traces);
+    world.finish();
+}
+
+/// A folder in which the server works is needed as much as a file that it has open.
+#[test]
+fn a_folder_that_is_gone_is_named() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let models = world.root().join("models");
+    fs::create_dir_all(models.join("current")).expect("our own folder");
+    server.mounts.push(format!("{}:/models", models.display()));
+    server.command[2] = format!("import os\nos.chdir('/models/current')\n{}", server.command[2]);
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    fs::remove_dir(models.join("current")).expect("our own folder");
+    let output = world.restore_call("plain", "v1", server.port, &[]).fails(3);
+    output.says(&["stage admit", "the folder /models/current is missing"]);
+    no_residue(&world, &traces);
+    fs::create_dir(models.join("current")).expect("our own folder");
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// A process cannot be given higher limits than the one that restores it has, unless that has CAP_SYS_RESOURCE.
+#[test]
+fn limits_that_cannot_be_given_are_named() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    let call = world.restore_call("plain", "v1", server.port, &[]).under("prlimit", &["--nofile=512:512"]);
+    if Need::Resource.is_met() {
+        let clones = Replica::of_restore(&world, server.port, &call.ok());
+        server_answers_as_before(&clones[0], &server, &before);
+    } else {
+        call.fails(3).says(&["stage admit", "Max open files", "512", "CAP_SYS_RESOURCE"]);
+        no_residue(&world, &traces);
+        let clones = world.restore("plain", "v1", server.port, &[]);
+        server_answers_as_before(&clones[0], &server, &before);
+    }
     world.finish();
 }
 

@@ -81,11 +81,39 @@ fn a_folder_that_is_read_only() {
     let world = world.with_store(&folder);
     let source = world.start("plain", &server);
     let (before, traces) = (answers(&source, &server), world.traces());
-    let output = world.snapshot_call(&source, "v1", &[]).fails(1);
-    output.says(&["Read-only", &folder.to_string_lossy()]);
+    // It is found before the pre hook, and so before anything is frozen.
+    let output = world.snapshot_call(&source, "v1", &["--pre", "touch /srv/drained"]).fails(1);
+    output.says(&["stage preflight", "Read-only", &folder.to_string_lossy(), "the server goes on serving"]);
+    source.exec(&["test", "-e", "/srv/drained"]).fails(1);
     server_answers_as_before(&source, &server, &before);
     no_residue(&world, &traces);
     unmount(&folder);
+    world.finish();
+}
+
+/// Credentials that may read and not write are found before anything is frozen, too.
+#[test]
+fn a_bucket_that_may_only_be_read() {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
+    let Some(world) = world(&needs) else { return };
+    let world = world.on_garage();
+    let server = Server::plain();
+    let source = world.start("plain", &server);
+    world.snapshot(&source, "v1", &[]);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let reader = world.garage().read_only_env();
+    let as_reader = |call: rewarm_integration_tests::Rewarm| {
+        reader.iter().fold(call, |call, (name, value)| call.env(name, value))
+    };
+    let call = world.snapshot_call(&source, "v2", &["--pre", "touch /srv/drained"]);
+    as_reader(call).fails(1).says(&["stage preflight", world.id(), "the server goes on serving"]);
+    source.exec(&["test", "-e", "/srv/drained"]).fails(1);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    // To restore from it, reading is enough.
+    let clone = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    let clones = rewarm_integration_tests::Replica::of_restore(&world, server.port, &as_reader(clone).ok());
+    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 
@@ -140,6 +168,29 @@ fn a_disk_that_is_full_while_dumping() {
     unmount(&state);
     let clones = world.restore("plain", "v2", server.port, &[]);
     server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// A command that cannot be started because the state folder's disk is full is told so.
+#[test]
+fn a_disk_that_is_full_when_a_command_is_run_inside() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let state = world.state();
+    small_file_system(&state, "size=24m");
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    source.exec(&["sh", "-c", "cat /dev/zero > /srv/fill; cat /dev/zero > /srv/last; true"]).run();
+    let traces = world.traces();
+    let output = source.exec(&["true"]).fails(1);
+    output.says(&["No space left on device", &state.to_string_lossy(), "hint"]);
+    no_residue(&world, &traces);
+    server_answers_as_before(&source, &server, &before);
+    let larger = Command::new("mount").args(["-o", "remount,size=256m"]).arg(&state).status();
+    assert!(larger.expect("mount is part of the base system").success());
+    source.exec(&["true"]).ok();
+    source.remove();
+    unmount(&state);
     world.finish();
 }
 

@@ -3,10 +3,48 @@
 use std::collections::BTreeSet;
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::http;
+use rewarm_integration_tests::replica::{entries, names};
 use rewarm_integration_tests::server::Server;
 use serde_json::Value;
 
 use crate::world_for;
+
+/// `rewarm restore | head -1` ends its output; the replicas do not depend on it.
+#[test]
+fn clones_outlive_a_reader_that_closes_the_pipe() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    world.snapshot(&source, "v1", &[]);
+    let (name, reference) = (world.name("clone"), world.reference("plain", "v1"));
+    let readers =
+        ["exec \"$0\" \"$@\" | head -c 1", "exec \"$0\" \"$@\" 2>&1 | true", "exec \"$0\" \"$@\" >&- 2>&-"];
+    for (number, reader) in readers.iter().enumerate() {
+        let name = format!("{name}-{number}");
+        let call = world.rewarm().args([
+            "restore",
+            &reference,
+            "--name",
+            &name,
+            "--count",
+            "2",
+            "--publish",
+            "0:8000",
+        ]);
+        call.under("sh", &["-c", reader]).ok();
+        let list = world.rewarm_json().arg("ps").ok();
+        for entry in
+            entries(&list).iter().filter(|entry| entry["name"].as_str().is_some_and(|n| n.starts_with(&name)))
+        {
+            let port = entry["publish"][0]["host_port"].as_u64().and_then(|port| u16::try_from(port).ok());
+            let answer = http::get(port.expect("a port"), "/check").expect("an answer");
+            assert_eq!(answer.status, 200, "{reader}: {entry}");
+        }
+        assert_eq!(names(&list).iter().filter(|n| n.starts_with(&name)).count(), 2, "{reader}: {list}");
+    }
+    world.finish();
+}
 
 #[test]
 fn each_clone_has_a_fresh_identity() {

@@ -6,8 +6,8 @@ use std::process::{Command, Stdio};
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::garage::free_port;
-use rewarm_integration_tests::http;
 use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, http};
 
 use crate::world_for;
 
@@ -36,6 +36,25 @@ fn a_published_port_is_the_one_that_was_asked_for() {
     assert!(TcpStream::connect(("127.0.0.1", first)).is_err(), "the port stays open after the end");
     // It is free at once for the next.
     drop(TcpListener::bind(("127.0.0.1", first)).expect("the port is free"));
+    world.finish();
+}
+
+/// As with Docker: without an address a published port is open on every IPv4 address of the machine, with one on it alone.
+#[test]
+fn a_port_without_an_address_is_open_on_all_of_them() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    // The whole of 127/8 is this machine.
+    let another = |port: u16| TcpStream::connect(("127.0.0.2", port));
+    let open = world.start("open", &server);
+    assert_eq!(open.entry().expect("ps shows it")["publish"][0]["address"], "0.0.0.0");
+    drop(another(open.port()).expect("open on another address"));
+    let name = world.name("local");
+    let call =
+        world.rewarm_json().args(["run", &name, "--publish", "127.0.0.1:0:8000", "--ready", &server.ready]);
+    let local = Replica::of_run(&world, name, server.port, &call.arg("--").args(&server.command).ok());
+    assert_eq!(local.json("/healthz")["ready"], true);
+    assert!(another(local.port()).is_err(), "a port that was published on one address is open on another");
     world.finish();
 }
 

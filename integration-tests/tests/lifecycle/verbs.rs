@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::replica::names;
+use rewarm_integration_tests::residue;
 use rewarm_integration_tests::server::Server;
 
 use crate::world_for;
@@ -39,17 +40,69 @@ fn exec_passes_input_output_status_and_signals() {
     ];
     assert_eq!(world.rewarm().args(flags).ok().stdout, "hello\n/usr\n");
 
-    let script = "trap 'echo caught; exit 9' TERM; echo ready; while :; do sleep 0.05; done";
-    let running = replica.exec(&["sh", "-c", script]).timeout(Duration::from_secs(20)).spawn();
+    let traps = "for name in INT TERM HUP QUIT USR1; do trap \"echo caught $name; exit 9\" $name; done";
+    let script = format!("{traps}; echo ready; while :; do sleep 0.05; done");
+    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP, Signal::SIGQUIT, Signal::SIGUSR1] {
+        let running = replica.exec(&["sh", "-c", &script]).timeout(Duration::from_secs(20)).spawn();
+        running.await_stdout("ready");
+        running.signal(signal);
+        let output = running.wait();
+        output.expect_code(9);
+        let name = signal.as_str().trim_start_matches("SIG");
+        assert!(output.stdout.contains(&format!("caught {name}")), "{output}");
+    }
+    // One that does not handle it ends by it, with the status that a shell shows.
+    let running = replica.exec(&["sh", "-c", "echo ready; exec sleep 60"]).spawn();
     running.await_stdout("ready");
+    world.await_state("the program runs", Duration::from_secs(10), || {
+        residue::processes(world.id()).iter().any(|(_, command)| command == "sleep 60")
+    });
     running.signal(Signal::SIGTERM);
-    let output = running.wait();
-    output.expect_code(9);
-    assert!(output.stdout.contains("caught"), "{output}");
+    running.wait().expect_code(128 + Signal::SIGTERM as i32);
+    world.finish();
+}
 
-    let output = replica.exec(&["/no/such/program"]).run();
-    assert_ne!(output.code, Some(0), "{output}");
-    output.says(&["/no/such/program"]);
+/// As shells have it: 127 for a program that is not there, 126 for one that cannot be run.
+#[test]
+fn exec_of_what_cannot_be_run_has_the_status_of_a_shell() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    replica.sh("echo '#!/bin/sh' > /srv/plain-text; printf '\\177ELF nonsense' > /srv/nonsense; chmod 755 /srv/nonsense");
+    let traces = world.traces();
+    for program in ["/no/such/program", "no-such-program-in-the-path"] {
+        replica.exec(&[program]).fails(127).says(&[program]);
+    }
+    for program in ["/srv/plain-text", "/srv", "/srv/nonsense"] {
+        replica.exec(&[program]).fails(126).says(&[program]);
+    }
+    // The program's own status is never mistaken for it, and a folder that is missing is not a missing program.
+    for code in [1, 126, 127, 255] {
+        replica.exec(&["sh", "-c", &format!("exit {code}")]).fails(code);
+    }
+    let call = world.rewarm().args(["exec", replica.name(), "--workdir", "/no/such/folder", "--", "true"]);
+    call.fails(1).says(&["/no/such/folder"]);
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+/// Names are those of the replica's own files, not of the host's.
+#[test]
+fn exec_knows_the_users_of_the_replica() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    replica
+        .sh("echo 'inside:x:4242:4343::/:/bin/sh' >> /etc/passwd; echo 'extra:x:4444:inside' >> /etc/group");
+    let id = |user: &str| {
+        let call = world.rewarm().args(["exec", replica.name(), "--user", user, "--", "id"]);
+        call.ok().stdout.trim().to_owned()
+    };
+    assert_eq!(id("inside"), "uid=4242(inside) gid=4343 groups=4343,4444(extra)");
+    assert_eq!(id("inside:extra"), "uid=4242(inside) gid=4444(extra) groups=4444(extra)");
+    assert_eq!(id("77:88"), "uid=77 gid=88 groups=88");
+    let call = world.rewarm().args(["exec", replica.name(), "--user", "nobody-knows-me", "--", "id"]);
+    call.fails(3).says(&["user \"nobody-knows-me\" is not in", "etc/passwd"]);
     world.finish();
 }
 

@@ -169,6 +169,12 @@ pub struct Facts {
     pub device: Option<Value>,
     /// Labels of the user.
     pub labels: BTreeMap<String, String>,
+    /// When the server was dumped, milliseconds since 1970; absent where it is not known.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub dumped_ms: Option<u64>,
+    /// The highest limit of each resource (`RLIMIT_*`) that any of the server's processes has, by the kernel's name of it.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub limits: BTreeMap<String, u64>,
 }
 
 /// A processor.
@@ -199,6 +205,9 @@ pub struct HostFile {
     pub mtime_ns: i64,
     /// Whether it is mapped into memory.
     pub mapped: bool,
+    /// It is a folder, of which nothing but its being there counts.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub folder: bool,
 }
 
 /// Sizes of the server's memory, in bytes.

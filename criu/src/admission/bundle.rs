@@ -1,13 +1,14 @@
-//! Who can write a bucket must not become root on every node: images are compared with the replica's own bundle before
-//! CRIU sees them.
+//! What a bundle grants, read from its OCI configuration.
 
+use std::fs;
+use std::io;
 use std::path::Path;
 
-use rewarm_criu::admission::{self, Allowed, AllowedMount, Capabilities, Namespace};
-use rewarm_criu::image::core::SeccompMode;
 use serde_json::Value;
 
-use crate::error::Cause;
+use super::{Allowed, AllowedMount, Capabilities, Namespace, Violation, check};
+use crate::Error;
+use crate::image::core::SeccompMode;
 
 /// Capabilities in the order of their numbers (`linux/capability.h`).
 const CAPABILITIES: [&str; 41] = [
@@ -69,17 +70,16 @@ const DEVICES: [&str; 8] = [
     "/dev/pts/ptmx",
 ];
 
-/// Compares the images in `images` with the bundle whose `config.json` is given.
-pub(crate) fn check(images: &Path, config: &Path) -> Result<(), Cause> {
-    let text = std::fs::read(config).map_err(Cause::io(format!("read {}", config.display())))?;
-    let config: Value = serde_json::from_slice(&text).map_err(|error| Cause::Inconsistent {
-        what: format!("the bundle's own configuration is not JSON: {error}"),
-    })?;
-    let violations = admission::check(images, &allowed(&config))?;
-    if violations.is_empty() {
-        return Ok(());
-    }
-    Err(Cause::Inadmissible { violations: violations.iter().map(ToString::to_string).collect() })
+/// Compares an image directory with what the bundle grants whose `config.json` is given. Empty means that the images may be
+/// restored into it.
+///
+/// # Errors
+/// [`Error::Io`] if the configuration cannot be read or is no JSON; otherwise as [`check`].
+pub fn check_bundle(images: &Path, config: &Path) -> crate::Result<Vec<Violation>> {
+    let text = fs::read(config).map_err(Error::io("read", config))?;
+    let value: Value =
+        serde_json::from_slice(&text).map_err(io::Error::from).map_err(Error::io("read", config))?;
+    check(images, &allowed(&value))
 }
 
 /// What a bundle grants.
