@@ -118,7 +118,7 @@ class Stock:
         shm = {"destination": "/dev/shm", "type": "bind", "source": str(self.folder / "shm"), "options": ["rbind", "rw"]}
         config["mounts"] = [mount for mount in config["mounts"] if mount["destination"] != "/dev/shm"] + [shm]
         criu = self.folder / "criu.conf"
-        criu.write_text("network-lock skip\nghost-limit 1G\nmanage-cgroups ignore\n")
+        criu.write_text("network-lock skip\nghost-limit 1G\nmanage-cgroups=ignore\n")
         config["annotations"] = {"org.criu.config": str(criu)}
         path.write_text(json.dumps(config))
 

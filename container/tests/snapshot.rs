@@ -15,7 +15,7 @@ use rewarm_container::tree::{self, Applier, Tree};
 use rewarm_container::{Cause, Error, Origin, Spec, Status};
 use world::{World, criu, needs, program, wait_for};
 
-const CONFIG: &str = "network-lock skip\nmanage-cgroups ignore\nghost-limit 1G\n";
+const CONFIG: &str = "network-lock skip\nmanage-cgroups=ignore\nghost-limit 1G\n";
 
 fn dump_request(config: &str) -> DumpRequest {
     DumpRequest {
@@ -24,6 +24,7 @@ fn dump_request(config: &str) -> DumpRequest {
         tcp_established: true,
         file_locks: true,
         timeout_ms: 30_000,
+        real_ids: None,
     }
 }
 

@@ -6,6 +6,7 @@
 //! whatever it started, by process id, also when the test failed.
 
 pub mod checks;
+pub mod cloud;
 pub mod command;
 pub mod garage;
 pub mod http;

@@ -63,11 +63,12 @@ fn dump(state: &Path, name: &Name, criu: &str) -> ExitCode {
     let request = DumpRequest {
         criu: criu.into(),
         config: format!(
-            "network-lock skip\nmanage-cgroups ignore\npage-server\nps-socket {}\n",
+            "network-lock skip\nmanage-cgroups=ignore\npage-server\nps-socket {}\n",
             DumpRequest::SOCKET
         ),
         tcp_established: true,
         file_locks: false,
+        real_ids: None,
         timeout_ms: 60_000,
     };
     let result = client.dump(request, &theirs);
