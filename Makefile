@@ -6,7 +6,7 @@ SHELL := /bin/bash
 .PHONY: setup build demo check test bench soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
-NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,torch
+NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,torch
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12

@@ -70,13 +70,7 @@ impl Cloud {
         Self::start(command, folder, port, format!("gs://{bucket}"), &env)
     }
 
-    fn start(
-        mut command: Command,
-        folder: &Path,
-        port: u16,
-        url: String,
-        env: &[(&str, String)],
-    ) -> Self {
+    fn start(mut command: Command, folder: &Path, port: u16, url: String, env: &[(&str, String)]) -> Self {
         fs::create_dir_all(folder).expect("a folder for the server");
         let log = File::create(folder.join("log")).expect("a file in our own folder");
         let out = log.try_clone().expect("a descriptor");
@@ -87,7 +81,11 @@ impl Cloud {
         let began = Instant::now();
         while TcpStream::connect(("127.0.0.1", port)).is_err() {
             let log = fs::read_to_string(folder.join("log")).unwrap_or_default();
-            assert!(began.elapsed() < START_MAX, "{} does not answer within {START_MAX:?}:\n{log}", cloud.url);
+            assert!(
+                began.elapsed() < START_MAX,
+                "{} does not answer within {START_MAX:?}:\n{log}",
+                cloud.url
+            );
             std::thread::sleep(POLL);
         }
         cloud

@@ -92,6 +92,25 @@ impl Rewarm {
         Self { command, ..self }
     }
 
+    /// The call as a shell script, environment included.
+    #[must_use]
+    pub fn as_script(&self) -> String {
+        let quoted = |text: &std::ffi::OsStr| format!("'{}'", text.to_string_lossy().replace('\'', r"'\''"));
+        let mut script = String::new();
+        for (name, value) in self.command.get_envs() {
+            match value {
+                Some(value) => script += &format!("export {}={}\n", name.to_string_lossy(), quoted(value)),
+                None => script += &format!("unset {}\n", name.to_string_lossy()),
+            }
+        }
+        script += &quoted(self.command.get_program());
+        for argument in self.command.get_args() {
+            script += " ";
+            script += &quoted(argument);
+        }
+        script + "\n"
+    }
+
     /// Longest time the program may take.
     #[must_use]
     pub fn timeout(mut self, timeout: Duration) -> Self {

@@ -27,6 +27,8 @@ pub enum Need {
     Node,
     /// `nginx` in the path.
     Nginx,
+    /// `tmux` in the path, for what is drawn on a terminal.
+    Tmux,
     /// The project's virtual environment with PyTorch and the servers of `examples/`.
     Torch,
 }
@@ -48,6 +50,7 @@ impl Need {
             Need::Gcs => "gcs",
             Need::Node => "node",
             Need::Nginx => "nginx",
+            Need::Tmux => "tmux",
             Need::Torch => "torch",
         }
     }
@@ -65,6 +68,7 @@ impl Need {
             Need::Gcs => cache().join("venv/bin/gcp-storage-emulator").exists(),
             Need::Node => in_path("node").is_some(),
             Need::Nginx => in_path("nginx").is_some(),
+            Need::Tmux => in_path("tmux").is_some(),
             Need::Torch => {
                 let python = venv_python();
                 python.is_file()

@@ -16,6 +16,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use crate::checks;
+use crate::cloud::Cloud;
 use crate::command::Rewarm;
 use crate::garage::Garage;
 use crate::needs::{self, Need};
@@ -37,6 +38,7 @@ pub struct World {
     store: String,
     store_env: Vec<(String, String)>,
     garage: Option<Garage>,
+    _cloud: Option<Cloud>,
     /// A program and its arguments that start `rewarm`; empty if it is started directly.
     wrapper: Vec<String>,
     _slot: Option<Slot>,
@@ -74,6 +76,7 @@ impl World {
             store,
             store_env: Vec::new(),
             garage: None,
+            _cloud: None,
             wrapper: Vec::new(),
             _slot: None,
         }
@@ -98,6 +101,32 @@ impl World {
         self.store_env = garage.env();
         self.garage = Some(garage);
         self
+    }
+
+    /// Uses a container of an Azure emulator of its own instead of a folder.
+    ///
+    /// # Panics
+    ///
+    /// When the emulator does not start.
+    #[must_use]
+    pub fn on_azure(self) -> Self {
+        let cloud = Cloud::azure(&self.root().join("azure"), &self.id);
+        self.in_cloud(cloud)
+    }
+
+    /// Uses a bucket of a Google emulator of its own instead of a folder.
+    ///
+    /// # Panics
+    ///
+    /// When the emulator does not start.
+    #[must_use]
+    pub fn on_google(self) -> Self {
+        let cloud = Cloud::google(&self.root().join("google"), &self.id);
+        self.in_cloud(cloud)
+    }
+
+    fn in_cloud(self, cloud: Cloud) -> Self {
+        Self { store: cloud.url(), store_env: cloud.env(), _cloud: Some(cloud), ..self }
     }
 
     /// Shows `rewarm`, and all that it starts, a machine that has cgroup v2 and nothing else. Controllers that the machine

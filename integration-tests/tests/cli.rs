@@ -2,6 +2,7 @@
 //!
 //! A change is looked at with `cargo insta review`, or written with `INSTA_UPDATE=always` and looked at with `git diff`.
 
+mod bars;
 mod errors;
 mod outputs;
 

@@ -35,6 +35,22 @@ fn a_bucket_of_a_real_s3_server() {
 }
 
 #[test]
+fn a_container_of_azure() {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Node, Need::Azurite]).collect();
+    if let Some(world) = world(&needs) {
+        to_and_from(world.on_azure());
+    }
+}
+
+#[test]
+fn a_bucket_of_google() {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Gcs]).collect();
+    if let Some(world) = world(&needs) {
+        to_and_from(world.on_google());
+    }
+}
+
+#[test]
 fn a_snapshot_is_immutable_under_its_digest() {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
