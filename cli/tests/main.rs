@@ -75,8 +75,19 @@ fn each_verb_of_the_list_is_in_the_help_and_the_other_way_round() {
 #[test]
 fn words_of_the_glossary_that_are_not_to_be_used_are_not_in_the_help() {
     // docs/glossary.md says why; `checkpoint` and `thaw` belong to CRIU and to the freezer.
-    const BANNED: [&str; 9] =
-        ["checkpoint", "thaw", "suspend", "blob", "shard", "metadata", "instance", "worker", "daemon"];
+    const BANNED: [&str; 11] = [
+        "checkpoint",
+        "thaw",
+        "suspend",
+        "blob",
+        "shard",
+        "metadata",
+        "instance",
+        "worker",
+        "daemon",
+        "health check",
+        " pod ",
+    ];
     for verb in VERBS {
         let help = told(&[verb, "--help"]).to_lowercase();
         for word in BANNED {
@@ -87,7 +98,7 @@ fn words_of_the_glossary_that_are_not_to_be_used_are_not_in_the_help() {
 
 #[test]
 fn malformed_command_lines_end_with_2_and_say_what_is_expected() {
-    let calls: [&[&str]; 19] = [
+    let calls: [&[&str]; 20] = [
         &[],
         &["chekpoint"],
         &["run"],
@@ -107,6 +118,7 @@ fn malformed_command_lines_end_with_2_and_say_what_is_expected() {
         &["restore", "ftp://h/n"],
         &["restore", "/s/n", "--", "true"],
         &["restore", "/s/n", "--count", "0"],
+        &["restore", "/s/n", "--count", "2", "--publish", "80:80"],
     ];
     for (index, call) in calls.iter().enumerate() {
         let text = told(call);

@@ -17,6 +17,11 @@ use world::{World, criu, needs, program, wait_for};
 
 const CONFIG: &str = "network-lock skip\nmanage-cgroups=ignore\nghost-limit 1G\n";
 
+/// A world in which a server can be dumped; nothing where something is missing for it.
+fn world_of_dumps() -> Option<World> {
+    needs(&["root", "runc", "criu"]).then(World::new)
+}
+
 fn dump_request(config: &str) -> DumpRequest {
     DumpRequest {
         criu: criu().expect("looked at before"),
@@ -124,10 +129,7 @@ fn restore(world: &World, replica: &str, saved: &Saved) -> Client {
 
 #[test]
 fn clones_go_on_where_the_server_was_and_do_not_see_each_other() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let source = world.run("source", &world::server());
     world::get(&source, "/write/file/before");
     world::get(&source, "/shm/shared-before");
@@ -170,10 +172,7 @@ fn clones_go_on_where_the_server_was_and_do_not_see_each_other() {
 
 #[test]
 fn sockets_pipes_ghosts_and_inner_connections_come_back() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let source = world.run("knotted", &world::knotted());
     let answer = world::get(&source, "/");
     assert_eq!(answer, "unixheldpipeghost");
@@ -189,10 +188,7 @@ fn sockets_pipes_ghosts_and_inner_connections_come_back() {
 
 #[test]
 fn a_dump_whose_receiver_vanishes_or_whose_time_is_up_leaves_the_server_serving() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let client = world.run("serving", &world::server());
     let config = format!("{CONFIG}page-server\nps-socket {}\n", DumpRequest::SOCKET);
     // Gone before the first page.
@@ -215,10 +211,7 @@ fn a_dump_whose_receiver_vanishes_or_whose_time_is_up_leaves_the_server_serving(
 
 #[test]
 fn a_dump_is_given_up_when_the_command_that_asked_is_gone() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let client = world.run("leased", &world::server());
     let mut dumping = std::process::Command::new(program())
         .args([
@@ -250,10 +243,7 @@ fn a_dump_is_given_up_when_the_command_that_asked_is_gone() {
 
 #[test]
 fn a_restore_that_fails_leaves_its_log_until_the_client_lets_go_and_then_nothing() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let source = world.run("source", &world::server());
     let saved = snapshot(&source, world.dir());
     source.kill("test").expect("kill");
@@ -282,10 +272,7 @@ fn resident(behaviour: &str) -> RestoreRequest {
 
 #[test]
 fn a_replica_dies_with_its_resident_unless_that_was_done() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let source = world.run("source", &world::server());
     let saved = snapshot(&source, world.dir());
     source.kill("test").expect("kill");
@@ -326,10 +313,7 @@ fn a_replica_dies_with_its_resident_unless_that_was_done() {
 /// A restore that was killed left the root file system bound below runc's own state, and the removal walked into it.
 #[test]
 fn a_restore_killed_at_any_moment_leaves_nothing_and_touches_no_volume() {
-    if !needs(&["root", "runc", "criu"]) {
-        return;
-    }
-    let world = World::new();
+    let Some(world) = world_of_dumps() else { return };
     let volume = world.dir().join("volume");
     std::fs::create_dir_all(volume.join("deep")).expect("dirs");
     std::fs::write(volume.join("deep/file"), b"kept").expect("file");

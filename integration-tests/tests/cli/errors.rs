@@ -7,24 +7,6 @@ use super::assert_printed;
 use crate::{world, world_for};
 
 #[test]
-fn malformed_calls() {
-    let Some(world) = world(&[]) else { return };
-    let calls: &[(&str, &[&str])] = &[
-        ("error-no-verb", &["no-such-verb"]),
-        ("error-name", &["run", "Upper", "--", "true"]),
-        ("error-memory", &["run", "a", "--memory", "much", "--", "true"]),
-        ("error-publish", &["run", "a", "--publish", "80", "--", "true"]),
-        ("error-ready", &["run", "a", "--ready", "sometimes", "--", "true"]),
-        ("error-reference", &["inspect", "/store/Upper@v1"]),
-        ("error-scheme", &["ls", "ftp://host/store"]),
-        ("error-count", &["restore", "/a/b@c", "--count", "2", "--publish", "80:80"]),
-    ];
-    for (name, arguments) in calls {
-        assert_printed(name, &world, &world.rewarm().args(*arguments).fails(2));
-    }
-}
-
-#[test]
 fn unknown_things() {
     let Some(world) = world(needs::REPLICA) else { return };
     let (name, reference) = (world.name("absent"), world.reference("absent", "v1"));

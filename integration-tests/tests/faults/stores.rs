@@ -5,11 +5,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use rewarm_integration_tests::checks::{
-    answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
+    Answers, answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
 };
 use rewarm_integration_tests::garage::free_port;
 use rewarm_integration_tests::server::Server;
-use rewarm_integration_tests::{Need, World, needs};
+use rewarm_integration_tests::{Need, Replica, World, needs};
 
 use crate::{world, world_for};
 
@@ -22,6 +22,22 @@ fn small_file_system(path: &Path, options: &str) {
 
 fn unmount(path: &Path) {
     assert!(Command::new("umount").arg(path).status().expect("umount is part of the base system").success());
+}
+
+/// A replica whose state folder lies on a small file system that it has filled: until nothing more fits, it has written to
+/// its own upper layer.
+fn on_a_full_disk<'w>(world: &'w World, server: &Server) -> (Replica<'w>, Answers) {
+    small_file_system(&world.state(), "size=24m");
+    let source = world.start("plain", server);
+    let before = answers(&source, server);
+    source.exec(&["sh", "-c", "cat /dev/zero > /srv/fill; cat /dev/zero > /srv/last; true"]).run();
+    (source, before)
+}
+
+/// Makes that file system larger.
+fn make_room(world: &World) {
+    let larger = Command::new("mount").args(["-o", "remount,size=256m"]).arg(world.state()).status();
+    assert!(larger.expect("mount is part of the base system").success());
 }
 
 #[test]
@@ -112,7 +128,7 @@ fn a_bucket_that_may_only_be_read() {
     no_residue(&world, &traces);
     // To restore from it, reading is enough.
     let clone = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]);
-    let clones = rewarm_integration_tests::Replica::of_restore(&world, server.port, &as_reader(clone).ok());
+    let clones = Replica::of_restore(&world, server.port, &as_reader(clone).ok());
     server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
@@ -143,12 +159,7 @@ fn a_disk_that_is_full_while_packs_are_written() {
 fn a_disk_that_is_full_while_dumping() {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
-    let state = world.state();
-    small_file_system(&state, "size=24m");
-    let source = world.start("plain", &server);
-    let before = answers(&source, &server);
-    // Until nothing more fits; what is written is the replica's own upper layer.
-    source.exec(&["sh", "-c", "cat /dev/zero > /srv/fill; cat /dev/zero > /srv/last; true"]).run();
+    let (source, before) = on_a_full_disk(&world, &server);
     let traces = world.traces();
     let output = world.snapshot_call(&source, "v1", &[]).run();
     assert!(matches!(output.code, Some(0 | 1)), "{output}");
@@ -161,11 +172,10 @@ fn a_disk_that_is_full_while_dumping() {
     server_answers_as_before(&source, &server, &before);
     no_residue(&world, &traces);
     // With room again it works.
-    let larger = Command::new("mount").args(["-o", "remount,size=256m"]).arg(&state).status();
-    assert!(larger.expect("mount is part of the base system").success());
+    make_room(&world);
     world.snapshot(&source, "v2", &[]);
     source.remove();
-    unmount(&state);
+    unmount(&world.state());
     let clones = world.restore("plain", "v2", server.port, &[]);
     server_answers_as_before(&clones[0], &server, &before);
     world.finish();
@@ -176,21 +186,16 @@ fn a_disk_that_is_full_while_dumping() {
 fn a_disk_that_is_full_when_a_command_is_run_inside() {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
-    let state = world.state();
-    small_file_system(&state, "size=24m");
-    let source = world.start("plain", &server);
-    let before = answers(&source, &server);
-    source.exec(&["sh", "-c", "cat /dev/zero > /srv/fill; cat /dev/zero > /srv/last; true"]).run();
+    let (source, before) = on_a_full_disk(&world, &server);
     let traces = world.traces();
     let output = source.exec(&["true"]).fails(1);
-    output.says(&["No space left on device", &state.to_string_lossy(), "hint"]);
+    output.says(&["No space left on device", &world.state().to_string_lossy(), "hint"]);
     no_residue(&world, &traces);
     server_answers_as_before(&source, &server, &before);
-    let larger = Command::new("mount").args(["-o", "remount,size=256m"]).arg(&state).status();
-    assert!(larger.expect("mount is part of the base system").success());
+    make_room(&world);
     source.exec(&["true"]).ok();
     source.remove();
-    unmount(&state);
+    unmount(&world.state());
     world.finish();
 }
 
