@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Need, Replica, World};
 
@@ -144,6 +144,26 @@ fn a_memory_limit_that_is_too_small_is_refused_before_the_start() {
     let output = world.restore_call("plain", "v1", server.port, &["--memory", "2MiB"]).fails(3);
     output.says(&["memory"]);
     assert!(output.took < Duration::from_secs(1), "{output}");
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+/// A command that gets less memory than the server's pages need: it makes do with less or says so, and the server goes on.
+#[test]
+fn memory_that_is_short_while_dumping() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    server.command[2] = format!("import os\nballast = os.urandom(1 << 20) * 400\n{}", server.command[2]);
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let call = world.snapshot_call(&source, "v1", &[]).under("prlimit", &["--as=450000000"]);
+    let output = call.run();
+    if output.code != Some(0) {
+        output.expect_code(1);
+        output.says(&["stage dump", "memory", "the server goes on serving"]);
+        assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    }
+    server_answers_as_before(&source, &server, &before);
     no_residue(&world, &traces);
     world.finish();
 }
