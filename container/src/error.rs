@@ -86,6 +86,16 @@ pub enum Error {
         /// Its full log, while it exists.
         log: Option<PathBuf>,
     },
+    /// The replica must not live any more because of a child of its shim.
+    #[error("{operation} ended because {reason}")]
+    Resident {
+        /// What was given up.
+        operation: &'static str,
+        /// What the child said or did.
+        reason: String,
+        /// The log of the program that it worked with, which may know the reason behind it.
+        log: PathBuf,
+    },
     /// An operation took longer than it may.
     #[error("{operation} took longer than {seconds} s")]
     Deadline {
@@ -213,12 +223,13 @@ impl Remote {
         }
         let log = match error.downcast_ref::<Error>() {
             Some(Error::Program { log, .. }) => log.clone(),
+            Some(Error::Resident { log, .. }) => Some(log.clone()),
             _ => None,
         };
         Self { message, cause: source.map(|source| Box::new(Self::from_error(source))), log }
     }
 
-    /// The full log of the program that failed, where a program failed by itself and wrote one. It exists until the client
+    /// The full log of the program that failed, or of the one with which a resident did. It exists until the client
     /// of the shim is dropped.
     #[must_use]
     pub fn log(&self) -> Option<&Path> {
@@ -271,6 +282,7 @@ impl Classify for Error {
             | Self::PortInUse { .. }
             | Self::System { .. }
             | Self::Program { .. }
+            | Self::Resident { .. }
             | Self::Deadline { .. }
             | Self::Abandoned { .. }
             | Self::Busy { .. }

@@ -153,10 +153,10 @@ impl Classify for Error {
 }
 
 impl Error {
-    /// The failure that a log tells of; `None` where it names none. `verb` is `dump` or `restore`.
+    /// The failure that a log tells of; `None` where it names no cause. `verb` is `dump` or `restore`.
     #[must_use]
     pub fn of_log(verb: &'static str, path: &Path) -> Option<Self> {
-        let cause = log::cause(path)?;
+        let cause = log::cause(path).filter(|cause| cause.certain)?;
         tracing::debug!(log = %log::tail(path).join("\n"), "the end of criu's log");
         Some(Self::Refused { verb, cause })
     }

@@ -27,7 +27,8 @@ const HARMLESS: &[&str] = &[
     "Can't keep kdat cache",
 ];
 /// What only says that something failed, not why.
-const NO_CAUSE: &[&str] = &["Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED"];
+const NO_CAUSE: &[&str] =
+    &["Dumping FAILED", "Restoring FAILED", "Pre-dumping FAILED", "killed by signal 9", "failed with -1"];
 
 /// Why CRIU failed, in its own words.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,6 +37,8 @@ pub struct Cause {
     pub text: String,
     /// The process it is about, where CRIU says so: at a dump as the host counts, at a restore as the replica does.
     pub pid: Option<u32>,
+    /// False where the line says only that it failed, or what followed from it.
+    pub certain: bool,
 }
 
 impl fmt::Display for Cause {
@@ -64,8 +67,9 @@ pub fn cause(path: &Path) -> Option<Cause> {
             found.pid = found.pid.or(pid);
             return found.pid.is_none();
         }
-        let cause = Cause { text: describe(place, text.trim()), pid };
-        if NO_CAUSE.iter().any(|phrase| text.contains(phrase)) {
+        let certain = !NO_CAUSE.iter().any(|phrase| text.contains(phrase));
+        let cause = Cause { text: describe(place, text.trim()), pid, certain };
+        if !certain {
             fallback.get_or_insert(cause);
             return true;
         }

@@ -16,6 +16,9 @@ const ACCOUNT: &str = "devstoreaccount1";
 const ACCOUNT_KEY: &str =
     "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw==";
 
+/// Its own name: that of a world on the server's command line would make the server look like something left behind.
+const BUCKET: &str = "rewarm-test";
+
 /// A running server with an empty bucket.
 #[derive(Debug)]
 pub struct Cloud {
@@ -25,13 +28,13 @@ pub struct Cloud {
 }
 
 impl Cloud {
-    /// Azurite with the container `bucket`, its data in `folder`.
+    /// Azurite with an empty container, its data in `folder`.
     ///
     /// # Panics
     ///
     /// When it does not start.
     #[must_use]
-    pub fn azure(folder: &Path, bucket: &str) -> Self {
+    pub fn azure(folder: &Path) -> Self {
         let port = free_port();
         let mut command = Command::new("node");
         command.arg(needs::cache().join("npm/node_modules/azurite/dist/src/blob/main.js"));
@@ -42,32 +45,32 @@ impl Cloud {
             ("AZURE_STORAGE_ACCOUNT_KEY", ACCOUNT_KEY.to_owned()),
             ("AZURE_ENDPOINT", format!("http://127.0.0.1:{port}/{ACCOUNT}")),
         ];
-        let cloud = Self::start(command, folder, port, format!("az://{bucket}"), &env);
+        let cloud = Self::start(command, folder, port, format!("az://{BUCKET}"), &env);
         let created = Command::new("node")
             .args(["-e", include_str!("../../store/tests/contract/azurite_create.js")])
-            .args([&port.to_string(), ACCOUNT, ACCOUNT_KEY, bucket])
+            .args([&port.to_string(), ACCOUNT, ACCOUNT_KEY, BUCKET])
             .output()
             .expect("start Node.js");
         assert!(created.status.success(), "create a container: {}", String::from_utf8_lossy(&created.stderr));
         cloud
     }
 
-    /// The emulator of Google Cloud Storage with the bucket `bucket`.
+    /// The emulator of Google Cloud Storage with an empty bucket; its log lies in `folder`.
     ///
     /// # Panics
     ///
     /// When it does not start.
     #[must_use]
-    pub fn google(folder: &Path, bucket: &str) -> Self {
+    pub fn google(folder: &Path) -> Self {
         let port = free_port();
         let mut command = Command::new(needs::venv_python());
         command.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/../store/tests/contract/gcs_xml.py"));
-        command.args([&port.to_string(), bucket]);
+        command.args([&port.to_string(), BUCKET]);
         let env = [
             ("GOOGLE_BASE_URL", format!("http://127.0.0.1:{port}")),
             ("GOOGLE_BEARER_TOKEN", "test".to_owned()),
         ];
-        Self::start(command, folder, port, format!("gs://{bucket}"), &env)
+        Self::start(command, folder, port, format!("gs://{BUCKET}"), &env)
     }
 
     fn start(mut command: Command, folder: &Path, port: u16, url: String, env: &[(&str, String)]) -> Self {

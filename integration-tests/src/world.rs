@@ -95,7 +95,7 @@ impl World {
     ///
     /// When the server does not start.
     #[must_use]
-    pub fn ongarage(mut self) -> Self {
+    pub fn on_garage(mut self) -> Self {
         let garage = Garage::start(&self.root().join("garage"), &self.id);
         self.store = garage.url();
         self.store_env = garage.env();
@@ -110,7 +110,7 @@ impl World {
     /// When the emulator does not start.
     #[must_use]
     pub fn on_azure(self) -> Self {
-        let cloud = Cloud::azure(&self.root().join("azure"), &self.id);
+        let cloud = Cloud::azure(&self.root().join("azure"));
         self.in_cloud(cloud)
     }
 
@@ -121,12 +121,15 @@ impl World {
     /// When the emulator does not start.
     #[must_use]
     pub fn on_google(self) -> Self {
-        let cloud = Cloud::google(&self.root().join("google"), &self.id);
+        let cloud = Cloud::google(&self.root().join("google"));
         self.in_cloud(cloud)
     }
 
-    fn in_cloud(self, cloud: Cloud) -> Self {
-        Self { store: cloud.url(), store_env: cloud.env(), _cloud: Some(cloud), ..self }
+    fn in_cloud(mut self, cloud: Cloud) -> Self {
+        self.store = cloud.url();
+        self.store_env = cloud.env();
+        self._cloud = Some(cloud);
+        self
     }
 
     /// Shows `rewarm`, and all that it starts, a machine that has cgroup v2 and nothing else. Controllers that the machine

@@ -39,7 +39,8 @@ impl Replica {
         let ports =
             std::mem::take(&mut *parts.ports.lock().unwrap_or_else(std::sync::PoisonError::into_inner));
         let namespace = parts.network.namespace().context("duplicate", "the network namespace")?;
-        publish::open(ports, namespace)?;
+        let open = publish::open(ports, namespace)?;
+        self.change(|inner| inner.open = Some(open));
         self.set_status(Status::Ready)
     }
 
@@ -124,6 +125,11 @@ impl Replica {
         }
         for resident in self.change(|inner| std::mem::take(&mut inner.residents)) {
             resident.kill();
+        }
+        // Who is told that the replica has ended finds its ports closed and free.
+        drop(self.change(|inner| inner.open.take()));
+        if let Some(parts) = self.parts.get() {
+            parts.ports.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
         }
         for error in self.clean_up() {
             tracing::error!(error = %error, "clean up");

@@ -5,10 +5,12 @@
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::OwnedFd;
+use std::thread::JoinHandle;
 
 use rewarm_sys::netns;
 use tokio::io::copy_bidirectional;
 use tokio::net::TcpStream;
+use tokio::sync::oneshot;
 
 use crate::error::{Context, Error};
 use crate::spec::Publish;
@@ -39,35 +41,51 @@ impl Reserved {
     }
 }
 
-/// Opens the ports and forwards for as long as the shim lives.
-pub(super) fn open(reserved: Vec<Reserved>, namespace: OwnedFd) -> Result<(), Error> {
+/// Ports that are open. Dropping it closes them and all connections through them.
+#[derive(Debug)]
+pub(super) struct Open {
+    stop: Option<oneshot::Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        drop(self.stop.take());
+        // It ends at the word; one that has failed has closed everything.
+        let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+/// Opens the ports and forwards until the value is dropped.
+pub(super) fn open(reserved: Vec<Reserved>, namespace: OwnedFd) -> Result<Open, Error> {
     if reserved.is_empty() {
-        return Ok(());
+        return Ok(Open { stop: None, thread: None });
     }
     for port in &reserved {
         port.listener.set_nonblocking(true).context("set up", port.publish)?;
         netns::open(&port.listener).context("open", port.publish)?;
     }
     let thread = std::thread::Builder::new().name("publish".into());
+    let (stop, stopped) = oneshot::channel();
     let work = move || {
         let result = netns::enter(&namespace)
             .and_then(|()| tokio::runtime::Builder::new_current_thread().enable_io().build());
         match result {
-            Ok(runtime) => runtime.block_on(forward_all(reserved)),
+            // What still runs when it returns is closed with the runtime.
+            Ok(runtime) => runtime.block_on(forward_all(reserved, stopped)),
             Err(error) => tracing::error!(%error, "published ports are dead"),
         }
     };
-    thread.spawn(work).context("start", "the thread of the published ports")?;
-    Ok(())
+    let thread = thread.spawn(work).context("start", "the thread of the published ports")?;
+    Ok(Open { stop: Some(stop), thread: Some(thread) })
 }
 
-async fn forward_all(reserved: Vec<Reserved>) {
-    let ports = reserved.into_iter().map(|port| tokio::spawn(forward(port)));
-    for port in ports.collect::<Vec<_>>() {
-        if let Err(error) = port.await {
-            tracing::error!(%error, "a published port is dead");
-        }
+async fn forward_all(reserved: Vec<Reserved>, stopped: oneshot::Receiver<()>) {
+    for port in reserved {
+        tokio::spawn(forward(port));
     }
+    // The other end is dropped when the ports are to be closed.
+    let _ = stopped.await;
 }
 
 async fn forward(reserved: Reserved) {

@@ -18,7 +18,7 @@ use crate::runc::Runc;
 use crate::shim::Paths;
 use crate::shim::children::Children;
 use crate::shim::logs::Pump;
-use crate::shim::publish::Reserved;
+use crate::shim::publish::{Open, Reserved};
 use crate::shim::supervise::Resident;
 use crate::spec::{Name, Spec};
 
@@ -75,6 +75,8 @@ pub(super) struct Inner {
     /// Connections that wait for an answer.
     pub(super) asking: usize,
     pub(super) pump: Option<Pump>,
+    /// Published ports, once they are open.
+    pub(super) open: Option<Open>,
     pub(super) residents: Vec<Arc<Resident>>,
 }
 

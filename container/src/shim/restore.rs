@@ -1,6 +1,7 @@
 //! Restores the server through runc.
 
 use std::os::fd::OwnedFd;
+use std::path::PathBuf;
 use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -75,15 +76,13 @@ impl Replica {
             .children
             .wait(&mut child, asker.socket, deadline, || self.lock().doomed)
             .context("wait for", "runc")?;
+        let log = self.paths.seen_through(std::process::id()).work().join("restore.log");
         let error = match outcome {
             Outcome::Ended(status) if status.success() => None,
-            Outcome::Ended(status) => {
-                let log = self.paths.seen_through(std::process::id()).work().join("restore.log");
-                Some(parts.runc.failure("restore", status, Some(log)))
-            }
+            Outcome::Ended(status) => Some(parts.runc.failure("restore", status, Some(log))),
             Outcome::Late => Some(Error::Deadline { operation: "restore", seconds: timeout.as_secs() }),
             Outcome::Lost => Some(Error::Abandoned { operation: "restore" }),
-            Outcome::Doomed => Some(self.doomed_error()),
+            Outcome::Doomed => Some(self.doomed_error(log)),
         };
         if let Some(error) = error {
             if !matches!(error, Error::Program { .. }) {
@@ -114,11 +113,10 @@ impl Replica {
         Ok(())
     }
 
-    fn doomed_error(&self) -> Error {
+    /// A resident that fails may do so because CRIU did: then CRIU's log knows better.
+    fn doomed_error(&self, log: PathBuf) -> Error {
         match self.lock().cause.clone() {
-            Some(Cause::Resident(reason)) => {
-                Error::Protocol { name: self.name.clone(), reason: format!("restore ended because {reason}") }
-            }
+            Some(Cause::Resident(reason)) => Error::Resident { operation: "restore", reason, log },
             _ => Error::Abandoned { operation: "restore" },
         }
     }

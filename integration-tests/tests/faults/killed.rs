@@ -154,7 +154,8 @@ fn a_run_interrupted_at_any_stage_leaves_nothing() {
         assert_eq!(residue::processes(world.id()), [], "{stage}: {output}");
         no_residue(&world, &traces);
     }
-    let call = world.run_call(&name, &server, &["--ready", "tcp:9999"]).spawn();
+    let waiting = Server { ready: "tcp:9999".to_owned(), ..server.clone() };
+    let call = world.run_call(&name, &waiting, &[]).spawn();
     world.await_state("the server runs", Duration::from_secs(20), || {
         residue::processes(world.id()).iter().any(|(_, command)| command.starts_with("/usr/bin/python3"))
     });

@@ -31,6 +31,9 @@ fn on_a_full_disk<'w>(world: &'w World, server: &Server) -> (Replica<'w>, Answer
     let source = world.start("plain", server);
     let before = answers(&source, server);
     source.exec(&["sh", "-c", "cat /dev/zero > /srv/fill; cat /dev/zero > /srv/last; true"]).run();
+    // What that command itself took has become free again.
+    let mut filler = std::fs::File::create(world.state().join("filler")).expect("a file takes no room");
+    while std::io::Write::write(&mut filler, &[0; 4096]).is_ok() {}
     (source, before)
 }
 

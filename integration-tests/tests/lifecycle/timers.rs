@@ -29,7 +29,7 @@ signal.setitimer(signal.ITIMER_VIRTUAL, 60)
 posix = {}
 for name, clock in (("posix-realtime", REALTIME), ("posix-monotonic", MONOTONIC)):
     # SIGEV_NONE: it only counts.
-    event = (ctypes.c_char * 64)(*struct.pack("qii", 0, 0, 1).ljust(64, b"\\0"))
+    event = (ctypes.c_char * 64)(*struct.pack("qii", 0, 0, 1).ljust(64, b"\0"))
     timer = ctypes.c_void_p()
     assert libc.timer_create(clock, event, ctypes.byref(timer)) == 0
     assert libc.timer_settime(timer, 0, ctypes.byref(spec(60)), None) == 0
