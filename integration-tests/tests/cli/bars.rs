@@ -69,7 +69,7 @@ fn bars_on_a_terminal_and_none_in_a_pipe() {
     // What was drawn has been taken away: only the error stays.
     let screen = terminal.screen();
     assert!(screen.contains("error: failed to run"), "{screen}");
-    let left = |line: &str| line.trim_start().split_whitespace().nth(1) == Some(STAGE);
+    let left = |line: &str| line.split_whitespace().nth(1) == Some(STAGE);
     assert!(!screen.lines().any(left), "a bar is left:\n{screen}");
     drop(terminal);
     world.finish();
