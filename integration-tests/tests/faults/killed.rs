@@ -102,7 +102,10 @@ fn restore_ended_by(signal: Signal, count: &str) {
         let output = ended(running, signal, stage);
         if signal == Signal::SIGINT {
             // It has waited until nothing was left, and says what was given up.
-            output.says(&[&format!("stage {stage}")]);
+            // Of several, another one may have come further, or not as far.
+            if count == "1" {
+                output.says(&[&format!("stage {stage}")]);
+            }
             let begun = stage != Stage::Admit && !output.stderr.contains("no replica had been begun");
             if begun {
                 output.says(&["given up", &name]);
