@@ -77,6 +77,10 @@ pub(crate) enum Command {
     Logs(Logs),
     /// Run a command inside a replica.
     Exec(Exec),
+    /// Give a replica's device memory and processor back; it stays in host memory.
+    Pause(Pause),
+    /// Let a paused replica go on.
+    Wake(Wake),
     /// Stop a replica: SIGTERM, then SIGKILL.
     Stop(Stop),
     /// Wait until a replica ends; exits with its status.
@@ -99,6 +103,9 @@ pub(crate) enum Command {
     /// Fill a restored replica's memory. Started by its shim, not by hand.
     #[command(hide = true)]
     Pager(Pager),
+    /// Make the CUDA driver's calls. Started by a shim, not by hand.
+    #[command(hide = true)]
+    GpuHelper,
     /// Print this help, or that of a verb, or the exit codes.
     Help(Help),
 }
@@ -301,6 +308,38 @@ pub(crate) struct Exec {
     /// The command; its stdin, status and signals pass through. 127: there is no such program, 126: it cannot be run.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm pause llm --pre http://localhost/drain && rewarm wake llm")]
+pub(crate) struct Pause {
+    /// The replica.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: Name,
+    /// Hook before it, such as one that stops admitting requests: http://... is a POST inside the replica, anything else a
+    /// command there.
+    #[arg(long, value_name = "URL|CMD")]
+    pub(crate) pre: Option<Hook>,
+    /// How long the hook may take.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "60s")]
+    pub(crate) hook_timeout: Duration,
+    /// How long work on the device may take to finish; if it takes longer, the replica goes on.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10s")]
+    pub(crate) lock_timeout: Duration,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm wake llm")]
+pub(crate) struct Wake {
+    /// The replica.
+    #[arg(value_name = "NAME")]
+    pub(crate) name: Name,
+    /// Hook after it, such as one that admits requests again.
+    #[arg(long, value_name = "URL|CMD")]
+    pub(crate) post: Option<Hook>,
+    /// How long the hook may take.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "60s")]
+    pub(crate) hook_timeout: Duration,
 }
 
 #[derive(Debug, Args)]

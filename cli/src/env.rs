@@ -35,6 +35,7 @@ variables! {
     CACHE "REWARM_CACHE" "Folder of what was built or fetched once, `criu/sbin/criu` among it. Default: `rewarm` below `XDG_CACHE_HOME`.";
     CONFIG "REWARM_CONFIG" "The configuration file, as `--config`. Default: `/etc/rewarm/config.toml`, which need not be there.";
     KEYS "REWARM_KEYS" "Folder of signing keys. Default: `/etc/rewarm/keys`.";
+    LIBCUDA "REWARM_LIBCUDA" "The CUDA driver's library; a replica's shim takes it from the command that started the replica. Default: `libcuda.so.1`, as the loader finds it.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
     PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute.";
     XDG_CACHE_HOME "XDG_CACHE_HOME" "Folder of caches. Default: `.cache` below `HOME`.";
@@ -64,6 +65,12 @@ pub fn cache_dir() -> Option<PathBuf> {
 #[must_use]
 pub fn keys_dir() -> Option<PathBuf> {
     KEYS.get().map(PathBuf::from)
+}
+
+/// The CUDA driver's library.
+#[must_use]
+pub fn libcuda() -> PathBuf {
+    LIBCUDA.get().map_or_else(|| PathBuf::from(rewarm_gpu::driver::LIBRARY), PathBuf::from)
 }
 
 /// Whether colours are unwanted. <https://no-color.org>: any value but the empty one counts.

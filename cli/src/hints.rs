@@ -20,6 +20,12 @@ pub(crate) fn container(error: &Container) -> Option<&'static str> {
         error if is_full(error) => {
             Some("the disk of the state folder is full: make room there, or choose another one with --state")
         }
+        Container::Order { status: rewarm_container::Status::Paused, .. } => {
+            Some("`rewarm wake NAME` lets a paused replica go on")
+        }
+        error if error.class() == Class::Stranded => Some(
+            "`rewarm stop NAME` ends it; `rewarm ps --all` shows what is left; docs/gpu.md says what happened",
+        ),
         error if error.class() == Class::Incompatible => {
             Some("`rewarm doctor` lists every need of this machine with its fix")
         }

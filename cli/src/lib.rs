@@ -65,6 +65,8 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Ps(args) => commands::ps::run(args, global),
         Command::Logs(args) => commands::logs::run(args, global),
         Command::Exec(args) => wait_for(commands::exec::run(args, global)),
+        Command::Pause(args) => wait_for(commands::pause::run(args, global)),
+        Command::Wake(args) => wait_for(commands::wake::run(args, global)),
         Command::Stop(args) => commands::stop::run(args, global),
         Command::Wait(args) => commands::wait::run(args, global),
         Command::Rm(args) => commands::rm::run(args, global),
@@ -75,6 +77,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Man(args) => commands::man::run(args, global),
         Command::Shim(args) => Ok(commands::shim::run(args, global)),
         Command::Pager(args) => Ok(commands::pager::run(args)),
+        Command::GpuHelper => Ok(commands::gpu_helper::run()),
         Command::Help(args) => commands::help::run(args),
     }
 }
@@ -107,6 +110,8 @@ fn doing(command: &Command) -> String {
         Command::Ps(_) => "list replicas".to_owned(),
         Command::Logs(args) => format!("read the logs of {}", args.name),
         Command::Exec(args) => format!("execute in {}", args.name),
+        Command::Pause(args) => format!("pause {}", args.name),
+        Command::Wake(args) => format!("wake {}", args.name),
         Command::Stop(args) => format!("stop {}", joined(&args.names)),
         Command::Wait(args) => format!("wait for {}", args.name),
         Command::Rm(args) => format!("remove {}", joined(&args.names)),
@@ -117,6 +122,7 @@ fn doing(command: &Command) -> String {
         Command::Man(_) => "write manual pages".to_owned(),
         Command::Shim(args) => format!("own {}", args.name),
         Command::Pager(_) => "fill a replica's memory".to_owned(),
+        Command::GpuHelper => "make the CUDA driver's calls".to_owned(),
         Command::Help(_) => "print help".to_owned(),
     }
 }

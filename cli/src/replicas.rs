@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
+use rewarm_container::cgroup::Cgroup;
 use rewarm_container::shim::Client;
-use rewarm_container::{Entry, Exit, ExitStatus, Name, Origin, Publish, State};
+use rewarm_container::{Entry, Exit, ExitStatus, Name, Origin, Publish, Record, State, Status};
 use serde::Serialize;
 
 use crate::args::Global;
@@ -85,8 +86,36 @@ pub(crate) struct View {
     labels: std::collections::BTreeMap<String, String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     memory_bytes: Option<u64>,
+    #[serde(flatten, skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exit: Option<Ended>,
+}
+
+/// What a replica takes.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub(crate) struct Usage {
+    /// Bytes of host memory charged to it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) host_bytes: Option<u64>,
+    /// Bytes of device memory, known from its last pause; none while it is paused.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) device_bytes: Option<u64>,
+    /// While it is paused: how long waking it takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    wakes_in_seconds: Option<f64>,
+}
+
+impl Usage {
+    pub(crate) fn of(record: &Record) -> Self {
+        let paused = record.status == Status::Paused;
+        let wake = record.device.filter(|_| paused).and_then(|device| Some((device.wake?, device.bytes)));
+        Self {
+            host_bytes: Cgroup::open(&record.cgroup).ok().and_then(|cgroup| cgroup.memory_bytes()),
+            device_bytes: record.device.map(|device| if paused { 0 } else { device.bytes }),
+            wakes_in_seconds: wake.map(|(wake, bytes)| wake.estimate(bytes).as_secs_f64()),
+        }
+    }
 }
 
 /// How a replica ended, in JSON.
@@ -137,6 +166,7 @@ impl From<&Entry> for View {
             command: record.map(|record| record.spec.command.clone()).unwrap_or_default(),
             labels: record.map(|record| record.spec.labels.clone()).unwrap_or_default(),
             memory_bytes: record.and_then(|record| record.spec.memory_bytes),
+            usage: record.filter(|_| alive).map(Usage::of),
             exit: entry.exit.as_ref().map(Ended::from),
         }
     }

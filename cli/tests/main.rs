@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 16] = [
+const VERBS: [&str; 18] = [
     "doctor",
     "run",
     "snapshot",
@@ -36,6 +36,8 @@ const VERBS: [&str; 16] = [
     "ps",
     "logs",
     "exec",
+    "pause",
+    "wake",
     "stop",
     "wait",
     "rm",

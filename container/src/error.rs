@@ -130,6 +130,9 @@ pub enum Error {
         /// The state expected.
         expected: &'static str,
     },
+    /// The device plane.
+    #[error(transparent)]
+    Device(Box<rewarm_gpu::Failure>),
     /// The shim does not speak our protocol, or vanished in the middle of a message.
     #[error("shim of {name}: {reason}")]
     Protocol {
@@ -276,6 +279,7 @@ impl Classify for Error {
             Self::UnknownName { .. } => Class::NotFound,
             Self::Refused(_) => Class::Incompatible,
             Self::Tree { .. } => Class::Integrity,
+            Self::Device(failure) => failure.class(),
             Self::Shim { class, .. } => *class,
             Self::NameInUse { .. }
             | Self::NotRunning { .. }
@@ -289,6 +293,12 @@ impl Classify for Error {
             | Self::Order { .. }
             | Self::Protocol { .. } => Class::Failed,
         }
+    }
+}
+
+impl From<rewarm_gpu::Failure> for Error {
+    fn from(failure: rewarm_gpu::Failure) -> Self {
+        Self::Device(Box::new(failure))
     }
 }
 

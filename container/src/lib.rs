@@ -20,6 +20,6 @@ pub mod state;
 pub mod tree;
 
 pub use error::{Error, Refusal, Remote};
-pub use record::{Cause, Exit, ExitStatus, Origin, Record, Status};
+pub use record::{Cause, Device, Exit, ExitStatus, Origin, Record, Status, WakeCost};
 pub use spec::{Mount, Name, Net, Publish, Spec, User};
 pub use state::{Claim, Entry, State};

@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::path::Path;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -20,6 +21,8 @@ pub enum Status {
     Ready,
     /// It exists but its processes are frozen.
     Frozen,
+    /// It was paused: it takes no device memory and no processor until it is woken.
+    Paused,
     /// It is being stopped.
     Stopping,
     /// Its server has ended.
@@ -34,6 +37,7 @@ impl fmt::Display for Status {
             Self::Starting => "starting",
             Self::Ready => "ready",
             Self::Frozen => "frozen",
+            Self::Paused => "paused",
             Self::Stopping => "stopping",
             Self::Exited => "exited",
             Self::Crashed => "crashed",
@@ -80,6 +84,70 @@ pub struct Record {
     pub cgroup: String,
     /// Published ports, with the ports that the kernel chose.
     pub published: Vec<Publish>,
+    /// Its device memory, from its first pause on.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<Device>,
+}
+
+/// Device memory of a replica.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct Device {
+    /// Bytes of device memory, as its last pause found them. While the replica is paused they lie in its host memory.
+    pub bytes: u64,
+    /// What waking it costs, from its first pause on.
+    pub wake: Option<WakeCost>,
+}
+
+/// What it costs to wake a replica: a time that is always the same, and one for each byte of device memory.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+pub struct WakeCost {
+    /// The former, in seconds.
+    pub base_seconds: f64,
+    /// The latter, in seconds for each GiB.
+    pub seconds_per_gib: f64,
+    /// How many wakes it was measured by; with none it is a guess from the pause.
+    pub wakes: u32,
+}
+
+impl WakeCost {
+    /// Before any wake: as long as the pause took.
+    #[must_use]
+    pub fn guess(other: Duration, driver: Duration, bytes: u64) -> Self {
+        Self {
+            base_seconds: other.as_secs_f64(),
+            seconds_per_gib: per_gib(driver, bytes).unwrap_or(0.0),
+            wakes: 0,
+        }
+    }
+
+    /// How long waking takes with so much device memory.
+    #[must_use]
+    pub fn estimate(&self, bytes: u64) -> Duration {
+        let seconds = self.base_seconds + self.seconds_per_gib * gib(bytes);
+        Duration::try_from_secs_f64(seconds).unwrap_or(Duration::MAX)
+    }
+
+    /// With one more measurement, which counts half: a machine's speed changes with its other load.
+    #[must_use]
+    pub fn corrected(&self, other: Duration, driver: Duration, bytes: u64) -> Self {
+        let mean = |old: f64, new: f64| if self.wakes == 0 { new } else { f64::midpoint(old, new) };
+        Self {
+            base_seconds: mean(self.base_seconds, other.as_secs_f64()),
+            // Without device memory nothing is learned about its speed.
+            seconds_per_gib: per_gib(driver, bytes)
+                .map_or(self.seconds_per_gib, |new| mean(self.seconds_per_gib, new)),
+            wakes: self.wakes.saturating_add(1),
+        }
+    }
+}
+
+fn per_gib(driver: Duration, bytes: u64) -> Option<f64> {
+    (bytes > 0).then(|| driver.as_secs_f64() / gib(bytes))
+}
+
+#[expect(clippy::cast_precision_loss, reason = "an estimate")]
+fn gib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1_u32 << 30)
 }
 
 /// `identity.json` in `/run/rewarm` inside the replica.
@@ -189,4 +257,26 @@ pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Err
 /// Reads such a file; `None` if it does not exist or is not readable as what it should be.
 pub(crate) fn read_json<T: for<'a> Deserialize<'a>>(path: &Path) -> Option<T> {
     serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn what_waking_costs_begins_as_a_guess_and_follows_the_measurements() {
+        let second = Duration::from_secs(1);
+        let guess = WakeCost::guess(second, second * 4, 2 * GIB);
+        assert_eq!((guess.estimate(2 * GIB), guess.estimate(0), guess.wakes), (second * 5, second, 0));
+        // The first measurement takes the guess's place, each further one counts half.
+        let first = guess.corrected(second * 2, second * 2, 2 * GIB);
+        assert_eq!((first.estimate(2 * GIB), first.wakes), (second * 4, 1));
+        let next = first.corrected(second * 4, second * 6, 2 * GIB);
+        assert_eq!((next.estimate(0), next.estimate(2 * GIB), next.wakes), (second * 3, second * 7, 2));
+        // Without device memory its speed stays as it was.
+        assert!((next.corrected(second, second, 0).seconds_per_gib - next.seconds_per_gib).abs() < 1e-9);
+        assert_eq!(WakeCost::guess(second, second, 0).estimate(GIB), second);
+    }
 }

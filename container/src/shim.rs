@@ -17,7 +17,7 @@
 //! removed, the directory included. A connection that asked for a dump or a freeze holds a lease on that: if it breaks,
 //! the dump is given up and the server goes on.
 //!
-//! **States**: `starting -> ready <-> frozen`, any of them `-> stopping -> exited`, and any `-> crashed` if the shim dies.
+//! **States**: `starting -> ready <-> frozen`, `ready <-> paused` (which outlasts the command that asked for it), any of them `-> stopping -> exited`, and any `-> crashed` if the shim dies.
 
 mod children;
 pub mod client;
@@ -26,6 +26,7 @@ mod exec;
 mod life;
 mod logs;
 mod paths;
+mod pause;
 pub mod protocol;
 mod publish;
 mod replica;
@@ -38,7 +39,7 @@ mod supervise;
 pub use client::{Client, RunningExec};
 pub use paths::Paths;
 pub use protocol::{
-    DumpRequest, ExecOutput, ExecRequest, Prepare, Prepared, ResidentRequest, RestoreRequest,
+    DumpRequest, ExecOutput, ExecRequest, Paused, Prepare, Prepared, ResidentRequest, RestoreRequest, Woken,
 };
 pub use server::main;
 

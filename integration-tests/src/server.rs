@@ -178,6 +178,14 @@ impl Server {
         self.ready = format!("http://127.0.0.1:{port}/healthz");
     }
 
+    /// A server with device memory, reached through this library.
+    #[must_use]
+    pub fn cuda(library: &str) -> Self {
+        let prompt = json!({ "prompt": "A snapshot is" });
+        let server = Self::python("cuda", "cuda.py", &["--library", library]);
+        server.asking(Question::post("/generate", &prompt))
+    }
+
     /// Node.js.
     #[must_use]
     pub fn node() -> Self {

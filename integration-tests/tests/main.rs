@@ -4,6 +4,7 @@
 //! `skipped: needs ...`, and fails where `REWARM_TEST_NEEDS` says that the need is met.
 
 mod cli;
+mod devices;
 mod faults;
 mod lifecycle;
 

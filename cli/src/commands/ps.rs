@@ -7,8 +7,8 @@ use serde::Serialize;
 
 use crate::args::{Global, Ps};
 use crate::failure::Cause;
-use crate::render::{Output, table};
-use crate::replicas::{self, Published, View};
+use crate::render::{Output, bytes, table};
+use crate::replicas::{self, Published, Usage, View};
 
 #[derive(Serialize)]
 struct List {
@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Ps, global: &Global) -> Result<u8, Cause> {
     let list = List { replicas: shown.iter().map(|entry| View::from(*entry)).collect() };
     Output::new(global).answer(&list, |_| {
         table(
-            &["NAME", "STATUS", "PID", "AGE", "STARTED", "PORTS", "COMMAND"],
+            &["NAME", "STATUS", "PID", "AGE", "STARTED", "HOST", "DEVICE", "PORTS", "COMMAND"],
             shown.iter().map(|entry| row(entry)),
         )
     })?;
@@ -40,6 +40,8 @@ fn row(entry: &Entry) -> Vec<String> {
         Some(Origin::Restored { .. }) => "restored",
         None => "-",
     };
+    let usage = record.filter(|_| entry.exit.is_none()).map(Usage::of);
+    let size = |count: Option<u64>| count.map_or_else(|| "-".to_owned(), bytes);
     let ports = record
         .map(|record| record.published.iter().map(|p| Published::from(p).describe()).collect::<Vec<_>>());
     let command = record.map(|record| record.spec.command.join(" ")).unwrap_or_default();
@@ -49,6 +51,8 @@ fn row(entry: &Entry) -> Vec<String> {
         pid.map_or_else(|| "-".to_owned(), |pid| pid.to_string()),
         record.map_or_else(|| "-".to_owned(), |record| age(record.created.as_second())),
         started.to_owned(),
+        size(usage.and_then(|usage| usage.host_bytes)),
+        size(usage.and_then(|usage| usage.device_bytes)),
         ports.filter(|ports| !ports.is_empty()).map_or_else(|| "-".to_owned(), |ports| ports.join(",")),
         crop(&command),
     ]

@@ -15,7 +15,8 @@ use std::time::Duration;
 use crate::error::{Context, Error};
 use crate::record::{Exit, Record};
 use crate::shim::protocol::{
-    self, DumpRequest, ExecOutput, ExecRequest, Prepare, Prepared, Reply, Request, RestoreRequest,
+    self, DumpRequest, ExecOutput, ExecRequest, Paused, Prepare, Prepared, Reply, Request, RestoreRequest,
+    Woken,
 };
 use crate::shim::{LEASE_FD, LOCK_FD, Paths};
 use crate::spec::Name;
@@ -193,6 +194,30 @@ impl Client {
     /// If another command froze it.
     pub fn thaw(&self) -> Result<(), Error> {
         self.done("thaw", &Request::Thaw, &[])
+    }
+
+    /// Moves the server's device memory to the host and freezes it, until [`Client::wake`]; the end of this client changes
+    /// nothing. What is submitted to the device may take `lock_timeout` to finish.
+    ///
+    /// # Errors
+    /// A `Shim` error, of class `Stranded` where a process was left in a state from which it cannot go on. Otherwise the
+    /// server runs on.
+    pub fn pause(&self, lock_timeout: Duration) -> Result<Paused, Error> {
+        match self.call("pause", &Request::Pause { lock_timeout_ms: millis(lock_timeout) }, &[])? {
+            Reply::Paused(paused) => Ok(paused),
+            other => Err(self.unexpected("pause", &other)),
+        }
+    }
+
+    /// Moves the device memory of a paused server back and lets it go on.
+    ///
+    /// # Errors
+    /// As [`Client::pause`]; the server stays paused.
+    pub fn wake(&self) -> Result<Woken, Error> {
+        match self.call("wake", &Request::Wake, &[])? {
+            Reply::Woken(woken) => Ok(woken),
+            other => Err(self.unexpected("wake", &other)),
+        }
     }
 
     /// A connection to a port of the server's own loopback interface.

@@ -66,6 +66,9 @@ impl Replica {
             if inner.frozen_by.is_some() {
                 return Err(self.busy_with("it is frozen"));
             }
+            if inner.paused.is_some() {
+                return Err(self.not_so("exec", &inner, false));
+            }
             inner.execs += 1;
             (init, Inside(self))
         };

@@ -78,8 +78,9 @@ impl Replica {
             if frozen.is_some() {
                 parts.cgroup.thaw()?;
             }
+            let able = self.thaw_to_stop()?;
             // The first process of a namespace gets only those signals from outside that it handles.
-            if handles_term(pid) {
+            if able && handles_term(pid) {
                 signal(pid.cast_signed(), nix::libc::SIGTERM);
                 self.wait_until(Some(timeout), |inner| inner.exit.is_some());
             }
@@ -130,6 +131,10 @@ impl Replica {
         drop(self.change(|inner| inner.open.take()));
         if let Some(parts) = self.parts.get() {
             parts.ports.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clear();
+        }
+        // The server is dead, so a call that still waits for it ends; the helper ends with it or when this process does.
+        if let Ok(mut helper) = self.helper.try_lock() {
+            *helper = super::pause::helper();
         }
         for error in self.clean_up() {
             tracing::error!(error = %error, "clean up");

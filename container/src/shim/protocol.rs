@@ -10,6 +10,7 @@ use std::io::{self, Read};
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rewarm_report::Class;
 use serde::{Deserialize, Serialize};
@@ -19,7 +20,7 @@ use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest message in bytes. The largest are the captured output of a hook and a specification with a long environment.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Most descriptors in one message.
@@ -140,6 +141,30 @@ impl ExecOutput {
     pub const BYTES_MAX: usize = 256 << 10;
 }
 
+/// What a pause did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Paused {
+    /// Bytes of device memory that were moved to the host.
+    pub device_bytes: u64,
+    /// Time of the whole.
+    pub took: Duration,
+    /// Time of it within the driver.
+    pub in_driver: Duration,
+    /// How long waking will take, as far as is known.
+    pub wakes_in: Duration,
+}
+
+/// What a wake did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Woken {
+    /// Bytes of device memory that were moved back.
+    pub device_bytes: u64,
+    /// Time of the whole.
+    pub took: Duration,
+    /// Time of it within the driver.
+    pub in_driver: Duration,
+}
+
 /// What a client may ask.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -154,6 +179,8 @@ pub enum Request {
     ReleaseDump,
     Freeze,
     Thaw,
+    Pause { lock_timeout_ms: u64 },
+    Wake,
     Dial { port: u16, timeout_ms: u64 },
     Exec(ExecRequest),
     Signal { signal: i32 },
@@ -173,6 +200,8 @@ pub enum Reply {
     Prepared(Box<Prepared>),
     Started { pid: u32 },
     Exec(ExecOutput),
+    Paused(Paused),
+    Woken(Woken),
     Exit(Exit),
     Status(Box<Record>),
     Failed { class: Class, error: Remote },

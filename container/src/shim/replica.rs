@@ -6,6 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use rewarm_gpu::{Helper, Process};
 use rewarm_sys::process::{self, Ended};
 
 use std::sync::Arc;
@@ -38,6 +39,8 @@ pub(super) struct Replica {
     pub(super) children: Arc<Children>,
     /// Set by prepare, once.
     pub(super) parts: OnceLock<Parts>,
+    /// Makes the CUDA driver's calls; starts when it is first needed.
+    pub(super) helper: Mutex<Helper>,
     inner: Mutex<Inner>,
     changed: Condvar,
 }
@@ -69,6 +72,8 @@ pub(super) struct Inner {
     pub(super) busy: Option<&'static str>,
     pub(super) execs: usize,
     pub(super) frozen_by: Option<ConnectionId>,
+    /// Set while it is paused: those of its processes whose device memory lies in their host memory.
+    pub(super) paused: Option<Vec<Process>>,
     pub(super) dumped_by: Option<ConnectionId>,
     /// Everything that had to be cleaned up is.
     pub(super) finished: bool,
@@ -97,6 +102,7 @@ impl Replica {
             runc_root,
             children: Arc::default(),
             parts: OnceLock::new(),
+            helper: Mutex::new(super::pause::helper()),
             inner: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -171,6 +177,24 @@ impl Replica {
         what: &'static str,
         connection: ConnectionId,
     ) -> Result<(Busy<'_>, &Parts), Error> {
+        self.begin_with(what, connection, false)
+    }
+
+    /// Begins an operation that needs a server that is paused.
+    pub(super) fn begin_paused(
+        &self,
+        what: &'static str,
+        connection: ConnectionId,
+    ) -> Result<(Busy<'_>, &Parts), Error> {
+        self.begin_with(what, connection, true)
+    }
+
+    fn begin_with(
+        &self,
+        what: &'static str,
+        connection: ConnectionId,
+        paused: bool,
+    ) -> Result<(Busy<'_>, &Parts), Error> {
         let parts = self.parts(what)?;
         let mut inner = self.lock();
         self.require_running(what, &inner)?;
@@ -179,6 +203,9 @@ impl Replica {
         }
         if inner.frozen_by.is_some_and(|owner| owner != connection) {
             return Err(self.busy_with("another command has frozen it"));
+        }
+        if inner.paused.is_some() != paused {
+            return Err(self.not_so(what, &inner, paused));
         }
         if inner.execs > 0 {
             // A process that was put into the container from outside does not belong to the tree that CRIU sees.
@@ -198,6 +225,12 @@ impl Replica {
             Some(pid) if inner.exit.is_none() && !inner.doomed => Ok(pid),
             _ => Err(self.out_of_order(what, status, "running")),
         }
+    }
+
+    /// The refusal of what needs a replica that is paused, or awake.
+    pub(super) fn not_so(&self, what: &'static str, inner: &Inner, paused: bool) -> Error {
+        let status = inner.record.as_ref().map_or(Status::Starting, |record| record.status);
+        self.out_of_order(what, status, if paused { "paused" } else { "awake" })
     }
 
     /// Writes the record down with a new status.

@@ -185,6 +185,8 @@ fn carry_out(
         Request::ReleaseDump => replica.release_dump().map(done),
         Request::Freeze => replica.freeze(asker).map(done),
         Request::Thaw => replica.thaw(asker).map(done),
+        Request::Pause { lock_timeout_ms } => replica.pause(asker, wait(lock_timeout_ms)).map(Reply::Paused),
+        Request::Wake => replica.wake(asker).map(Reply::Woken),
         Request::Exec(request) => replica.exec(asker, &request, fds).map(Reply::Exec),
         // To a command that has just ended; its answer is on the way.
         Request::Signal { .. } => Err(Error::Abandoned { operation: "signal" }),

@@ -50,6 +50,7 @@ impl Replica {
             pid: None,
             cgroup: cgroup_name,
             published: published.clone(),
+            device: None,
         };
         // Written before runc makes anything: a sweep finds the cgroup by it.
         write_json(&self.paths.record(), &record)?;

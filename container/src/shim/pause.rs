@@ -1,0 +1,110 @@
+//! Pauses a replica, so that it takes no device memory and no processor, and wakes it.
+//!
+//! A server that uses CUDA has its device memory moved into its host memory by the driver before it is frozen; any other
+//! server is only frozen. The state belongs to the replica and not to the command that asked: it stays when the command
+//! goes. The driver's calls are made by a helper process of this shim, started when the first server with the driver's
+//! library is paused.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rewarm_gpu::{Group, Helper, Launch, Process, order};
+
+use crate::cgroup::Cgroup;
+use crate::error::Error;
+use crate::record::{Device, Status, WakeCost};
+use crate::shim::protocol::{Paused, Woken};
+use crate::shim::replica::{Asker, Replica};
+
+/// How the helper is started: this program, which may have been replaced meanwhile.
+pub(super) fn helper() -> Helper {
+    let (program, verb) = (PathBuf::from("/proc/self/exe"), OsString::from("gpu-helper"));
+    Helper::new(Launch { program, args: vec![verb], env: Vec::new() })
+}
+
+/// The processes of a replica, as the device plane sees them.
+struct Tasks<'a>(&'a Cgroup);
+
+impl Group for Tasks<'_> {
+    fn processes(&self) -> Vec<i32> {
+        self.0.pids().into_iter().map(u32::cast_signed).collect()
+    }
+
+    fn freeze(&self) -> io::Result<()> {
+        self.0.freeze().map_err(io::Error::other)
+    }
+
+    fn thaw(&self) -> io::Result<()> {
+        self.0.thaw().map_err(io::Error::other)
+    }
+}
+
+impl Replica {
+    /// Moves device memory to the host and freezes the server.
+    pub(super) fn pause(&self, asker: Asker<'_>, lock_timeout: Duration) -> Result<Paused, Error> {
+        let (_busy, parts) = self.begin("pause", asker.id)?;
+        if self.lock().frozen_by.is_some() {
+            return Err(self.busy_with("it is frozen"));
+        }
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let suspended = order::suspend(&mut helper, &Tasks(&parts.cgroup), lock_timeout)?;
+        let bytes = suspended.bytes();
+        let first =
+            WakeCost::guess(suspended.total.saturating_sub(suspended.driver), suspended.driver, bytes);
+        self.change(|inner| inner.paused = Some(suspended.processes));
+        self.device(|device| {
+            device.bytes = bytes;
+            device.wake.get_or_insert(first);
+        });
+        self.set_status(Status::Paused)?;
+        let wake =
+            self.lock().record.as_ref().and_then(|record| record.device).and_then(|device| device.wake);
+        Ok(Paused {
+            device_bytes: bytes,
+            took: suspended.total,
+            in_driver: suspended.driver,
+            wakes_in: wake.map_or(Duration::ZERO, |wake| wake.estimate(bytes)),
+        })
+    }
+
+    /// Moves device memory back and lets the server go on.
+    pub(super) fn wake(&self, asker: Asker<'_>) -> Result<Woken, Error> {
+        let (_busy, parts) = self.begin_paused("wake", asker.id)?;
+        let processes = self.lock().paused.clone().unwrap_or_default();
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let resumed = order::resume(&mut helper, &Tasks(&parts.cgroup), &processes, &[])?;
+        let bytes = processes.iter().map(Process::bytes).sum();
+        let committed = self.change(|inner| {
+            inner.paused = None;
+            inner.committed
+        });
+        let other = resumed.total.saturating_sub(resumed.restore);
+        self.device(|device| {
+            device.wake = Some(device.wake.unwrap_or_default().corrected(other, resumed.restore, bytes));
+        });
+        self.set_status(if committed { Status::Ready } else { Status::Starting })?;
+        Ok(Woken { device_bytes: bytes, took: resumed.total, in_driver: resumed.restore + resumed.unlock })
+    }
+
+    /// Changes what is written down about the replica's device memory.
+    fn device(&self, change: impl FnOnce(&mut Device)) {
+        self.change(|inner| {
+            if let Some(record) = &mut inner.record {
+                change(record.device.get_or_insert_default());
+            }
+        });
+    }
+
+    /// Before the server is ended: one that only stands still is let go, so that it may handle the signal. One whose device
+    /// memory lies in its host memory cannot do anything, and is killed as it stands.
+    pub(super) fn thaw_to_stop(&self) -> Result<bool, Error> {
+        let Some(processes) = self.change(|inner| inner.paused.take()) else { return Ok(true) };
+        let plain = processes.is_empty();
+        if plain && let Some(parts) = self.parts.get() {
+            parts.cgroup.thaw()?;
+        }
+        Ok(plain)
+    }
+}

@@ -1,0 +1,104 @@
+"""A server that keeps its weights and its KV cache in device memory, reached through the CUDA driver by ctypes.
+
+With the simulated driver nothing is computed on a device, and every answer says so.
+
+    --library FILE          the driver
+    --mib N                 size of the weights
+    POST /generate          an answer that depends on the prompt and the weights; its state goes through the KV cache
+    GET  /check             sums of the weights and of what lies in the KV cache
+"""
+
+import ctypes
+import hashlib
+
+from serving import BLOCK, Broken, Checks, arguments, block, expect, serve
+
+SLOTS = 64
+SLOT = 4096
+
+
+class Device:
+    """The driver's calls. Every result but 0 is an error."""
+
+    def __init__(self, library):
+        self.driver = ctypes.CDLL(library)
+        self.call("cuInit", 0)
+        self.context = ctypes.c_void_p()
+        self.call("cuDevicePrimaryCtxRetain", ctypes.byref(self.context), 0)
+        name = ctypes.create_string_buffer(128)
+        self.call("cuDeviceGetName", name, 128, 0)
+        self.name = name.value.decode()
+
+    def call(self, name, *values):
+        result = getattr(self.driver, name)(*values)
+        if result:
+            raise Broken(f"{name} is {result}, expected 0")
+
+    def enter(self):
+        """Makes the context current in this thread."""
+        self.call("cuCtxSetCurrent", self.context)
+
+    def allocate(self, size):
+        self.enter()
+        address = ctypes.c_uint64()
+        self.call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size))
+        return address.value
+
+    def write(self, address, content):
+        self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(address), content, ctypes.c_size_t(len(content)))
+
+    def read(self, address, size):
+        buffer = ctypes.create_string_buffer(size)
+        self.call("cuMemcpyDtoH_v2", buffer, ctypes.c_uint64(address), ctypes.c_size_t(size))
+        return buffer.raw
+
+
+class Model:
+    def __init__(self, device, mib):
+        self.device, self.mib = device, mib
+        self.weights, self.cache = device.allocate(mib * BLOCK), device.allocate(SLOTS * SLOT)
+        for index in range(mib):
+            device.write(self.weights + index * BLOCK, block("weights", index))
+        self.kept = {}
+
+    def check_weights(self):
+        self.device.enter()
+        for index in range(self.mib):
+            content = self.device.read(self.weights + index * BLOCK, BLOCK)
+            expect(f"block {index} of the weights", hashlib.sha256(content).hexdigest(), hashlib.sha256(block("weights", index)).hexdigest())
+
+    def check_cache(self):
+        self.device.enter()
+        for slot, content in self.kept.items():
+            expect(f"slot {slot} of the KV cache", self.device.read(self.cache + slot * SLOT, len(content)), content)
+        return len(self.kept)
+
+    def generate(self, prompt):
+        self.device.enter()
+        state = hashlib.sha256(prompt).digest()
+        slot = state[0] % SLOTS
+        for token in range(8):
+            page = int.from_bytes(state[:8], "little") % (self.mib * BLOCK // SLOT)
+            state = hashlib.sha256(state + self.device.read(self.weights + page * SLOT, SLOT)).digest()
+            # Kept on the device, and read back for the next token.
+            self.device.write(self.cache + slot * SLOT, state)
+            state = self.device.read(self.cache + slot * SLOT, len(state))
+        self.kept[slot] = state
+        return state.hex()
+
+
+def main():
+    parser = arguments(__doc__)
+    parser.add_argument("--library", default="libcuda.so.1")
+    parser.add_argument("--mib", type=int, default=8)
+    options = parser.parse_args()
+    device = Device(options.library)
+    model = Model(device, options.mib)
+    checks = Checks()
+    checks.add("weights", model.check_weights)
+    checks.add("cache", model.check_cache)
+    serve(options, checks, {("POST", "/generate"): lambda query, body: (200, {"answer": model.generate(body), "device": device.name})})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+//! Simulated GPUs for a world: their memory, the library that plays the driver, and the file that says what goes wrong.
+//!
+//! A replica gets the folder of all of it as [`INSIDE`]. It is none of the world's, which must not find mounts in its own.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use nix::mount::{MntFlags, MsFlags, mount, umount2};
+use rewarm_gpu_sim::device::Device;
+use rewarm_gpu_sim::{CONTROL_ENV, DEVICES_ENV, NODES_ENV};
+use tempfile::TempDir;
+
+use crate::command::Rewarm;
+use crate::server::{PORT, Question, Server};
+
+/// Where a replica finds driver, devices and workload.
+pub const INSIDE: &str = "/srv/gpu";
+const MIB: u64 = 1 << 20;
+
+/// GPUs of one world.
+#[derive(Debug)]
+pub struct Devices {
+    folder: TempDir,
+    mounts: Vec<PathBuf>,
+}
+
+impl Devices {
+    /// One GPU of so many MiB for each number; `workload` is the program of the Rust server.
+    ///
+    /// # Panics
+    /// When they cannot be made.
+    #[must_use]
+    pub fn new(workload: &Path, sizes: &[u64]) -> Self {
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        for part in ["lib", "devices"] {
+            fs::create_dir(folder.path().join(part)).expect("a folder");
+        }
+        let program = std::env::current_exe().expect("this program");
+        // Cargo builds it beside the test program.
+        let built = program.with_file_name("librewarm_gpu_sim.so");
+        fs::copy(built, folder.path().join("lib/libcuda.so.1")).expect("the simulated driver");
+        fs::copy(workload, folder.path().join("workload")).expect("the workload");
+        let mut devices = Self { folder, mounts: Vec::new() };
+        for (index, mib) in sizes.iter().enumerate() {
+            devices.add(index, *mib);
+        }
+        devices
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.folder.path().join(name)
+    }
+
+    fn add(&mut self, index: usize, mib: u64) {
+        let device = self.path("devices").join(index.to_string());
+        fs::create_dir(&device).expect("a folder");
+        let options = format!("size={mib}m,mode=0755");
+        mount(Some("tmpfs"), &device, Some("tmpfs"), MsFlags::empty(), Some(options.as_str()))
+            .expect("mount");
+        fs::write(device.join("uuid"), format!("{:032x}", 0xd0 + index)).expect("write");
+        self.mounts.push(device);
+    }
+
+    /// Says what goes wrong from now on; see `gpu/sim/src/control.rs`.
+    ///
+    /// # Panics
+    /// When it cannot be written.
+    pub fn control(&self, rules: &str) {
+        fs::write(self.path("control"), rules).expect("write");
+    }
+
+    /// MiB that are taken on a GPU.
+    ///
+    /// # Panics
+    /// When it is gone.
+    #[must_use]
+    pub fn used_mib(&self, index: usize) -> u64 {
+        let device = Device { folder: self.mounts[index].clone(), uuid: [0; 16], name: String::new() };
+        let (total, free) = device.memory().expect("a GPU");
+        (total - free) / MIB
+    }
+
+    /// Takes memory of a GPU for another user, until the file that is named is removed.
+    ///
+    /// # Panics
+    /// When there is not so much.
+    #[must_use]
+    pub fn neighbour(&self, index: usize, mib: usize) -> PathBuf {
+        let file = self.mounts[index].join("neighbour");
+        fs::write(&file, vec![1; mib << 20]).expect("room");
+        file
+    }
+
+    /// A call whose replica finds these GPUs.
+    #[must_use]
+    pub fn seen_by(&self, call: Rewarm) -> Rewarm {
+        call.env("REWARM_LIBCUDA", self.path("lib/libcuda.so.1"))
+            .env(DEVICES_ENV, self.path("devices"))
+            .env(CONTROL_ENV, self.path("control"))
+    }
+
+    /// A server in Rust with `mib` MiB of weights and threads that map and unmap memory.
+    #[must_use]
+    pub fn server(&self, mib: u64) -> Server {
+        let (port, mib) = (PORT.to_string(), mib.to_string());
+        let program = format!("{INSIDE}/workload");
+        let library = format!("{INSIDE}/lib/libcuda.so.1");
+        let command = [&program, "--library", &library, "--port", &port, "--mib", &mib].map(str::to_owned);
+        Server {
+            name: "device",
+            command: command.into(),
+            port: PORT,
+            ready: format!("http://127.0.0.1:{PORT}/health"),
+            env: self.env(),
+            mounts: vec![self.mount()],
+            needs: Vec::new(),
+            questions: vec![
+                Question::post("/generate", &serde_json::json!("a prompt")),
+                Question::get("/check").except(&["/churned"]),
+            ],
+        }
+    }
+
+    /// A server in Python, by ctypes.
+    #[must_use]
+    pub fn python_server(&self) -> Server {
+        let mut server = Server::cuda(&format!("{INSIDE}/lib/libcuda.so.1"));
+        server.env = self.env();
+        server.mounts.push(self.mount());
+        server
+    }
+
+    fn env(&self) -> Vec<(String, String)> {
+        // A container has no device nodes of the host's but those that it is given.
+        [(DEVICES_ENV, format!("{INSIDE}/devices")), (NODES_ENV, String::new())]
+            .map(|(name, value)| (name.to_owned(), value))
+            .into()
+    }
+
+    fn mount(&self) -> String {
+        format!("{}:{INSIDE}", self.folder.path().display())
+    }
+}
+
+impl Drop for Devices {
+    fn drop(&mut self) {
+        for device in &self.mounts {
+            let _ = umount2(device, MntFlags::MNT_DETACH);
+        }
+    }
+}

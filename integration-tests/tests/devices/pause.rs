@@ -1,0 +1,144 @@
+//! `rewarm pause` and `rewarm wake`.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rewarm_integration_tests::Output;
+use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::server::Server;
+
+use super::{start, world_with};
+use crate::world_for;
+
+/// Weights and KV cache, in whole pieces of 2 MiB.
+const DEVICE_MIB: u64 = 16 + 2;
+
+#[track_caller]
+fn printed(output: &Output, words: &str) {
+    assert!(output.stdout.contains(words), "{words:?} is missing in {output}");
+}
+
+#[test]
+fn a_server_gives_its_device_memory_back_and_takes_it_again() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    for server in [devices.server(16), devices.python_server()] {
+        let replica = start(&world, &devices, server.name, &server);
+        let before = answers(&replica, &server);
+        let used = devices.used_mib(0);
+        assert!(used >= 10, "{used} MiB used by {}", server.name);
+        for round in 0..2 {
+            let paused = world.rewarm_json().args(["pause", replica.name()]).ok().json();
+            assert_eq!(paused["device_bytes"], used << 20, "{paused}");
+            assert_eq!(devices.used_mib(0), 0);
+            let entry = replica.entry().expect("it is listed");
+            assert_eq!((&entry["status"], &entry["device_bytes"]), (&"paused".into(), &0.into()), "{entry}");
+            assert!(entry["wakes_in_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{entry}");
+            assert!(entry["host_bytes"].as_u64().is_some_and(|bytes| bytes > used << 20), "{entry}");
+            printed(&world.rewarm().args(["wake", replica.name()]).ok(), "back in device memory");
+            let entry = replica.entry().expect("it is listed");
+            assert_eq!(
+                (&entry["status"], &entry["device_bytes"]),
+                (&"ready".into(), &(used << 20).into()),
+                "{round}"
+            );
+            server_answers_as_before(&replica, &server, &before);
+        }
+        replica.remove();
+    }
+    world.finish();
+}
+
+#[test]
+fn a_server_without_device_memory_stands_still_until_it_is_woken() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let replica = world.start("plain", &server);
+    let before = answers(&replica, &server);
+    printed(&world.rewarm().args(["pause", replica.name()]).ok(), "is paused: took");
+    let name = replica.name();
+    let reference = world.reference("plain", "v1");
+    for call in [&["pause", name][..], &["snapshot", name, &reference], &["exec", name, "--", "true"]] {
+        world.rewarm().args(call).fails(1).says(&["paused"]);
+    }
+    printed(&world.rewarm().args(["wake", name]).ok(), "is awake: took");
+    server_answers_as_before(&replica, &server, &before);
+    let output = world.rewarm().args(["wake", name]).fails(1);
+    output.says(&["wake needs a replica that is paused, but", "is ready"]);
+    // Stopped while paused, it may still handle the signal.
+    world.rewarm().args(["pause", name]).ok();
+    printed(&replica.stop(), "is stopped: it ended with code 7");
+    world.finish();
+}
+
+#[test]
+fn a_pause_goes_on_when_its_command_is_killed_and_excludes_others() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let replica = start(&world, &devices, "device", &server);
+    let before = answers(&replica, &server);
+    // Long enough that others come while it lasts.
+    devices.control("checkpoint rate 12");
+    let running = world.rewarm().args(["pause", replica.name()]).spawn();
+    world.await_state("the pause begins", Duration::from_secs(10), || {
+        let output = world.rewarm().args(["wake", replica.name()]).run();
+        output.stderr.contains("is busy: pause")
+    });
+    running.signal(Signal::SIGKILL);
+    let _ = running.wait();
+    world.await_state("the replica is paused", Duration::from_secs(20), || {
+        replica.entry().is_some_and(|entry| entry["status"] == "paused")
+    });
+    assert_eq!(devices.used_mib(0), 0);
+    world.rewarm().args(["wake", replica.name()]).ok();
+    server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_wake_that_fails_leaves_the_server_paused_and_one_that_breaks_it_is_exit_6() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let replica = start(&world, &devices, "device", &server);
+    let before = answers(&replica, &server);
+    world.rewarm().args(["pause", replica.name()]).ok();
+    let neighbour = devices.neighbour(0, 56);
+    let output = world.rewarm().args(["wake", replica.name()]).fails(1);
+    output.says(&["out of memory (2)", "stays paused and can be woken again"]);
+    assert_eq!(replica.entry().expect("listed")["status"], "paused");
+    std::fs::remove_file(neighbour).expect("remove");
+    world.rewarm().args(["wake", replica.name()]).ok();
+    server_answers_as_before(&replica, &server, &before);
+
+    world.rewarm().args(["pause", replica.name()]).ok();
+    devices.control("restore failed");
+    let output = world.rewarm().args(["wake", replica.name()]).fails(6);
+    output.says(&["is left failed", "rewarm stop NAME"]);
+    devices.control("");
+    printed(&replica.stop(), "is stopped: it ended with signal SIGKILL");
+    assert_eq!(devices.used_mib(0), 0);
+    world.finish();
+}
+
+#[test]
+fn a_pause_that_fails_leaves_the_server_serving() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let replica = start(&world, &devices, "device", &server);
+    let before = answers(&replica, &server);
+    for (rule, text) in [
+        ("checkpoint result 801", "not supported (801); the server runs on"),
+        ("lock result 600", "not ready (600); the server runs on"),
+        ("checkpoint die", "the GPU helper ended during the call; the server runs on"),
+    ] {
+        devices.control(rule);
+        world.rewarm().args(["pause", replica.name()]).fails(1).says(&[text]);
+        devices.control("");
+        assert_eq!(replica.entry().expect("listed")["status"], "ready", "{rule}");
+        server_answers_as_before(&replica, &server, &before);
+    }
+    assert_eq!(devices.used_mib(0), DEVICE_MIB);
+    // Paused, a server cannot answer a signal: it is ended as it stands.
+    world.rewarm().args(["pause", replica.name()]).ok();
+    printed(&replica.stop(), "is stopped: it ended with signal SIGKILL");
+    world.finish();
+}
