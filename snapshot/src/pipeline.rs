@@ -265,6 +265,8 @@ impl Attempt {
         match blocking(move || client.status()).await.map(|record| record.status) {
             Ok(Status::Ready) => Aftermath::Serving,
             Ok(Status::Frozen) => Aftermath::Stopped,
+            // It was refused as it was.
+            Ok(Status::Paused) => Aftermath::Nothing,
             _ => Aftermath::Gone,
         }
     }

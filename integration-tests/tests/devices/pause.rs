@@ -57,8 +57,12 @@ fn a_server_without_device_memory_stands_still_until_it_is_woken() {
     printed(&world.rewarm().args(["pause", replica.name()]).ok(), "is paused: took");
     let name = replica.name();
     let reference = world.reference("plain", "v1");
-    for call in [&["pause", name][..], &["snapshot", name, &reference], &["exec", name, "--", "true"]] {
-        world.rewarm().args(call).fails(1).says(&["paused"]);
+    for (call, code) in [
+        (&["pause", name][..], 1),
+        (&["exec", name, "--", "true"], 1),
+        (&["snapshot", name, &reference], 3),
+    ] {
+        world.rewarm().args(call).fails(code).says(&["is paused"]);
     }
     printed(&world.rewarm().args(["wake", name]).ok(), "is awake: took");
     server_answers_as_before(&replica, &server, &before);
