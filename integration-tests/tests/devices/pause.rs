@@ -57,11 +57,9 @@ fn a_server_without_device_memory_stands_still_until_it_is_woken() {
     printed(&world.rewarm().args(["pause", replica.name()]).ok(), "is paused: took");
     let name = replica.name();
     let reference = world.reference("plain", "v1");
-    for (call, code) in [
-        (&["pause", name][..], 1),
-        (&["exec", name, "--", "true"], 1),
-        (&["snapshot", name, &reference], 3),
-    ] {
+    for (call, code) in
+        [(&["pause", name][..], 1), (&["exec", name, "--", "true"], 1), (&["snapshot", name, &reference], 3)]
+    {
         world.rewarm().args(call).fails(code).says(&["is paused"]);
     }
     printed(&world.rewarm().args(["wake", name]).ok(), "is awake: took");
