@@ -268,6 +268,45 @@ fn logs_have_a_limit() {
     world.finish();
 }
 
+/// Two starts of a deterministic server lie at the same addresses, and so does a clone.
+#[test]
+fn a_deterministic_server_has_the_same_addresses_at_each_start() {
+    const NO_RANDOM_ADDRESSES: u64 = 0x004_0000;
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let host = |replica: &rewarm_integration_tests::Replica<'_>, file: &str| {
+        let pid = replica.entry().expect("ps shows it")["pid"].to_string();
+        std::fs::read_to_string(format!("/proc/{pid}/{file}")).expect("it runs")
+    };
+    let addresses = |replica: &rewarm_integration_tests::Replica<'_>| {
+        let maps = host(replica, "maps");
+        let of = |name: &str| maps.lines().find(|line| line.contains(name)).map(str::to_owned);
+        ["/python3", "libc.so", "[heap]", "[stack]"]
+            .map(|name| of(name).unwrap_or_else(|| panic!("no {name}:\n{maps}")))
+    };
+    let start = |n: &str, flags: &[&str]| addresses(&world.start_with(n, &server, flags));
+    let programs = |found: &[String; 4]| [0, 1].map(|at| found[at].split(' ').next().map(str::to_owned));
+    assert_ne!(
+        programs(&start("a", &[])),
+        programs(&start("b", &[])),
+        "this machine has no random addresses"
+    );
+    let first = world.start_with("first", &server, &["--deterministic"]);
+    let found = addresses(&first);
+    assert_eq!(programs(&found), programs(&start("second", &["--deterministic"])));
+    let personality = u64::from_str_radix(host(&first, "personality").trim(), 16).expect("a number");
+    assert_ne!(personality & NO_RANDOM_ADDRESSES, 0, "{personality:#x}");
+    assert_eq!(first.json("/environment")["PYTHONHASHSEED"], "0");
+    let own = world.start_with("own", &server, &["--deterministic", "--env", "PYTHONHASHSEED=5"]);
+    assert_eq!(own.json("/environment")["PYTHONHASHSEED"], "5");
+    let before = answers(&first, &server);
+    world.snapshot(&first, "v1", &["--stop"]);
+    let clones = world.restore("first", "v1", server.port, &["--name", &world.name("clone")]);
+    server_answers_as_before(&clones[0], &server, &before);
+    assert_eq!(programs(&addresses(&clones[0])), programs(&found));
+    world.finish();
+}
+
 #[test]
 fn labels_are_shown() {
     let server = Server::plain();
