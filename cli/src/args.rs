@@ -85,12 +85,20 @@ pub(crate) enum Command {
     Stop(Stop),
     /// Wait until a replica ends; exits with its status.
     Wait(Wait),
-    /// Remove what a stopped replica left: its logs and exit status.
+    /// Remove what a stopped replica left, or a snapshot from a store.
     Rm(Rm),
     /// List the snapshots of a store.
     Ls(Ls),
     /// Show a snapshot, and whether this machine can restore it.
     Inspect(Inspect),
+    /// Read every byte of a snapshot and check that a restore would find all it needs.
+    Verify(Verify),
+    /// Compare two snapshots: chunks, processes and mappings.
+    Diff(Diff),
+    /// Copy a snapshot into another store.
+    Cp(Cp),
+    /// Remove from a store what no tag leads to.
+    Gc(Gc),
     /// Make and list signing keys.
     Key(Key),
     /// Print a completion script for a shell.
@@ -194,9 +202,12 @@ pub(crate) struct Snapshot {
     /// Hook after it, here and in each restored replica.
     #[arg(long, value_name = "URL|CMD")]
     pub(crate) post: Option<Hook>,
-    /// auto (what pays), zstd:LEVEL or none.
+    /// auto (what pays), planes (for weights of 16 bits), zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC", default_value = "auto", value_parser = values::spelled::<Compression>)]
     pub(crate) compression: Compression,
+    /// Bytes a second at which restores will read, for auto; without it as fast as memory in a folder, 1250MB in a bucket.
+    #[arg(long, value_name = "BYTES", value_parser = values::bytes)]
+    pub(crate) rate: Option<u64>,
     /// Sign it: the name of a key, or the path of its secret part.
     #[arg(long, value_name = "KEY")]
     pub(crate) sign: Option<String>,
@@ -362,11 +373,31 @@ pub(crate) struct Wait {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  rewarm stop embed && rewarm rm embed")]
+#[command(after_help = "Examples:\n  \
+    rewarm stop embed && rewarm rm embed\n  \
+    rewarm rm s3://bucket/models/llm@v1 && rewarm gc s3://bucket/models")]
 pub(crate) struct Rm {
-    /// The replicas.
-    #[arg(value_name = "NAME", required = true)]
-    pub(crate) names: Vec<Name>,
+    /// A stopped replica, or, with a slash, a snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
+    #[arg(value_name = "NAME|REF", required = true, value_parser = values::unwanted)]
+    pub(crate) names: Vec<Unwanted>,
+}
+
+/// What `rm` removes.
+#[derive(Debug, Clone)]
+pub(crate) enum Unwanted {
+    /// What a stopped replica left.
+    Replica(Name),
+    /// A snapshot.
+    Snapshot(Reference),
+}
+
+impl std::fmt::Display for Unwanted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Unwanted::Replica(name) => name.fmt(f),
+            Unwanted::Snapshot(reference) => reference.fmt(f),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -378,11 +409,65 @@ pub(crate) struct Ls {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  rewarm inspect s3://bucket/models/llm@v2")]
+#[command(after_help = "Examples:\n  \
+    rewarm inspect s3://bucket/models/llm@v2\n  \
+    rewarm inspect s3://bucket/models/llm@v2 --mappings")]
 pub(crate) struct Inspect {
+    /// Show the processes too, mapping by mapping.
+    #[arg(long)]
+    pub(crate) mappings: bool,
     /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
     #[arg(value_name = "REF", value_parser = values::spelled::<Reference>)]
     pub(crate) reference: Reference,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm verify s3://bucket/models/llm@v2 --require-signature=release")]
+pub(crate) struct Verify {
+    /// The snapshot: STORE/NAME, STORE/NAME@TAG or STORE/NAME@blake3:DIGEST.
+    #[arg(value_name = "REF", value_parser = values::spelled::<Reference>)]
+    pub(crate) reference: Reference,
+    /// Refuse a snapshot that this key did not sign, or, without a key, none of the key folder or the configuration.
+    #[arg(long, value_name = "KEY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
+    pub(crate) require_signature: Option<Vec<String>>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm diff /srv/snapshots/llm@v1 /srv/snapshots/llm@v2")]
+pub(crate) struct Diff {
+    /// The first snapshot.
+    #[arg(value_name = "REF", value_parser = values::spelled::<Reference>)]
+    pub(crate) first: Reference,
+    /// The second snapshot.
+    #[arg(value_name = "REF", value_parser = values::spelled::<Reference>)]
+    pub(crate) second: Reference,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm cp /srv/snapshots/llm@v2 s3://bucket/models/llm@v2")]
+pub(crate) struct Cp {
+    /// The snapshot; of a tag all variants.
+    #[arg(value_name = "SRC", value_parser = values::spelled::<Reference>)]
+    pub(crate) source: Reference,
+    /// Where to: STORE/NAME[@TAG].
+    #[arg(value_name = "DEST", value_parser = values::spelled::<Reference>)]
+    pub(crate) destination: Reference,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm gc s3://bucket/models --dry-run\n  \
+    rewarm gc s3://bucket/models --grace 7d")]
+pub(crate) struct Gc {
+    /// The store.
+    #[arg(value_name = "STORE", value_parser = values::spelled::<StoreUrl>)]
+    pub(crate) store: StoreUrl,
+    /// How long what is marked stays for a later run to remove: longer than any restore takes.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "24h")]
+    pub(crate) grace: Duration,
+    /// Only say what would be done.
+    #[arg(long)]
+    pub(crate) dry_run: bool,
 }
 
 #[derive(Debug, Args)]

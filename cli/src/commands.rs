@@ -1,8 +1,11 @@
 //! One file for each verb.
 
 pub(crate) mod completions;
+pub(crate) mod cp;
+pub(crate) mod diff;
 pub(crate) mod doctor;
 pub(crate) mod exec;
+pub(crate) mod gc;
 pub(crate) mod gpu_helper;
 pub(crate) mod help;
 pub(crate) mod inspect;
@@ -19,5 +22,6 @@ pub(crate) mod run;
 pub(crate) mod shim;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
+pub(crate) mod verify;
 pub(crate) mod wait;
 pub(crate) mod wake;

@@ -12,7 +12,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rewarm_store::{KeyFolder, StoreUrl, Trust};
+use rewarm_store::{KeyFolder, Store, StoreUrl, Trust};
 use serde::Deserialize;
 
 use crate::args::Global;
@@ -92,12 +92,26 @@ impl Config {
         Ok(trust)
     }
 
+    /// Opens a store whose snapshots must be signed as this file and `also` demand.
+    pub(crate) async fn open(&self, url: &StoreUrl, also: Option<&[String]>) -> Result<Store, Cause> {
+        let store = Store::open(url).await?;
+        Ok(match self.demand(url, also)? {
+            Some(trust) => store.requiring(trust),
+            None => store,
+        })
+    }
+
     /// What this file demands of `store`, and `--require-signature` on top. Without a key that flag means any key of the
     /// key folder, or what the file says.
     pub(crate) fn demand(&self, store: &StoreUrl, flag: Option<&[String]>) -> Result<Option<Trust>, Cause> {
         let configured = self.trust(store)?;
-        let Some(keys) = flag else { return Ok(configured) };
-        let wanted = match (keys, &configured) {
+        // The flag without a value comes as an empty one.
+        let Some(keys) =
+            flag.map(|keys| keys.iter().filter(|key| !key.is_empty()).cloned().collect::<Vec<_>>())
+        else {
+            return Ok(configured);
+        };
+        let wanted = match (keys.as_slice(), &configured) {
             ([], Some(trust)) => trust.clone(),
             ([], None) => Trust::new(key_folder().list()?.into_iter().map(|key| key.public)),
             (keys, _) => trusted(keys)?,

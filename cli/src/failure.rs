@@ -55,6 +55,27 @@ pub(crate) enum Cause {
     /// A store or a snapshot in it.
     #[error(transparent)]
     Store(Box<rewarm_store::Error>),
+    /// Objects of a snapshot are damaged.
+    #[error("{damaged} of what was read {}", if *damaged == 1 { "is damaged" } else { "are damaged" })]
+    Damaged {
+        /// How many damages were found.
+        damaged: usize,
+        /// Each of them.
+        causes: Vec<Cause>,
+    },
+    /// What a snapshot says of itself cannot be used.
+    #[error(transparent)]
+    Parts(Box<rewarm_restore::Cause>),
+    /// A copy that the readers of its destination would refuse.
+    #[error("{digest} would not be trusted in {store}")]
+    NotForDestination {
+        /// The snapshot.
+        digest: rewarm_store::Digest,
+        /// Where to.
+        store: String,
+        /// Why not.
+        source: rewarm_store::Mistrust,
+    },
     /// A signing key.
     #[error(transparent)]
     Key(Box<rewarm_store::KeyError>),
@@ -160,6 +181,8 @@ impl Classify for Cause {
         match self {
             Cause::Usage { .. } | Cause::Config { .. } => Class::Usage,
             Cause::Key(error) => error.class(),
+            Cause::Damaged { .. } | Cause::NotForDestination { .. } => Class::Integrity,
+            Cause::Parts(error) => error.class(),
             Cause::Probe(error) => error.class(),
             Cause::Container(error) => error.class(),
             Cause::Store(error) => error.class(),
@@ -193,6 +216,11 @@ impl Cause {
             Cause::NoRunc => {
                 Some("install runc 1.1 or later; `rewarm doctor` lists every need of this machine")
             }
+            Cause::Damaged { .. } => {
+                Some("take the snapshot again, or `rewarm cp` it from a store where it is whole")
+            }
+            Cause::NotForDestination { .. } => Some("docs/signatures.md says who decides what a store takes"),
+            Cause::Parts(error) => hints::restore(error),
             Cause::Usage { .. }
             | Cause::SomeFailed { .. }
             | Cause::Machine(_)
@@ -308,7 +336,7 @@ impl Failure {
             self.doing,
             self.cause.chain().join(": ")
         );
-        if let Cause::SomeFailed { causes, .. } = &self.cause {
+        if let Cause::SomeFailed { causes, .. } | Cause::Damaged { causes, .. } = &self.cause {
             for cause in causes {
                 let _ = write!(text, "\n  {}{}", cause.subject(), cause.chain().join(": "));
             }

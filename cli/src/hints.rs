@@ -70,6 +70,13 @@ pub(crate) fn store(error: &Store) -> Option<&'static str> {
         Store::Unreachable { .. } => Some("the endpoint comes from AWS_ENDPOINT_URL or from ?endpoint=URL"),
         Store::TagTaken { .. } => Some("the other snapshot stands; take this one again"),
         Store::Newer { .. } => Some("a newer rewarm reads it"),
+        Store::Collecting { .. } => {
+            Some("wait until it has ended; what a killed one left is ignored after 15 minutes")
+        }
+        Store::Doomed { .. } => {
+            Some("`rewarm gc STORE` removes it once its grace time is over; copy it then")
+        }
+        Store::Lapsed { .. } => Some("take the snapshot again"),
         Store::Untrusted { .. } => Some(
             "sign it when it is taken (`rewarm snapshot --sign KEY`), or trust another key (docs/signatures.md)",
         ),

@@ -69,9 +69,13 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Wake(args) => wait_for(commands::wake::run(args, global)),
         Command::Stop(args) => commands::stop::run(args, global),
         Command::Wait(args) => commands::wait::run(args, global),
-        Command::Rm(args) => commands::rm::run(args, global),
+        Command::Rm(args) => wait_for(commands::rm::run(args, global)),
         Command::Ls(args) => wait_for(commands::ls::run(args, global)),
         Command::Inspect(args) => wait_for(commands::inspect::run(args, global)),
+        Command::Verify(args) => wait_for(commands::verify::run(args, global)),
+        Command::Diff(args) => wait_for(commands::diff::run(args, global)),
+        Command::Cp(args) => wait_for(commands::cp::run(args, global)),
+        Command::Gc(args) => wait_for(commands::gc::run(args, global)),
         Command::Key(args) => commands::key::run(args, global),
         Command::Completions(args) => commands::completions::run(args),
         Command::Man(args) => commands::man::run(args, global),
@@ -117,6 +121,10 @@ fn doing(command: &Command) -> String {
         Command::Rm(args) => format!("remove {}", joined(&args.names)),
         Command::Ls(args) => format!("list {}", args.store),
         Command::Inspect(args) => format!("inspect {}", args.reference),
+        Command::Verify(args) => format!("verify {}", args.reference),
+        Command::Diff(args) => format!("compare {} with {}", args.first, args.second),
+        Command::Cp(args) => format!("copy {} to {}", args.source, args.destination),
+        Command::Gc(args) => format!("collect garbage in {}", args.store),
         Command::Key(args) => args.doing(),
         Command::Completions(_) => "print completions".to_owned(),
         Command::Man(_) => "write manual pages".to_owned(),
@@ -127,7 +135,7 @@ fn doing(command: &Command) -> String {
     }
 }
 
-fn joined(names: &[rewarm_container::Name]) -> String {
+fn joined(names: &[impl ToString]) -> String {
     names.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 

@@ -4,6 +4,11 @@ use std::error::Error;
 use std::str::FromStr;
 use std::time::Duration;
 
+use rewarm_container::Name;
+use rewarm_store::Reference;
+
+use crate::args::Unwanted;
+
 /// A value whose type a library crate owns. clap shows the outermost message of an error only, and the reason lies below.
 pub(crate) fn spelled<T: FromStr<Err: Error>>(text: &str) -> Result<T, String> {
     text.parse().map_err(|error: T::Err| {
@@ -14,6 +19,15 @@ pub(crate) fn spelled<T: FromStr<Err: Error>>(text: &str) -> Result<T, String> {
         }
         message
     })
+}
+
+/// What `rm` removes: a name of a replica has neither slash nor `@`, a reference to a snapshot has a slash.
+pub(crate) fn unwanted(text: &str) -> Result<Unwanted, String> {
+    if text.contains(['/', '@']) {
+        spelled::<Reference>(text).map(Unwanted::Snapshot)
+    } else {
+        text.parse::<Name>().map(Unwanted::Replica).map_err(|error| error.to_string())
+    }
 }
 
 /// Bytes: a number with an optional unit. `K`, `M`, `G`, `T` and their `iB` forms are powers of 1024, `kB` ... `TB` of 1000.

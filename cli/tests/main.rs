@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 18] = [
+const VERBS: [&str; 22] = [
     "doctor",
     "run",
     "snapshot",
@@ -43,6 +43,10 @@ const VERBS: [&str; 18] = [
     "rm",
     "ls",
     "inspect",
+    "verify",
+    "diff",
+    "cp",
+    "gc",
     "key",
     "completions",
     "man",

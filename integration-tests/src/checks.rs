@@ -141,8 +141,11 @@ pub fn store_verifies(world: &World) {
                 store.resolve_all(&reference).await.unwrap_or_else(|error| panic!("{reference}: {error:?}"))
             {
                 let boot = snapshot.boot().await.unwrap_or_else(|error| panic!("{reference}: {error:?}"));
-                let verified =
-                    boot.verify(REQUESTS).await.unwrap_or_else(|error| panic!("{reference}: {error:?}"));
+                let verified = boot
+                    .verify(REQUESTS)
+                    .await
+                    .and_then(rewarm_store::Verified::whole)
+                    .unwrap_or_else(|error| panic!("{reference}: {error:?}"));
                 assert!(
                     verified.bytes > 0 && !boot.skeleton().is_empty(),
                     "{reference}: empty, {verified:?}"

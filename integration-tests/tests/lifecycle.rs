@@ -8,6 +8,7 @@ mod network;
 mod probe;
 mod root;
 mod servers;
+mod store_verbs;
 mod stores;
 mod timers;
 mod verbs;

@@ -10,6 +10,7 @@ mod error;
 mod fetch;
 mod lazy;
 mod machine;
+pub mod mappings;
 pub mod pager;
 mod pages;
 mod pipeline;

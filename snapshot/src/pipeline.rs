@@ -37,6 +37,8 @@ pub struct Request {
     pub sign: Option<SigningKey>,
     /// How chunks are stored.
     pub compression: Compression,
+    /// Bytes a second at which restores will read, where it is known.
+    pub rate: Option<u64>,
     /// Connections to the outside come back closed instead of being refused.
     pub tcp_close: bool,
     /// How long the server may be frozen before the dump is given up.
@@ -181,6 +183,7 @@ impl Attempt {
         let store = Store::open(&destination.store).await?;
         let options = SessionOptions {
             compression: self.request.compression,
+            rate: self.request.rate,
             destination: Some((destination.name.clone(), self.tag().to_owned())),
             sign: self.request.sign.clone(),
         };

@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use bytes::Bytes;
 use rewarm_store::{
-    Compression, Facts, Name, Reference, RegionKind, SessionOptions, Sink, Store, StoreUrl, Target,
+    Compression, Facts, Name, Reference, RegionKind, SessionOptions, Sink, Store, StoreUrl, Target, parsers,
 };
 
 type Failure = Box<dyn std::error::Error>;
@@ -18,6 +18,10 @@ type Failure = Box<dyn std::error::Error>;
 type Kind = (&'static str, fn(u64) -> Vec<u8>);
 
 const MIB: usize = 1 << 20;
+/// Id of the codec of planes.
+const PLANES: u8 = 3;
+const COMPRESSIONS: [Compression; 4] =
+    [Compression::None, Compression::Auto, Compression::Planes, Compression::Zstd(1)];
 const KINDS: [Kind; 3] = [("random", random), ("bf16 weights", weights), ("python heap", heap)];
 
 struct Null;
@@ -44,7 +48,7 @@ async fn main() -> Result<(), Failure> {
         let parts = Bytes::from(content).slice(..whole);
         let parts: Vec<Bytes> =
             (0..whole).step_by(MIB).map(|at| parts.slice(at..whole.min(at + MIB))).collect();
-        for compression in [Compression::None, Compression::Auto, Compression::Zstd(1)] {
+        for compression in COMPRESSIONS {
             round(&folder, compression, &parts).await?;
             std::fs::remove_dir_all(&folder)?;
         }
@@ -53,7 +57,7 @@ async fn main() -> Result<(), Failure> {
     for (name, make) in KINDS {
         floors(name, &make(1));
         let content: Vec<Bytes> = (0..mib as u64).map(|n| make(n).into()).collect();
-        for compression in [Compression::None, Compression::Auto, Compression::Zstd(1)] {
+        for compression in COMPRESSIONS {
             round(&folder, compression, &content).await?;
             std::fs::remove_dir_all(&folder)?;
         }
@@ -72,36 +76,38 @@ fn floors(name: &str, mib: &[u8]) {
         black_box(blake3::keyed_hash(&key, chunk));
     }
     let hash = rate(rounds * mib.len(), begun);
-    let mut out = vec![0; 1 << 20];
     let mut raw = vec![0; 256 << 10];
     let mut line = format!("{name}: one core: keyed hash {hash:.2} GB/s");
     let mut zstd = zstd::bulk::Compressor::new(1).expect("level 1 exists");
     let mut unzstd = zstd::bulk::Decompressor::new().expect("memory");
-    for codec in ["lz4", "zstd-1"] {
-        let (mut small, begun) = (0, Instant::now());
+    for codec in ["lz4", "zstd-1", "planes"] {
+        let mut encode_one = |chunk: &[u8]| match codec {
+            "lz4" => lz4_flex::block::compress(chunk),
+            "zstd-1" => zstd.compress(chunk).expect("memory"),
+            _ => parsers::encoded(PLANES, chunk).unwrap_or_else(|| chunk.to_vec()),
+        };
+        let begun = Instant::now();
         for chunk in std::iter::repeat_n(&chunks, 20).flatten() {
-            small += match codec {
-                "lz4" => lz4_flex::block::compress_into(chunk, &mut out).expect("it fits"),
-                _ => zstd.compress_to_buffer(chunk, &mut out).expect("it fits"),
-            };
+            black_box(encode_one(chunk));
         }
         let encode = rate(20 * mib.len(), begun);
-        let stored: Vec<Vec<u8>> = chunks
-            .iter()
-            .map(|chunk| match codec {
-                "lz4" => lz4_flex::block::compress(chunk),
-                _ => zstd.compress(chunk).expect("memory"),
-            })
-            .collect();
+        let stored: Vec<Vec<u8>> = chunks.iter().map(|chunk| encode_one(chunk)).collect();
+        let small: usize = stored.iter().map(Vec::len).sum();
         let begun = Instant::now();
         for stored in std::iter::repeat_n(&stored, 100).flatten() {
             match codec {
-                "lz4" => lz4_flex::block::decompress_into(stored, &mut raw).expect("valid"),
-                _ => unzstd.decompress_to_buffer(stored, &mut raw).expect("valid"),
-            };
+                "lz4" => {
+                    lz4_flex::block::decompress_into(stored, &mut raw).expect("valid");
+                }
+                "zstd-1" => {
+                    unzstd.decompress_to_buffer(stored, &mut raw).expect("valid");
+                }
+                _ if stored.len() == raw.len() => raw.copy_from_slice(stored),
+                _ => assert!(parsers::decodes(PLANES, stored, &mut raw)),
+            }
         }
         let decode = rate(100 * mib.len(), begun);
-        let ratio = 20.0 * mib.len() as f64 / small as f64;
+        let ratio = mib.len() as f64 / small as f64;
         line += &format!("; {codec} {ratio:.2}x, encode {encode:.2}, decode {decode:.2} GB/s");
     }
     show(&line);

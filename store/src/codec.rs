@@ -1,7 +1,10 @@
 //! How the content of a chunk is stored, and the choice of how.
 //!
 //! On the way back every byte is hashed (about 4.6 GB/s a core) and decoded, so a codec must save more time on the way
-//! than it costs there: content that a sample finds barely compressible is stored raw.
+//! than it costs there: content that a sample finds barely compressible is stored raw. What it saves depends on how fast
+//! the store answers, so weights are split into planes for buckets and stored raw in folders.
+
+mod planes;
 
 use std::borrow::Cow;
 use std::cell::RefCell;
@@ -16,9 +19,11 @@ use crate::error::{Error, Syntax};
 /// What the user asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Compression {
-    /// A sample of each chunk decides between none, LZ4 and zstd at level 1.
+    /// A sample of each chunk decides between none, LZ4, zstd at level 1 and planes, for the rate of the store.
     #[default]
     Auto,
+    /// Planes, for every chunk that becomes shorter by them.
+    Planes,
     /// zstd at this level, 1 to 19, for every chunk that becomes shorter by it.
     Zstd(i32),
     /// Every chunk is stored raw.
@@ -32,10 +37,11 @@ impl FromStr for Compression {
         let expected = || Error::Syntax {
             text: text.to_owned(),
             kind: "compression",
-            source: Syntax::Form { expected: "auto, zstd:N with N from 1 to 19, or none" },
+            source: Syntax::Form { expected: "auto, planes, zstd:N with N from 1 to 19, or none" },
         };
         match text.split_once(':') {
             None if text == "auto" => Ok(Self::Auto),
+            None if text == "planes" => Ok(Self::Planes),
             None if text == "none" => Ok(Self::None),
             Some(("zstd", level)) => match level.parse() {
                 Ok(level @ 1..=19) => Ok(Self::Zstd(level)),
@@ -50,18 +56,20 @@ impl fmt::Display for Compression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Auto => f.write_str("auto"),
+            Self::Planes => f.write_str("planes"),
             Self::Zstd(level) => write!(f, "zstd:{level}"),
             Self::None => f.write_str("none"),
         }
     }
 }
 
-/// How a chunk is stored. Id 3 is reserved for zstd over byte planes.
+/// How a chunk is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Codec {
     None = 0,
     Lz4 = 1,
     Zstd = 2,
+    Planes = 3,
 }
 
 impl Codec {
@@ -70,6 +78,7 @@ impl Codec {
             0 => Some(Self::None),
             1 => Some(Self::Lz4),
             2 => Some(Self::Zstd),
+            3 => Some(Self::Planes),
             _ => None,
         }
     }
@@ -96,12 +105,18 @@ thread_local! {
     static DECODER: RefCell<Option<zstd::bulk::Decompressor<'static>>> = const { RefCell::new(None) };
 }
 
-/// Encodes the concatenation of `parts`. `None` means: store it raw.
-pub(crate) fn encode(compression: Compression, parts: &[Bytes]) -> (Codec, Option<Bytes>) {
+/// Content that is read at this rate, in bytes a second over all cores, where nobody says otherwise: from a folder as fast
+/// as memory is, from a bucket as fast as 10 Gbit/s are.
+pub(crate) const FOLDER_RATE: u64 = u64::MAX;
+pub(crate) const BUCKET_RATE: u64 = 1_250_000_000;
+
+/// Encodes the concatenation of `parts` for a store that is read at `rate` bytes a second. `None` means: store it raw.
+pub(crate) fn encode(compression: Compression, rate: u64, parts: &[Bytes]) -> (Codec, Option<Bytes>) {
     let (codec, level) = match compression {
         Compression::None => (Codec::None, 0),
+        Compression::Planes => (Codec::Planes, 0),
         Compression::Zstd(level) => (Codec::Zstd, level),
-        Compression::Auto => (choose(parts), 1),
+        Compression::Auto => (choose(parts, rate), 1),
     };
     if codec == Codec::None {
         return (Codec::None, None);
@@ -111,6 +126,7 @@ pub(crate) fn encode(compression: Compression, parts: &[Bytes]) -> (Codec, Optio
         Codec::None => None,
         Codec::Lz4 => Some(lz4_flex::block::compress(&raw)),
         Codec::Zstd => compress_zstd(level, &raw),
+        Codec::Planes => planes::encode(&raw),
     };
     match stored {
         Some(stored) if stored.len() + (raw.len() >> SAVING_MIN_SHIFT) <= raw.len() => {
@@ -136,13 +152,25 @@ fn compress_zstd(level: i32, raw: &[u8]) -> Option<Vec<u8>> {
     })
 }
 
+/// Bytes of content that one core decodes from planes in a second (docs/snapshot-format.md says how it was measured).
+const PLANES_DECODE_RATE: f64 = 2.0e9;
+
+/// Whether planes of which `saved` (0 to 1) is saved come sooner than raw content at this rate: what the network saves must
+/// be more than what the cores pay.
+fn planes_pay(saved: f64, rate: u64) -> bool {
+    let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
+    saved / rate as f64 > 1.0 / (PLANES_DECODE_RATE * cores)
+}
+
 /// Chooses by what three samples shrink to.
-fn choose(parts: &[Bytes]) -> Codec {
+fn choose(parts: &[Bytes], rate: u64) -> Codec {
     let total: usize = parts.iter().map(Bytes::len).sum();
     let samples = [1, 2, 3].map(|quarter| page_at(parts, total / 4 * quarter)).concat();
     let lz4 = lz4_flex::block::compress(&samples).len();
     if lz4 * 100 > samples.len() * LZ4_WORTH_PERCENT {
-        return Codec::None;
+        let split = planes::encode(&samples).map_or(samples.len(), |split| split.len());
+        let saved = 1.0 - split as f64 / samples.len() as f64;
+        return if planes_pay(saved, rate) { Codec::Planes } else { Codec::None };
     }
     match compress_zstd(1, &samples) {
         Some(zstd) if zstd.len() * 100 <= lz4 * ZSTD_WORTH_PERCENT => Codec::Zstd,
@@ -172,6 +200,10 @@ pub(crate) fn decode(codec: Codec, stored: &[u8], raw: &mut [u8]) -> Result<(), 
         Codec::None => stored.len(),
         Codec::Lz4 => lz4_flex::block::decompress_into(stored, raw)
             .map_err(|error| Some(io::Error::new(io::ErrorKind::InvalidData, error)))?,
+        Codec::Planes => {
+            planes::decode(stored, raw)?;
+            raw.len()
+        }
         Codec::Zstd => DECODER.with_borrow_mut(|slot| {
             let decoder = match slot {
                 Some(decoder) => decoder,

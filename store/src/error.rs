@@ -166,6 +166,32 @@ pub enum Error {
         /// What the receiver answered.
         source: io::Error,
     },
+    /// The announcement of a session or of gc is gone: whoever made it was taken for dead.
+    #[error(
+        "{announcement} is gone from {store}: this program was stopped for so long that gc took it for dead"
+    )]
+    Lapsed {
+        /// The store as the user wrote it.
+        store: String,
+        /// The announcement.
+        announcement: String,
+    },
+    /// Another run of gc is at work.
+    #[error("another gc is at work in {store}: {other}")]
+    Collecting {
+        /// The store as the user wrote it.
+        store: String,
+        /// Its announcement.
+        other: String,
+    },
+    /// What a copy needs is there, but gc has marked it for removal.
+    #[error("{object} in {store} is marked for removal")]
+    Doomed {
+        /// The store as the user wrote it.
+        store: String,
+        /// The object.
+        object: String,
+    },
     /// The session was aborted while one of its regions was being written.
     #[error("the snapshot was given up")]
     Aborted,
@@ -317,6 +343,9 @@ impl Classify for Error {
             | Error::Request { .. }
             | Error::Open { .. }
             | Error::Aborted
+            | Error::Lapsed { .. }
+            | Error::Collecting { .. }
+            | Error::Doomed { .. }
             | Error::TagTaken { .. }
             | Error::Limit { .. }
             | Error::Sink { .. } => Class::Failed,

@@ -18,6 +18,7 @@ use object_store::{
     CopyOptions, GetOptions, GetResult, GetResultPayload, ListResult, MultipartUpload, ObjectMeta,
     ObjectStore, PutMultipartOptions, PutOptions, PutPayload, PutResult, UploadPart,
 };
+use tokio::sync::watch;
 
 /// What goes wrong. Nothing does by default.
 #[derive(Debug, Default, Clone)]
@@ -34,6 +35,10 @@ pub struct Wrong {
     pub flip: Option<(&'static str, u64)>,
     /// Conditions of writes are ignored, as Garage does.
     pub unconditional: bool,
+    /// Answers come at so many bytes a second; 0 for as fast as can be.
+    pub bytes_per_second: u64,
+    /// Credentials are good for so many requests more, counted from [`Faults::set`].
+    pub allowed: Option<u64>,
 }
 
 /// A kind of request.
@@ -58,12 +63,53 @@ pub struct Faults {
     requests: AtomicU64,
     failed: AtomicU64,
     aborted: AtomicU64,
+    traffic: watch::Sender<Traffic>,
+}
+
+/// Whether requests pass.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Traffic {
+    #[default]
+    Flows,
+    /// It stands still after so many requests more.
+    StopsAfter(u64),
+    Stands,
 }
 
 impl Faults {
     /// What goes wrong from here on.
     pub fn set(&self, wrong: Wrong) {
         *self.lock() = wrong;
+    }
+
+    /// After so many requests more all traffic stands still, until [`Faults::go_on`].
+    pub fn pause_at(&self, requests: u64) {
+        self.traffic.send_replace(Traffic::StopsAfter(requests));
+    }
+
+    /// Waits until the traffic stands still.
+    pub async fn paused(&self) {
+        let mut traffic = self.traffic.subscribe();
+        let _ = traffic.wait_for(|traffic| *traffic == Traffic::Stands).await;
+    }
+
+    /// Lets the traffic flow again.
+    pub fn go_on(&self) {
+        self.traffic.send_replace(Traffic::Flows);
+    }
+
+    /// Waits while traffic stands still, and stops it if this is the request for that.
+    async fn traffic(&self) {
+        self.traffic.send_if_modified(|traffic| {
+            let next = match *traffic {
+                Traffic::StopsAfter(0) => Traffic::Stands,
+                Traffic::StopsAfter(left) => Traffic::StopsAfter(left - 1),
+                as_it_is => as_it_is,
+            };
+            std::mem::replace(traffic, next) != next
+        });
+        let mut traffic = self.traffic.subscribe();
+        let _ = traffic.wait_for(|traffic| *traffic != Traffic::Stands).await;
     }
 
     /// Requests so far.
@@ -89,8 +135,16 @@ impl Faults {
     }
 
     async fn pass(&self, operation: Operation, path: &Path) -> object_store::Result<()> {
+        self.traffic().await;
         let number = self.requests.fetch_add(1, Ordering::Relaxed) + 1;
         let wrong = self.lock().clone();
+        if !self.is_allowed() {
+            self.failed.fetch_add(1, Ordering::Relaxed);
+            return Err(object_store::Error::PermissionDenied {
+                path: path.to_string(),
+                source: "the credentials have expired".into(),
+            });
+        }
         if !wrong.delay.is_zero() {
             tokio::time::sleep(wrong.delay).await;
         }
@@ -102,6 +156,26 @@ impl Faults {
             return Err(object_store::Error::Generic { store: "FaultyStore", source });
         }
         Ok(())
+    }
+
+    /// Takes one of the requests for which credentials are still good.
+    fn is_allowed(&self) -> bool {
+        match &mut self.lock().allowed {
+            None => true,
+            Some(0) => false,
+            Some(left) => {
+                *left -= 1;
+                true
+            }
+        }
+    }
+
+    /// Waits as long as a slow network takes for so many bytes.
+    async fn transfer(&self, bytes: usize) {
+        let rate = self.lock().bytes_per_second;
+        if rate > 0 {
+            tokio::time::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64)).await;
+        }
     }
 
     fn spoil(&self, path: &Path, range: &Range<u64>, bytes: Bytes) -> Bytes {
@@ -179,6 +253,7 @@ impl ObjectStore for FaultyStore {
         let (meta, range, attributes) =
             (answer.meta.clone(), answer.range.clone(), answer.attributes.clone());
         let bytes = self.faults.spoil(location, &range, answer.bytes().await?);
+        self.faults.transfer(bytes.len()).await;
         let payload = GetResultPayload::Stream(futures::stream::once(async { Ok(bytes) }).boxed());
         answer = GetResult { payload, meta, range, attributes, extensions: Default::default() };
         Ok(answer)

@@ -6,21 +6,29 @@
 
 mod chunk;
 mod codec;
+mod collect;
+mod copy;
 mod digest;
 mod error;
 #[cfg(feature = "testing")]
 pub mod fault;
 pub mod format;
 mod keys;
+mod lease;
 mod limits;
 mod objects;
+#[cfg(feature = "testing")]
+pub mod parsers;
 mod reader;
+mod remove;
 mod signature;
 mod store;
 mod url;
 mod writer;
 
 pub use codec::Compression;
+pub use collect::{Collect, Collected, Count};
+pub use copy::Copied;
 pub use digest::{ChunkId, Digest, DigestSyntax};
 pub use error::{Damage, Error, Result, Syntax};
 pub use format::FORMAT;
@@ -30,8 +38,12 @@ pub use format::manifest::{
 };
 pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
-pub use reader::{Boot, Chunk, ChunkMap, Fetched, Region, Sink, Snapshot, Verified};
+pub use reader::{
+    Boot, Chunk, ChunkMap, Chunks, Comparison, Fetched, Region, RegionComparison, RegionSide, Sink, Snapshot,
+    Verified, compare,
+};
+pub use remove::Removed;
 pub use signature::{KeySyntax, Mistrust, PublicKey, SigningKey, Trust};
-pub use store::{Listed, Store};
+pub use store::{Listed, Store, Usage};
 pub use url::{DEFAULT_TAG, Name, Reference, StoreUrl, Target};
 pub use writer::{Published, RegionWriter, Session, SessionOptions};

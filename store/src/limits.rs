@@ -25,6 +25,8 @@ pub(crate) const TAG_BYTES_LIMIT: u64 = MIB;
 pub(crate) const BOOT_BYTES_LIMIT: u64 = 256 * MIB;
 /// Longest leaf of the index, 4,096 chunks of about 50 bytes each with room to spare.
 pub(crate) const LEAF_BYTES_LIMIT: u64 = MIB;
+/// Longest index object: leaves of 64 TiB.
+pub(crate) const INDEX_BYTES_LIMIT: u64 = 16 << 30;
 /// Most chunks in one leaf: about one GiB of content.
 pub(crate) const LEAF_CHUNKS_LIMIT: u64 = 4096;
 /// Most regions of a snapshot: one for each task or shared memory of the largest process tree that is sensible.
@@ -102,6 +104,12 @@ pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
 pub(crate) const READ_TIMEOUT: Duration = Duration::from_secs(30);
 /// One request with its body: a part at 50 kB/s takes 170 s.
 pub(crate) const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
+/// An announcement that was not renewed for this long belongs to somebody who died.
+pub(crate) const LEASE: Duration = Duration::from_secs(15 * 60);
+/// Time between two renewals of an announcement.
+pub(crate) const RENEW_EVERY: Duration = Duration::from_secs(60);
+/// How far two times of one store may be wrong against each other: S3 tells whole seconds.
+pub(crate) const CLOCK_GRAIN: Duration = Duration::from_secs(2);
 /// A claim on a tag that is older than this was left behind by a crash.
 pub(crate) const CLAIM_AGE_MAX: Duration = Duration::from_secs(60);
 

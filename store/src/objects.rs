@@ -23,13 +23,22 @@ use crate::error::{Damage, Error, Result};
 use crate::limits::{ATTEMPTS, BACKOFF, BACKOFF_MAX};
 
 /// A store's objects.
-#[derive(Clone)]
+#[derive(Debug, Clone)]
 pub(crate) struct Objects {
     store: Arc<dyn ObjectStore>,
     /// The store as the user wrote it, for errors.
     name: Arc<str>,
     /// The folder that objects are files of, if they are.
     folder: Option<Arc<std::path::Path>>,
+}
+
+/// An object as a listing shows it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Dated {
+    pub(crate) path: Path,
+    pub(crate) bytes: u64,
+    /// When it was last written, by the store's clock, in milliseconds since 1970.
+    pub(crate) modified_ms: i64,
 }
 
 /// What became of a conditional write.
@@ -211,6 +220,42 @@ impl Objects {
         .await
     }
 
+    /// The objects below a folder, with the times of the store's clock.
+    pub(crate) async fn list_dated(&self, folder: &Path) -> Result<Vec<Dated>> {
+        self.attempts("list", folder, || self.store.list(Some(folder)).map_ok(dated).try_collect().boxed())
+            .await
+    }
+
+    /// The time of the store's clock: that of an object that is written now. Read off a listing, as those are that it is
+    /// compared with: a single object's is told in whole seconds.
+    pub(crate) async fn now_ms(&self) -> Result<i64> {
+        let path = Path::from(format!("probes/{}", uuid::Uuid::now_v7()));
+        self.put(&path, PutPayload::from_static(b"now")).await?;
+        let listed = self.list_dated(&Path::from("probes")).await;
+        self.delete(&path).await?;
+        let written = listed?.into_iter().find(|object| object.path == path);
+        Ok(written.ok_or_else(|| self.damaged(&path, Damage::Missing))?.modified_ms)
+    }
+
+    /// Removes files of uploads that a crash cut short and that are older than `age`. A bucket's own rules do that there.
+    pub(crate) fn remove_half_written(&self, folder: &str, age: Duration) -> Result<()> {
+        let Some(root) = &self.folder else { return Ok(()) };
+        // A folder that is not there holds none.
+        let Ok(entries) = std::fs::read_dir(root.join(folder)) else { return Ok(()) };
+        for entry in entries.flatten() {
+            let staged = entry.file_name().to_string_lossy().contains('#');
+            let old = entry
+                .metadata()
+                .and_then(|file| file.modified())
+                .is_ok_and(|modified| modified.elapsed().is_ok_and(|elapsed| elapsed > age));
+            if staged && old {
+                let path = Path::from(folder);
+                std::fs::remove_file(entry.path()).map_err(|error| self.file_error(&path, error))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Runs `request` until it succeeds, fails for good, or has failed [`ATTEMPTS`] times.
     async fn attempts<'a, T>(
         &'a self,
@@ -260,6 +305,10 @@ impl Objects {
             }
         }
     }
+}
+
+fn dated(meta: object_store::ObjectMeta) -> Dated {
+    Dated { path: meta.location, bytes: meta.size, modified_ms: meta.last_modified.timestamp_millis() }
 }
 
 /// Where machines of a cloud get credentials: the library asks there last. Elsewhere nobody answers, and asking again

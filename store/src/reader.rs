@@ -4,7 +4,9 @@
 //! leaves name chunks by keyed hash and length. What does not match is [`crate::Error::Damaged`], never data.
 
 mod chunks;
+mod compare;
 mod fetch;
+mod verify;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -25,7 +27,10 @@ use crate::store::Store;
 use crate::url::Reference;
 
 pub use chunks::{Chunk, ChunkMap};
-pub use fetch::{Fetched, Sink, Verified};
+pub use compare::{Chunks, Comparison, RegionComparison, RegionSide, compare};
+pub use fetch::{Fetched, Sink};
+pub use verify::Verified;
+pub(crate) use verify::Wanted;
 
 /// A snapshot whose manifest was read and checked. No content has moved.
 #[derive(Debug, Clone)]
@@ -125,6 +130,16 @@ impl Snapshot {
         trust.check(&self.object)
     }
 
+    /// The manifest object as it is stored.
+    pub(crate) fn object(&self) -> Bytes {
+        self.object.clone()
+    }
+
+    /// The store that it lies in.
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Fetches and checks the boot object.
     ///
     /// # Errors
@@ -201,6 +216,11 @@ impl Boot {
     #[must_use]
     pub fn regions(&self) -> &[Region] {
         &self.inner.regions
+    }
+
+    /// The index object with its length, if there is one.
+    pub(crate) fn index(&self) -> Option<(Digest, u64)> {
+        self.inner.root.index
     }
 
     /// The packs that content lies in, with their lengths.

@@ -1,5 +1,6 @@
 //! Opening a store, listing what is in it, and finding the manifest that a reference means.
 
+use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig};
 use tokio::sync::OnceCell;
 
+use crate::codec;
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
 use crate::format::manifest::{Manifest, Seal};
@@ -66,6 +68,15 @@ pub struct Listed {
     pub tag: String,
     /// Newest index object of the tag.
     pub index: TagIndex,
+}
+
+/// What a tag takes in a store. Gc gives back whole objects, so that is what is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct Usage {
+    /// Bytes of all objects that its variants need.
+    pub object_bytes: u64,
+    /// Bytes of those that no other tag needs: what removing the tag and gc give back.
+    pub unique_bytes: u64,
 }
 
 impl Store {
@@ -126,6 +137,11 @@ impl Store {
         self.objects().await
     }
 
+    /// Bytes a second at which content of such a store is read.
+    pub(crate) fn usual_rate(&self) -> u64 {
+        if self.folder().is_some() { codec::FOLDER_RATE } else { codec::BUCKET_RATE }
+    }
+
     fn folder(&self) -> Option<&std::path::Path> {
         self.inner.url.as_ref().and_then(StoreUrl::folder)
     }
@@ -158,11 +174,44 @@ impl Store {
         }
     }
 
-    /// Every tag of every name, sorted by both.
+    /// Every tag of every name, sorted by both, but those that were removed.
     ///
     /// # Errors
     /// [`Error::NotFound`] if the folder or bucket is missing, and what reading the objects may give.
     pub async fn list(&self) -> Result<Vec<Listed>> {
+        let indexes = self.indexes().await?.into_iter().filter(|index| !index.variants.is_empty());
+        Ok(indexes.map(|index| Listed { name: index.name.clone(), tag: index.tag.clone(), index }).collect())
+    }
+
+    /// What the tags of [`Store::list`] take in the store.
+    ///
+    /// # Errors
+    /// [`Error::Damaged`] if a manifest or a boot object is.
+    pub async fn usage(&self, listed: &[Listed]) -> Result<Vec<Usage>> {
+        let digests: BTreeSet<Digest> =
+            listed.iter().flat_map(|one| &one.index.variants).map(|variant| variant.manifest).collect();
+        let needs: HashMap<Digest, Vec<(Path, u64)>> = stream::iter(digests)
+            .map(|digest| async move { Ok::<_, Error>((digest, self.needs(&digest).await?)) })
+            .buffer_unordered(TAGS_IN_FLIGHT)
+            .try_collect()
+            .await?;
+        let objects_of = |one: &Listed| -> HashMap<Path, u64> {
+            one.index.variants.iter().flat_map(|variant| needs[&variant.manifest].iter().cloned()).collect()
+        };
+        let mut users = HashMap::<Path, u64>::new();
+        for path in listed.iter().flat_map(|one| objects_of(one).into_keys()) {
+            *users.entry(path).or_default() += 1;
+        }
+        let usage = |one: &Listed| {
+            let objects = objects_of(one);
+            let unique = objects.iter().filter(|(path, _)| users[*path] == 1).map(|(_, bytes)| bytes).sum();
+            Usage { object_bytes: objects.values().sum(), unique_bytes: unique }
+        };
+        Ok(listed.iter().map(usage).collect())
+    }
+
+    /// The newest index object of every tag, of those that were removed too, by name and tag.
+    pub(crate) async fn indexes(&self) -> Result<Vec<TagIndex>> {
         let objects = self.objects().await?;
         let mut newest = std::collections::BTreeMap::<(String, String), u64>::new();
         for (path, _) in objects.list(&Path::from("tags")).await? {
@@ -176,14 +225,15 @@ impl Store {
         stream::iter(newest)
             .map(|((name, tag), number)| async move {
                 let index = self.tag_at(&name.parse()?, &tag, number).await?;
-                Ok(Listed { name, tag, index })
+                // Where it lies counts, and not what it says of itself.
+                Ok(TagIndex { name, tag, number, ..index })
             })
             .buffered(TAGS_IN_FLIGHT)
             .try_collect()
             .await
     }
 
-    /// The newest index object of a tag; `None` if the tag does not exist.
+    /// The newest index object of a tag, without variants if it was removed; `None` if it never existed.
     pub(crate) async fn tag(&self, name: &Name, tag: &str) -> Result<Option<TagIndex>> {
         match self.tag_newest(name, tag).await? {
             0 => Ok(None),
@@ -212,8 +262,10 @@ impl Store {
         match &reference.target {
             Target::Digest(digest) => Ok(vec![*digest]),
             Target::Tag(tag) => match self.tag(&reference.name, tag).await? {
-                Some(index) => Ok(index.variants.iter().map(|variant| variant.manifest).collect()),
-                None => Err(Error::NotFound {
+                Some(index) if !index.variants.is_empty() => {
+                    Ok(index.variants.iter().map(|variant| variant.manifest).collect())
+                }
+                _ => Err(Error::NotFound {
                     store: self.inner.name.to_string(),
                     object: format!("{}@{tag}", reference.name),
                     source: None,

@@ -21,12 +21,14 @@ use std::sync::{Arc, Mutex, OnceLock};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use uuid::Uuid;
 
 use crate::chunk::Cutter;
 use crate::codec::Compression;
 use crate::digest::ChunkKey;
 use crate::error::{Error, Result};
 use crate::format::manifest::{Facts, RegionKind};
+use crate::lease::{Announcement, Doing};
 use crate::limits::{
     BATCH_BYTES, BATCHES_QUEUED, CONTENT_BYTES_LIMIT, PAGE_BYTES, PARTS_IN_FLIGHT, REGIONS_LIMIT,
     SESSION_MEMORY_BYTES, SKELETON_FILE_BYTES_LIMIT,
@@ -37,12 +39,16 @@ use crate::store::Store;
 use crate::url::{Name, check_word};
 
 pub use publish::Published;
+pub(crate) use publish::{Base, next_index, now, take_tag};
 
 /// How a snapshot is written.
 #[derive(Debug, Clone, Default)]
 pub struct SessionOptions {
     /// How chunks are stored.
     pub compression: Compression,
+    /// Bytes a second at which it will be read, for [`Compression::Auto`]. If it is not given: from a folder as fast as
+    /// memory, from a bucket 1.25 GB/s.
+    pub rate: Option<u64>,
     /// Where the snapshot will be published. If it is given, publishing there fails when another snapshot was published
     /// there since the session began; otherwise since publishing began. It is also where chunks to reuse are looked for
     /// first.
@@ -67,6 +73,7 @@ pub(crate) struct Shared {
     pub(crate) store: Store,
     pub(crate) objects: Objects,
     pub(crate) compression: Compression,
+    pub(crate) rate: u64,
     pub(crate) key: ChunkKey,
     pub(crate) sign: Option<SigningKey>,
     pub(crate) reuse: reuse::Reuse,
@@ -75,6 +82,10 @@ pub(crate) struct Shared {
     /// Parts that may still be sent at the same time.
     pub(crate) sending: Arc<Semaphore>,
     failure: OnceLock<Arc<Error>>,
+    /// Tells gc that this session is at work; ends when everybody who shares it has let go.
+    announcement: Mutex<Option<Announcement>>,
+    /// Stands in the boot object.
+    pub(crate) session: Uuid,
 }
 
 impl Shared {
@@ -125,17 +136,24 @@ impl Store {
             Some((name, tag)) => Some(publish::Base::read(self, name, tag).await?),
             None => None,
         };
-        let reuse = reuse::Reuse::load(self, options.destination.as_ref().map(|(name, _)| name)).await?;
+        // In this order: what is found from here on stays until the session ends, or is marked as going.
+        let announcement = Announcement::make(&objects, Doing::Session).await?;
+        let doomed = self.doomed_packs().await?;
+        let reuse =
+            reuse::Reuse::load(self, options.destination.as_ref().map(|(name, _)| name), &doomed).await?;
         let shared = Arc::new(Shared {
             store: self.clone(),
             objects,
             compression: options.compression,
+            rate: options.rate.unwrap_or_else(|| self.usual_rate()),
             key: ChunkKey::public(),
             sign: options.sign,
             reuse,
             memory: Arc::new(Semaphore::new((SESSION_MEMORY_BYTES / PAGE_BYTES) as usize)),
             sending: Arc::new(Semaphore::new(PARTS_IN_FLIGHT)),
             failure: OnceLock::new(),
+            session: announcement.id(),
+            announcement: Mutex::new(Some(announcement)),
         });
         let (planner, steps) = mpsc::channel(BATCHES_QUEUED);
         let jobs = worker::start(&shared);
@@ -206,17 +224,25 @@ impl Session {
             Some(base) if base.is(name, tag) => base,
             _ => publish::Base::read(&self.shared.store, name, tag).await?,
         };
-        publish::publish(&self.shared, base, written, skeleton, facts).await
+        let announcement =
+            self.shared.announcement.lock().expect("nothing panics while taking").take().expect("taken once");
+        let published = publish::publish(&self.shared, &announcement, base, written, skeleton, facts).await;
+        announcement.end().await;
+        published
     }
 
     /// Ends the session as dropping it does, and waits until its uploads are aborted.
     pub async fn abort(self) {
         let planner = self.planner.clone();
         self.shared.fail(Error::Aborted);
+        let announcement = self.shared.announcement.lock().expect("nothing panics while taking").take();
         drop(self);
         let (reply, answer) = oneshot::channel();
         if planner.send(planner::Step::Abort { reply }).await.is_ok() {
             let _ = answer.await;
+        }
+        if let Some(announcement) = announcement {
+            announcement.end().await;
         }
     }
 

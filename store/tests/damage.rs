@@ -75,7 +75,7 @@ impl World {
         for (n, content) in self.content.iter().enumerate() {
             boot.fetch(n, Arc::new(Only(content.clone())), 4).await?;
         }
-        boot.verify(4).await?;
+        boot.verify(4).await?.whole()?;
         Ok(())
     }
 }

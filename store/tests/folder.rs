@@ -41,7 +41,7 @@ async fn read(folder: &Path) -> rewarm_store::Result<()> {
     let store = Store::open(&reference.store).await?;
     let boot = store.resolve(&reference).await?.boot().await?;
     boot.fetch(0, Arc::new(Nowhere), 4).await?;
-    boot.verify(4).await.map(drop)
+    boot.verify(4).await?.whole().map(drop)
 }
 
 fn only_pack(folder: &Path) -> PathBuf {

@@ -55,5 +55,5 @@ async fn a_store_of_version_1_is_read() {
         boot.fetch(n, sink.clone(), 2).await.unwrap();
         assert!(sink.into_bytes() == *content, "region {n} differs");
     }
-    boot.verify(2).await.unwrap();
+    boot.verify(2).await.unwrap().whole().unwrap();
 }

@@ -68,7 +68,7 @@ async fn check(store: &Store, tag: &str, regions: &[Bytes]) -> Vec<u64> {
         requests.push(boot.fetch(n, sink.clone(), 3).await.unwrap().requests);
         assert!(sink.into_bytes() == *content, "region {n} of {tag} differs");
     }
-    boot.verify(2).await.unwrap();
+    boot.verify(2).await.unwrap().whole().unwrap();
     requests
 }
 

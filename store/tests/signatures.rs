@@ -95,7 +95,7 @@ async fn a_signed_snapshot_is_read_and_says_by_whom() {
     let snapshot = world.strict().resolve(&by_tag("v1")).await.unwrap();
     assert_eq!(snapshot.signer(), Some(world.key.public()));
     assert_eq!(snapshot.signers(), [world.key.public()]);
-    snapshot.boot().await.unwrap().verify(2).await.unwrap();
+    snapshot.boot().await.unwrap().verify(2).await.unwrap().whole().unwrap();
     // Who asks for no signature reads it as well.
     assert_eq!(world.open().resolve(&by_tag("v1")).await.unwrap().signer(), None);
 }

@@ -3,6 +3,7 @@
 //! Shows every variant of a reference, and the verdict that a restore on this machine would begin with.
 
 use rewarm_container::Spec;
+use rewarm_restore::mappings::{self, Process};
 use rewarm_restore::{HostView, Machine, Reason, here, reasons};
 use rewarm_store::{Manifest, Snapshot, Store};
 use serde::Serialize;
@@ -25,6 +26,9 @@ struct Variant {
     /// Whose signatures fit.
     signers: Vec<String>,
     manifest: Manifest,
+    /// The processes, where they were asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    processes: Option<Vec<Process>>,
 }
 
 #[derive(Serialize)]
@@ -38,7 +42,11 @@ pub(crate) async fn run(args: &Inspect, global: &Global) -> Result<u8, Cause> {
     let store = Store::open(&args.reference.store).await?;
     let snapshots = store.resolve_all(&args.reference).await?;
     let machine = machine(global).await?;
-    let variants = snapshots.iter().map(|snapshot| variant(snapshot, &machine)).collect();
+    let mut variants = Vec::new();
+    for snapshot in &snapshots {
+        let processes = if args.mappings { Some(processes(snapshot).await?) } else { None };
+        variants.push(Variant { processes, ..variant(snapshot, &machine) });
+    }
     let report = Report { reference: args.reference.to_string(), variants };
     Output::new(global).answer(&report, text)?;
     Ok(0)
@@ -51,6 +59,11 @@ async fn machine(global: &Global) -> Result<Machine, Cause> {
     let found = tokio::task::spawn_blocking(find).await.expect("looking for a program does not panic");
     let version = found.map_or_else(|_| "none".to_owned(), |binary| binary.version.to_string());
     here(&version).map_err(Cause::Machine)
+}
+
+async fn processes(snapshot: &Snapshot) -> Result<Vec<Process>, Cause> {
+    let boot = snapshot.boot().await?;
+    mappings::processes(&boot).map_err(|cause| Cause::Parts(Box::new(cause)))
 }
 
 fn variant(snapshot: &Snapshot, machine: &Machine) -> Variant {
@@ -66,6 +79,7 @@ fn variant(snapshot: &Snapshot, machine: &Machine) -> Variant {
         signers: snapshot.signers().iter().map(ToString::to_string).collect(),
         verdict: Verdict { fits: reasons.is_empty(), reasons },
         manifest,
+        processes: None,
     }
 }
 
@@ -105,7 +119,24 @@ fn describe(variant: &Variant) -> String {
         ("signed by", or_none(variant.signers.join(", "))),
     ];
     let rows = rows.into_iter().map(|(name, value)| vec![name.to_owned(), value]);
-    format!("{}{}", table(&["FACT", "VALUE"], rows), verdict(&variant.verdict))
+    let maps: String = variant.processes.iter().flatten().map(maps).collect();
+    format!("{}{}{maps}", table(&["FACT", "VALUE"], rows), verdict(&variant.verdict))
+}
+
+fn maps(process: &Process) -> String {
+    let rows = process.mappings.iter().map(|mapping| {
+        vec![
+            format!("{:x}-{:x}", mapping.start, mapping.end),
+            mapping.permissions.clone(),
+            bytes(mapping.end - mapping.start),
+            bytes(mapping.content_bytes),
+            bytes(mapping.zero_bytes),
+            mapping.name.clone(),
+        ]
+    });
+    let threads = count(process.threads, "thread");
+    let mappings = table(&["MAPPING", "PERM", "LENGTH", "CONTENT", "ZERO", "NAME"], rows);
+    format!("\nprocess {}: {}, {threads}\n{mappings}", process.pid, process.program)
 }
 
 fn hooks(manifest: &Manifest) -> String {

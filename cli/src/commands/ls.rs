@@ -1,7 +1,7 @@
 //! `rewarm ls`
 
 use futures::StreamExt;
-use rewarm_store::{Digest, Listed, Reference, Store, Target};
+use rewarm_store::{Digest, Listed, Reference, Store, Target, Usage};
 use serde::Serialize;
 
 use crate::args::{Global, Ls};
@@ -26,20 +26,25 @@ struct Row {
     variants: usize,
     content_bytes: u64,
     stored_bytes: u64,
+    /// What removing this tag and gc would give back.
+    unique_bytes: u64,
     command: Vec<String>,
 }
 
 pub(crate) async fn run(args: &Ls, global: &Global) -> Result<u8, Cause> {
     let store = Store::open(&args.store).await?;
     let listed = store.list().await?;
-    let rows = futures::stream::iter(listed).map(|listed| row(args, &store, listed)).buffered(REQUESTS);
+    let usage = store.usage(&listed).await?;
+    let rows = futures::stream::iter(listed.into_iter().zip(usage))
+        .map(|(listed, usage)| row(args, &store, listed, usage))
+        .buffered(REQUESTS);
     let snapshots = rows.collect::<Vec<_>>().await.into_iter().collect::<Result<Vec<Row>, Cause>>()?;
     let list = List { store: args.store.to_string(), snapshots };
     Output::new(global).answer(&list, text)?;
     Ok(0)
 }
 
-async fn row(args: &Ls, store: &Store, listed: Listed) -> Result<Row, Cause> {
+async fn row(args: &Ls, store: &Store, listed: Listed, usage: Usage) -> Result<Row, Cause> {
     let newest =
         listed.index.variants.first().expect("an index without variants is refused when it is read").manifest;
     let target = Target::Digest(newest);
@@ -54,6 +59,7 @@ async fn row(args: &Ls, store: &Store, listed: Listed) -> Result<Row, Cause> {
         variants: listed.index.variants.len(),
         content_bytes: manifest.totals.content_bytes,
         stored_bytes: manifest.totals.stored_bytes,
+        unique_bytes: usage.unique_bytes,
         command: manifest.facts.command.clone(),
     })
 }
@@ -68,9 +74,10 @@ fn text(list: &List) -> String {
             row.created.clone(),
             bytes(row.content_bytes),
             bytes(row.stored_bytes),
+            bytes(row.unique_bytes),
         ]
     });
-    table(&["NAME", "TAG", "DIGEST", "CREATED", "MEMORY", "STORED"], rows)
+    table(&["NAME", "TAG", "DIGEST", "CREATED", "MEMORY", "STORED", "UNIQUE"], rows)
 }
 
 /// Enough of a digest to tell it from others by eye.

@@ -68,12 +68,8 @@ fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
         );
         return Err(Cause::Usage { problem });
     }
-    let keys = args.require_signature.as_ref().map(|keys| {
-        // A flag without a value is an empty one.
-        keys.iter().filter(|key| !key.is_empty()).cloned().collect::<Vec<_>>()
-    });
     Ok(Request {
-        trust: Config::load(global)?.demand(&args.source.store, keys.as_deref())?,
+        trust: Config::load(global)?.demand(&args.source.store, args.require_signature.as_deref())?,
         source: args.source.clone(),
         name: args.name.clone(),
         count: u32::from(args.count),

@@ -63,6 +63,7 @@ fn request(args: &Snapshot, global: &Global) -> Result<Request, Cause> {
         post: args.post.clone(),
         hook_timeout: HOOK_TIMEOUT,
         compression: args.compression,
+        rate: args.rate,
         tcp_close: args.tcp_close,
         freeze_timeout: FREEZE_TIMEOUT,
     })

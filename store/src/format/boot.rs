@@ -26,6 +26,9 @@ pub(crate) struct Root {
     pub(crate) skeleton: BTreeMap<String, Bytes>,
     /// The object that holds the leaves that are not inline, with its length.
     pub(crate) index: Option<(Digest, u64)>,
+    /// The session that wrote it. With it no two sessions write an object of the same name, of which one might be removed
+    /// while the other refers to it.
+    pub(crate) session: Option<Uuid>,
 }
 
 /// A region and where its leaves are.
@@ -64,6 +67,8 @@ struct BootMessage {
     files: Vec<FileMessage>,
     #[prost(message, optional, tag = "4")]
     index: Option<IndexMessage>,
+    #[prost(bytes = "bytes", optional, tag = "5")]
+    session: Option<Bytes>,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -140,6 +145,7 @@ pub(crate) fn encode(root: &Root) -> Result<(Bytes, u64)> {
             digest: Bytes::copy_from_slice(digest.as_bytes()),
             bytes: *bytes,
         }),
+        session: root.session.map(|id| Bytes::copy_from_slice(id.as_bytes())),
     };
     let raw = Bytes::from(message.encode_to_vec());
     let raw_bytes = raw.len() as u64;
@@ -150,7 +156,7 @@ pub(crate) fn encode(root: &Root) -> Result<(Bytes, u64)> {
             limit: BOOT_BYTES_LIMIT,
         });
     }
-    let (codec, stored) = codec::encode(Compression::Zstd(3), std::slice::from_ref(&raw));
+    let (codec, stored) = codec::encode(Compression::Zstd(3), codec::FOLDER_RATE, std::slice::from_ref(&raw));
     let mut out = frame::header(Magic::Boot, codec).to_vec();
     out.extend_from_slice(stored.as_ref().unwrap_or(&raw));
     Ok((Bytes::from(out), raw_bytes))
@@ -218,12 +224,11 @@ fn read_message(raw: Bytes) -> Result<Root, Damage> {
         Some(index) => Some((digest_of(&index.digest)?, index.bytes)),
         None => None,
     };
+    let session = message.session.as_deref().map(uuid_of).transpose()?;
     let mut packs = Vec::with_capacity(message.packs.len());
     for pack in &message.packs {
         bound("bytes of a pack", pack.bytes, PACK_BYTES_LIMIT)?;
-        let id = Uuid::from_slice(&pack.id)
-            .map_err(|_| Damage::Length { found: pack.id.len() as u64, expected: 16 })?;
-        packs.push((id, pack.bytes));
+        packs.push((uuid_of(&pack.id)?, pack.bytes));
     }
     let index_bytes = index.as_ref().map_or(0, |(_, bytes)| *bytes);
     let regions: Vec<RootRegion> = message
@@ -234,7 +239,7 @@ fn read_message(raw: Bytes) -> Result<Root, Damage> {
     let total = regions.iter().fold(0u64, |sum, region| sum.saturating_add(region.bytes));
     bound("bytes of content", total, CONTENT_BYTES_LIMIT)?;
     let skeleton = message.files.into_iter().map(|file| (file.name, file.bytes)).collect();
-    Ok(Root { packs, regions, skeleton, index })
+    Ok(Root { packs, regions, skeleton, index, session })
 }
 
 fn read_region(region: RegionMessage, index_bytes: u64) -> Result<RootRegion, Damage> {
@@ -271,6 +276,10 @@ fn read_region(region: RegionMessage, index_bytes: u64) -> Result<RootRegion, Da
         return Err(Damage::Length { found: sum, expected: region.bytes });
     }
     Ok(RootRegion { kind, meta: region.meta, bytes: region.bytes, leaves })
+}
+
+fn uuid_of(bytes: &[u8]) -> Result<Uuid, Damage> {
+    Uuid::from_slice(bytes).map_err(|_| Damage::Length { found: bytes.len() as u64, expected: 16 })
 }
 
 fn digest_of(bytes: &[u8]) -> Result<Digest, Damage> {

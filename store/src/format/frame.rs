@@ -68,7 +68,7 @@ pub(crate) fn open<'a>(
         _ => Err(damaged(Damage::Frame {
             what: "version and codec",
             found: format!("{} and {}", word(8), word(12)),
-            expected: format!("{FORMAT} and a codec from 0 to 2"),
+            expected: format!("{FORMAT} and a codec from 0 to 3"),
         })),
     }
 }

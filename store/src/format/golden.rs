@@ -75,6 +75,7 @@ fn root() -> Root {
         ],
         skeleton: BTreeMap::from([("inventory.img".to_owned(), Bytes::from_static(b"\x58\x31\x31\x63"))]),
         index: Some((Digest::of(&index()), index().len() as u64)),
+        session: None,
     }
 }
 

@@ -32,14 +32,14 @@ fn damage<T>(result: &Result<T, Error>) -> Option<&Damage> {
 }
 
 fn any_chunk() -> impl Strategy<Value = ChunkRef> {
-    (any::<[u8; 32]>(), 0..3u32, 0..1_000_000u64, 1..1_000_000u32, 1..=1024u32, 0..3u8).prop_map(
+    (any::<[u8; 32]>(), 0..3u32, 0..1_000_000u64, 1..1_000_000u32, 1..=1024u32, 0..4u8).prop_map(
         |(id, pack, offset, stored, pages, codec)| ChunkRef {
             id: ChunkId(id),
             pack,
             offset,
             stored,
             raw: pages * 4096,
-            codec: Codec::from_id(codec).expect("0 to 2"),
+            codec: Codec::from_id(codec).expect("0 to 3"),
         },
     )
 }
@@ -78,6 +78,7 @@ fn any_root() -> impl Strategy<Value = Root> {
             regions,
             skeleton: files.into_iter().map(|(name, bytes)| (name, Bytes::from(bytes))).collect(),
             index: Some((crate::digest::Digest::from_bytes(index), 1 << 20)),
+            session: Uuid::from_slice(&index[..16]).ok(),
         },
     )
 }
@@ -147,8 +148,10 @@ proptest! {
         blake3::Hasher::new().update(&seed.to_le_bytes()).finalize_xof().fill(&mut noise);
         let content: Vec<u8> = noise.iter().flat_map(|byte| std::iter::repeat_n(*byte, repeat)).take(pages * 4096).collect();
         let parts = [Bytes::from(content.clone()).slice(..4096), Bytes::from(content.clone()).slice(4096..)];
-        for compression in [Compression::Auto, Compression::None, Compression::Zstd(level)] {
-            let (codec, stored) = codec::encode(compression, &parts);
+        let auto = [codec::FOLDER_RATE, codec::BUCKET_RATE].map(|rate| (Compression::Auto, rate));
+        let asked = [Compression::None, Compression::Planes, Compression::Zstd(level)].map(|asked| (asked, 1));
+        for (compression, rate) in auto.into_iter().chain(asked) {
+            let (codec, stored) = codec::encode(compression, rate, &parts);
             let stored = stored.unwrap_or_else(|| content.clone().into());
             prop_assert!(stored.len() <= content.len());
             let mut raw = vec![0; content.len()];

@@ -108,7 +108,7 @@ impl LeafColumns {
             return bound("pages of a chunk", pages, CHUNK_BYTES_LIMIT / PAGE_BYTES);
         }
         let Some(codec) = Codec::from_id(self.codecs[n]) else {
-            return bound("codec of a chunk", u64::from(self.codecs[n]), 2);
+            return bound("codec of a chunk", u64::from(self.codecs[n]), 3);
         };
         Ok(ChunkRef {
             id: ChunkId(id),

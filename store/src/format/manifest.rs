@@ -12,7 +12,7 @@ use serde_json::Value;
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
 use crate::format::FORMAT;
-use crate::limits::MANIFEST_BYTES_LIMIT;
+use crate::limits::{MANIFEST_BYTES_LIMIT, REGIONS_LIMIT};
 use crate::signature::SigningKey;
 
 /// One snapshot.
@@ -287,6 +287,10 @@ pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<(Manifes
         return Err(Error::Newer { object: object.to_owned(), found: format, supported: FORMAT });
     }
     let manifest: Manifest = serde_json::from_slice(body).map_err(|error| damaged(error.into()))?;
+    let (found, limit) = (manifest.regions.len() as u64, REGIONS_LIMIT);
+    if found > limit {
+        return Err(damaged(Damage::Bound { what: "regions", found, limit }));
+    }
     let seal = serde_json::from_slice(seal).map_err(|error| damaged(error.into()))?;
     Ok((manifest, seal))
 }

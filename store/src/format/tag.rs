@@ -27,7 +27,7 @@ pub struct TagIndex {
     pub writer: String,
     /// When it was written, RFC 3339 in UTC.
     pub published: String,
-    /// The manifests that the tag means, the newest first.
+    /// The manifests that the tag means, the newest first; none once the tag was removed.
     pub variants: Vec<Variant>,
 }
 
@@ -118,7 +118,7 @@ pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<TagIndex
         return Err(Error::Newer { object: object.to_owned(), found: format, supported: FORMAT });
     }
     let index: TagIndex = serde_json::from_slice(bytes).map_err(|error| damaged(error.into()))?;
-    if index.variants.is_empty() || index.variants.len() > VARIANTS_LIMIT {
+    if index.variants.len() > VARIANTS_LIMIT {
         let (found, limit) = (index.variants.len() as u64, VARIANTS_LIMIT as u64);
         return Err(damaged(Damage::Bound { what: "variants", found, limit }));
     }

@@ -1,7 +1,6 @@
 //! Content on its way back: few long requests, many short checks, and the receiver sees only what was checked.
 
 use std::cell::RefCell;
-use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::ops::Range;
@@ -13,10 +12,8 @@ use tokio::sync::Semaphore;
 use uuid::Uuid;
 
 use crate::codec::{self, Codec};
-use crate::digest::ChunkId;
 use crate::error::{Damage, Error, Result};
 use crate::format::index::ChunkRef;
-use crate::format::pack::{TRAILER_BYTES, read_footer, read_trailer};
 use crate::format::pack_path;
 use crate::limits::{DECODE_BYTES, GAP_BYTES, REQUEST_BYTES};
 use crate::reader::{Boot, BootInner, Chunk, ChunkMap};
@@ -40,17 +37,6 @@ pub struct Fetched {
     pub read_bytes: u64,
     /// Requests made for them.
     pub requests: u64,
-}
-
-/// What a verification read.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
-pub struct Verified {
-    /// Bytes of content that were checked.
-    pub bytes: u64,
-    /// Chunks that were checked, each as often as the snapshot has it.
-    pub chunks: u64,
-    /// Packs that were read.
-    pub packs: u64,
 }
 
 /// One request: a stretch of a pack and the chunks that are wanted from it.
@@ -130,61 +116,6 @@ impl Boot {
             Ok(if chunk.codec == Codec::None { stored } else { Bytes::from(raw) })
         });
         decoded.await.expect("decoding does not panic")
-    }
-
-    /// Reads and checks every byte that a restore would need, and that packs explain themselves as the index does.
-    ///
-    /// # Errors
-    /// The first damage.
-    pub async fn verify(&self, parallel: usize) -> Result<Verified> {
-        let mut verified = Verified::default();
-        let mut named: Vec<HashSet<(u64, ChunkId)>> = vec![HashSet::new(); self.inner.packs.len()];
-        for region in 0..self.regions().len() {
-            let fetched = self.fetch(region, Arc::new(Nowhere), parallel).await?;
-            verified.bytes += fetched.bytes;
-            for chunk in self.chunks(region).await?.refs() {
-                named[chunk.pack as usize].insert((chunk.offset, chunk.id));
-                verified.chunks += 1;
-            }
-        }
-        for (&(pack, bytes), named) in self.inner.packs.iter().zip(named) {
-            self.verify_footer(pack, bytes, named).await?;
-            verified.packs += 1;
-        }
-        Ok(verified)
-    }
-
-    async fn verify_footer(&self, pack: Uuid, bytes: u64, mut named: HashSet<(u64, ChunkId)>) -> Result<()> {
-        let (objects, path) = (&self.inner.objects, pack_path(pack));
-        let begin = bytes.saturating_sub(TRAILER_BYTES as u64);
-        let trailer = objects.get_range(&path, begin..bytes).await?;
-        let (length, digest) =
-            read_trailer(&trailer, bytes).map_err(|damage| objects.damaged(&path, damage))?;
-        let footer = match length {
-            0 => Bytes::new(),
-            _ => objects.get_range(&path, begin - length..begin).await?,
-        };
-        let listed =
-            read_footer(pack, &footer, digest, bytes).map_err(|damage| objects.damaged(&path, damage))?;
-        for (id, location) in listed {
-            named.remove(&(location.offset, id));
-        }
-        if let Some((offset, id)) = named.into_iter().next() {
-            let (found, expected) = ("nothing".to_owned(), format!("chunk {id} at {offset}"));
-            return Err(
-                objects.damaged(&path, Damage::Frame { what: "entry of the footer", found, expected })
-            );
-        }
-        Ok(())
-    }
-}
-
-/// Takes everything and keeps nothing.
-struct Nowhere;
-
-impl Sink for Nowhere {
-    fn put(&self, _offset: u64, _bytes: &[u8]) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -328,7 +259,7 @@ impl Job {
 
 impl BootInner {
     /// Checks a chunk. Its content is in `raw` afterwards, unless it is stored raw: then it is `stored` itself.
-    fn check(&self, pack: Uuid, chunk: &ChunkRef, stored: &[u8], raw: &mut Vec<u8>) -> Result<()> {
+    pub(crate) fn check(&self, pack: Uuid, chunk: &ChunkRef, stored: &[u8], raw: &mut Vec<u8>) -> Result<()> {
         let damaged = |source| self.objects.damaged(pack_path(pack), source);
         let content = if chunk.codec == Codec::None {
             if stored.len() != chunk.raw as usize {

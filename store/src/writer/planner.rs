@@ -40,6 +40,13 @@ pub(crate) struct Written {
     pub(crate) packs: Vec<(Uuid, u64)>,
 }
 
+impl Written {
+    /// Whether this session wrote the pack.
+    pub(crate) fn wrote(&self, pack: &Uuid) -> bool {
+        self.packs.iter().any(|(own, _)| own == pack)
+    }
+}
+
 /// A finished region.
 pub(crate) struct WrittenRegion {
     pub(crate) kind: RegionKind,

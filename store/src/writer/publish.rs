@@ -23,10 +23,11 @@ use crate::format::tag::{DecidingFacts, TagIndex, Variant};
 use crate::format::{
     FORMAT, boot_path, claim_folder, index_path, manifest, manifest_path, pack_path, tag_path,
 };
+use crate::lease::Announcement;
 use crate::limits::{CLAIM_AGE_MAX, INLINE_LEAVES_BYTES, LEAF_CHUNKS_LIMIT};
 use crate::objects::{Objects, Put};
 use crate::store::Store;
-use crate::url::Name;
+use crate::url::{Name, Target};
 use crate::writer::Shared;
 use crate::writer::planner::{Written, WrittenRegion};
 
@@ -69,6 +70,12 @@ impl Base {
         self.name == *name && self.tag == tag
     }
 
+    /// The tag's number if it names this manifest for these facts already.
+    pub(crate) fn names(&self, variant: &Variant) -> Option<u64> {
+        let same = self.variant(&variant.facts).is_some_and(|own| own.manifest == variant.manifest);
+        same.then_some(self.number)
+    }
+
     fn variant(&self, facts: &DecidingFacts) -> Option<&Variant> {
         self.variants.iter().find(|variant| variant.facts == *facts)
     }
@@ -81,6 +88,7 @@ impl Base {
 
 pub(crate) async fn publish(
     shared: &Shared,
+    announcement: &Announcement,
     base: Base,
     written: Written,
     skeleton: BTreeMap<String, Bytes>,
@@ -90,9 +98,10 @@ pub(crate) async fn publish(
     let objects = &shared.objects;
     let new_packs: u64 = written.packs.iter().map(|(_, bytes)| bytes).sum();
     let index = Index::build(shared, &written);
-    check_reused(objects, &index.packs, &written).await?;
+    let packs = index.packs.clone();
+    check_present(objects, packs.iter().filter(|(id, _)| !written.wrote(id))).await?;
     let mut new = Vec::new();
-    let (index_bytes, root) = index.into_root(&written.regions, skeleton);
+    let (index_bytes, root) = index.into_root(&written.regions, skeleton, shared.session);
     if let Some((digest, bytes)) = index_bytes {
         objects.put(&index_path(&digest), bytes.clone().into()).await?;
         new.push((index_path(&digest), bytes.len() as u64));
@@ -130,8 +139,15 @@ pub(crate) async fn publish(
         published: manifest.created.clone(),
         facts: deciding,
     };
-    match take_tag(&shared.store, objects, base, variant).await {
-        Ok(number) => Ok(Published { digest, number, totals: manifest.totals }),
+    announcement.confirm().await?;
+    let (name, tag) = (base.name.clone(), base.tag.clone());
+    match take_tag(&shared.store, base, variant).await {
+        Ok(number) => {
+            if let Err(lapsed) = announcement.confirm().await {
+                still_whole(&shared.store, objects, &name, &tag, &digest, &packs, lapsed).await?;
+            }
+            Ok(Published { digest, number, totals: manifest.totals })
+        }
         Err(error) => {
             // Only here is it certain that no tag names what was written.
             if matches!(error, Error::TagTaken { .. }) {
@@ -140,6 +156,25 @@ pub(crate) async fn publish(
             Err(error)
         }
     }
+}
+
+/// This program was stopped between its last look and the tag, for so long that gc may have removed what the tag leads to:
+/// then the tag goes again.
+async fn still_whole(
+    store: &Store,
+    objects: &Objects,
+    name: &Name,
+    tag: &str,
+    digest: &Digest,
+    packs: &[(Uuid, u64)],
+    lapsed: Error,
+) -> Result<()> {
+    if check_present(objects, packs.iter()).await.is_ok() && store.needs(digest).await.is_ok() {
+        return Ok(());
+    }
+    tracing::warn!(%store, %name, tag, "parts of the snapshot were removed while it was published");
+    store.remove(name, &Target::Digest(*digest)).await?;
+    Err(lapsed)
 }
 
 /// Removes the manifest first, so that nothing refers to what is gone.
@@ -152,7 +187,7 @@ async fn remove(objects: &Objects, new: &[(Path, u64)], packs: &[(Uuid, u64)]) {
     }
 }
 
-fn now() -> String {
+pub(crate) fn now() -> String {
     let now = jiff::Timestamp::now();
     now.round(jiff::Unit::Second).unwrap_or(now).to_string()
 }
@@ -222,6 +257,7 @@ impl Index {
         self,
         regions: &[WrittenRegion],
         skeleton: BTreeMap<String, Bytes>,
+        session: Uuid,
     ) -> (Option<(Digest, Bytes)>, Root) {
         let total: usize = self.leaves.iter().flatten().map(|(_, _, bytes)| bytes.len()).sum();
         let inline = total as u64 <= INLINE_LEAVES_BYTES;
@@ -243,17 +279,18 @@ impl Index {
             let bytes = leaves.iter().map(|leaf| leaf.bytes).sum();
             roots.push(RootRegion { kind: region.kind.clone(), meta: region.meta.clone(), bytes, leaves });
         }
+        // No leaf: the object's name is this session's alone.
+        object.extend_from_slice(session.as_bytes());
         let object = (!inline).then(|| (Digest::of(&object), Bytes::from(object)));
         let index = object.as_ref().map(|(digest, bytes)| (*digest, bytes.len() as u64));
-        (object, Root { packs: self.packs, regions: roots, skeleton, index })
+        (object, Root { packs: self.packs, regions: roots, skeleton, index, session: Some(session) })
     }
 }
 
-/// Packs of older snapshots may have been removed since the session began.
-async fn check_reused(objects: &Objects, packs: &[(Uuid, u64)], written: &Written) -> Result<()> {
-    let own: HashMap<Uuid, u64> = written.packs.iter().copied().collect();
-    let reused: Vec<(Uuid, u64)> = packs.iter().filter(|(id, _)| !own.contains_key(id)).copied().collect();
-    stream::iter(reused)
+/// Fails if one of these packs is not there, as long as it should be.
+async fn check_present(objects: &Objects, packs: impl Iterator<Item = &(Uuid, u64)>) -> Result<()> {
+    let packs: Vec<(Uuid, u64)> = packs.copied().collect();
+    stream::iter(packs)
         .map(|(id, expected)| async move {
             let path = pack_path(id);
             match objects.size(&path).await? {
@@ -267,34 +304,56 @@ async fn check_reused(objects: &Objects, packs: &[(Uuid, u64)], written: &Writte
         .await
 }
 
+/// Writes the index object after number `after` of a tag, with these variants; false if somebody else took its number.
+pub(crate) async fn next_index(
+    store: &Store,
+    name: &Name,
+    tag: &str,
+    after: u64,
+    writer: Uuid,
+    variants: Vec<Variant>,
+) -> Result<bool> {
+    let index = TagIndex {
+        format: FORMAT,
+        name: name.to_string(),
+        tag: tag.to_owned(),
+        number: after + 1,
+        writer: writer.to_string(),
+        published: now(),
+        variants,
+    };
+    let objects = store.objects().await?;
+    let path = tag_path(name, tag, index.number);
+    let put = if store.conditional().await? {
+        objects.put_new(&path, index.encode().into()).await?
+    } else {
+        put_claimed(objects, name, tag, &path, index.number, writer, index.encode()).await?
+    };
+    // After a lost answer an attempt finds its own object.
+    match put {
+        Put::Written => Ok(true),
+        Put::Exists => match store.tag_at(name, tag, index.number).await {
+            Ok(there) => Ok(there.writer == index.writer),
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error) => Err(error),
+        },
+    }
+}
+
 /// Writes the tag's next index object and gives its number.
-async fn take_tag(store: &Store, objects: &Objects, mut base: Base, variant: Variant) -> Result<u64> {
+pub(crate) async fn take_tag(store: &Store, mut base: Base, variant: Variant) -> Result<u64> {
     let writer = Uuid::now_v7();
-    let conditional = store.conditional().await?;
     loop {
         let number = base.number + 1;
-        let index = TagIndex {
-            format: FORMAT,
-            name: base.name.to_string(),
-            tag: base.tag.clone(),
-            number,
-            writer: writer.to_string(),
-            published: variant.published.clone(),
-            variants: TagIndex::with_variant(&base.variants, variant.clone())?,
-        };
-        let path = tag_path(&base.name, &base.tag, number);
-        let put = if conditional {
-            objects.put_new(&path, index.encode().into()).await?
-        } else {
-            put_claimed(objects, &base, &path, number, writer, index.encode()).await?
-        };
-        if put == Put::Written {
+        let variants = TagIndex::with_variant(&base.variants, variant.clone())?;
+        if next_index(store, &base.name, &base.tag, base.number, writer, variants).await? {
             return Ok(number);
         }
-        let theirs = store.tag_at(&base.name, &base.tag, number).await?;
-        if theirs.writer == writer.to_string() {
-            return Ok(number);
-        }
+        let theirs = match store.tag_at(&base.name, &base.tag, number).await {
+            // Whoever claimed the number has not written it.
+            Err(Error::NotFound { .. }) => return Err(base.taken(number)),
+            theirs => theirs?,
+        };
         let before = base.variant(&variant.facts).map(|variant| variant.manifest);
         let after = theirs.variants.iter().find(|other| other.facts == variant.facts);
         if before != after.map(|variant| variant.manifest) {
@@ -308,13 +367,14 @@ async fn take_tag(store: &Store, objects: &Objects, mut base: Base, variant: Var
 /// Takes a number in a store that writes over what is there. See the head of this file.
 async fn put_claimed(
     objects: &Objects,
-    base: &Base,
+    name: &Name,
+    tag: &str,
     path: &Path,
     number: u64,
     writer: Uuid,
     bytes: Bytes,
 ) -> Result<Put> {
-    let folder = claim_folder(&base.name, &base.tag);
+    let folder = claim_folder(name, tag);
     let own = Path::from(format!("{folder}/{number:09}-{writer}"));
     objects.put(&own, Bytes::from_static(b"claim").into()).await?;
     let won = win_claim(objects, &folder, path, number, writer).await;
@@ -324,11 +384,7 @@ async fn put_claimed(
         Err(error) => Err(error),
     };
     objects.delete(&own).await?;
-    let put = put?;
-    if put == Put::Exists && objects.size(path).await?.is_none() {
-        return Err(base.taken(number));
-    }
-    Ok(put)
+    put
 }
 
 /// Whether this writer may write the object of this number.

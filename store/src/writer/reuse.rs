@@ -1,6 +1,6 @@
 //! Chunks that the store has already, from the indexes of a bounded number of its snapshots.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use object_store::path::Path;
 use uuid::Uuid;
@@ -33,14 +33,17 @@ impl Reuse {
 
     /// Reads indexes, those of `first` before others. A snapshot that cannot be read is left out with a warning: it must
     /// not stand in the way of a new one.
-    pub(crate) async fn load(store: &Store, first: Option<&Name>) -> Result<Self> {
+    /// Packs in `doomed` are about to be removed: nothing new may refer to them.
+    pub(crate) async fn load(store: &Store, first: Option<&Name>, doomed: &HashSet<Uuid>) -> Result<Self> {
         let mut reuse = Self::default();
         let wanted = newest_manifests(store, first).await?;
         if wanted.is_empty() {
             return Ok(reuse);
         }
         for (path, bytes) in store.objects().await?.list(&Path::from("packs")).await? {
-            if let Some(Ok(id)) = path.filename().map(Uuid::parse_str) {
+            if let Some(Ok(id)) = path.filename().map(Uuid::parse_str)
+                && !doomed.contains(&id)
+            {
                 reuse.packs.insert(id, bytes);
             }
         }

@@ -89,7 +89,7 @@ fn hash(shared: &Shared, seen: &Mutex<HashSet<ChunkId>>, content: Content) -> Ha
 }
 
 fn encode(shared: &Shared, mut content: Content) -> Encoded {
-    let (codec, stored) = codec::encode(shared.compression, &content.parts);
+    let (codec, stored) = codec::encode(shared.compression, shared.rate, &content.parts);
     if let Some(stored) = stored {
         let pages = stored.len().div_ceil(PAGE_BYTES as usize);
         content.parts = vec![stored];

@@ -1,11 +1,13 @@
 //! What every store must do.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use bytes::Bytes;
 use rewarm_report::{Class, Classify};
 use rewarm_store::{
-    Error, Facts, Name, Published, Reference, RegionKind, Session, SessionOptions, Snapshot, Store, Target,
+    Collect, Error, Facts, Name, Published, Reference, RegionKind, Session, SessionOptions, Snapshot, Store,
+    Target,
 };
 
 use crate::content::{compressible, random};
@@ -23,6 +25,7 @@ where
     dropping_a_session_leaves_nothing_visible(&open().await.unwrap()).await;
     of_two_snapshots_at_once_one_wins(&open().await.unwrap(), &open().await.unwrap()).await;
     unknown_references_are_not_found(&open().await.unwrap()).await;
+    what_is_removed_is_collected_and_nothing_else(&open().await.unwrap()).await;
 }
 
 fn name(text: &str) -> Name {
@@ -97,7 +100,7 @@ async fn what_is_written_is_read(store: &Store) {
         assert_eq!(boot.read_chunk(1, n).await.unwrap(), contents[1][begin..begin + chunk.bytes as usize]);
         assert_eq!(map.at(chunk.offset + 1), Some(n));
     }
-    let verified = boot.verify(4).await.unwrap();
+    let verified = boot.verify(4).await.unwrap().whole().unwrap();
     assert_eq!(verified.bytes, published.totals.content_bytes);
     let listed = store.list().await.unwrap();
     assert!(listed.iter().any(|l| l.name == "web" && l.tag == "v1" && l.index.number == 1));
@@ -147,7 +150,7 @@ async fn of_two_snapshots_at_once_one_wins(first: &Store, second: &Store) {
     assert!(lost.to_string().contains("another snapshot took this tag at the same time"), "{lost}");
     let snapshot = first.resolve(&reference(&race, "v1")).await.unwrap();
     assert_eq!(snapshot.digest(), won[0].digest);
-    snapshot.boot().await.unwrap().verify(2).await.unwrap();
+    snapshot.boot().await.unwrap().verify(2).await.unwrap().whole().unwrap();
 }
 
 /// Of `count` snapshots at once exactly one wins.
@@ -174,7 +177,34 @@ pub(crate) async fn race_of_many(store: &Store, text: &str, count: u64) {
     assert_eq!(won.len(), 1, "{text}");
     let snapshot = store.resolve(&reference(&race, "v1")).await.unwrap();
     assert_eq!(snapshot.digest(), won[0]);
-    snapshot.boot().await.unwrap().verify(2).await.unwrap();
+    snapshot.boot().await.unwrap().verify(2).await.unwrap().whole().unwrap();
+}
+
+/// Removes one of two snapshots that share content, and copies the other before both are gone.
+async fn what_is_removed_is_collected_and_nothing_else(store: &Store) {
+    let [gone, kept] = ["gone", "kept"].map(name);
+    let (shared, own) = (random(8 * MIB, 200), random(8 * MIB, 201));
+    let both = Bytes::from([&shared[..], &own[..]].concat());
+    publish_one(store, &kept, &shared).await;
+    publish_one(store, &gone, &both).await;
+    let listed = store.list().await.unwrap();
+    let usage = store.usage(&listed).await.unwrap();
+    let of = |name: &str| usage[listed.iter().position(|one| one.name == name).unwrap()];
+    assert!(of("gone").unique_bytes > 7 * MIB as u64 && of("kept").unique_bytes < MIB as u64, "{usage:?}");
+    store.remove(&gone, &Target::Tag("v1".into())).await.unwrap();
+    let marked = store.collect(Collect { grace: Duration::from_secs(3600), dry_run: false }).await.unwrap();
+    assert!(marked.marked.bytes > 7 * MIB as u64 && marked.removed.objects == 0, "{marked:?}");
+    let removed = store.collect(Collect { grace: Duration::ZERO, dry_run: false }).await.unwrap();
+    assert_eq!(removed.removed, marked.marked);
+    assert_eq!(store.resolve(&reference(&gone, "v1")).await.unwrap_err().class(), Class::NotFound);
+    let snapshot = store.resolve(&reference(&kept, "v1")).await.unwrap();
+    let copied = store.copy_from(&snapshot, &name("copy"), "v1").await.unwrap();
+    assert_eq!((copied.objects, copied.number), (0, 1));
+    for listed in store.list().await.unwrap() {
+        let reference = reference(&name(&listed.name), &listed.tag);
+        let boot = store.resolve(&reference).await.unwrap().boot().await.unwrap();
+        boot.verify(2).await.unwrap().whole().unwrap();
+    }
 }
 
 async fn unknown_references_are_not_found(store: &Store) {
