@@ -32,7 +32,8 @@ test: setup check ## what continuous integration does
 bench: setup build ## the measured table of the README
 	@setup/bench
 
-soak: setup build ## long proofs: faults and repeated snapshots for hours
+soak: setup build ## long proofs: fuzzers, faults and repeated snapshots for hours
+	REWARM_FUZZ_SECONDS=$${REWARM_FUZZ_SECONDS:-900} cargo test -p rewarm-integration-tests --test 'fuzz-*'
 	@setup/soak
 
 clean: ## remove what was built here; the cache folder stays

@@ -9,6 +9,7 @@ pub mod checks;
 pub mod cloud;
 pub mod command;
 pub mod devices;
+pub mod fuzz;
 pub mod garage;
 pub mod http;
 pub mod needs;
