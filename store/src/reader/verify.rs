@@ -8,12 +8,13 @@ use futures::{StreamExt, stream};
 use uuid::Uuid;
 
 use crate::codec::Codec;
+use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
 use crate::format::frame::{self, HEADER_BYTES, Magic};
 use crate::format::index::ChunkRef;
 use crate::format::pack::{TRAILER_BYTES, read_footer, read_trailer};
-use crate::format::pack_path;
-use crate::limits::PACK_BYTES_LIMIT;
+use crate::format::{index_path, pack_path};
+use crate::limits::{INDEX_BYTES_LIMIT, PACK_BYTES_LIMIT};
 use crate::reader::{Boot, BootInner};
 
 /// What a verification read and found.
@@ -52,6 +53,10 @@ impl Boot {
     /// What the store answers, other than damage.
     pub async fn verify(&self, parallel: usize) -> Result<Verified> {
         let mut verified = Verified::default();
+        match self.check_index().await {
+            Err(error @ Error::Damaged { .. }) => verified.damage.push(error),
+            checked => checked?,
+        }
         let wanted = self.wanted(&mut verified).await?;
         let packs: Vec<(Uuid, u64)> = self.packs().to_vec();
         let read = packs.into_iter().zip(wanted).map(|((pack, bytes), wanted)| {
@@ -73,6 +78,18 @@ impl Boot {
             verified.damage.extend(damage);
         }
         Ok(verified)
+    }
+
+    /// A restore reads single leaves of the index object; here all of it counts.
+    async fn check_index(&self) -> Result<()> {
+        let Some((digest, bytes)) = self.index() else { return Ok(()) };
+        let (objects, path) = (&self.inner.objects, index_path(&digest));
+        let found = Digest::of(&objects.get_exact(&path, bytes, INDEX_BYTES_LIMIT).await?);
+        if found != digest {
+            let (found, expected) = (found.to_string(), digest.to_string());
+            return Err(objects.damaged(&path, Damage::Digest { found, expected }));
+        }
+        Ok(())
     }
 
     /// The chunks that are wanted of each pack. Leaves that are damaged are counted as such.
@@ -166,5 +183,82 @@ impl ChunkRef {
     /// Whether both say the same of the same bytes.
     fn same_place(&self, other: &Self) -> bool {
         Self { pack: 0, ..*self } == Self { pack: 0, ..*other }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::digest::ChunkKey;
+    use crate::format::boot::{Leaf, LeafPlace, Root, RootRegion};
+    use crate::format::index::encode_leaf;
+    use crate::format::manifest::RegionKind;
+    use crate::objects::Objects;
+
+    use object_store::ObjectStoreExt;
+    use object_store::memory::InMemory;
+
+    /// A snapshot of one chunk whose leaf lies in an index object, as those of more than 10 GiB do.
+    async fn with_index(objects: &Arc<InMemory>) -> (Root, Bytes) {
+        let content = [7u8; 4096];
+        let pack = Uuid::from_u128(1);
+        let chunk = ChunkRef {
+            id: ChunkKey::public().id([&content[..]]),
+            pack: 0,
+            offset: HEADER_BYTES as u64,
+            stored: 4096,
+            raw: 4096,
+            codec: Codec::None,
+        };
+        let ending = crate::format::pack::ending(&[(chunk.id, chunk.location(pack))]);
+        let stored = [&frame::header(Magic::Pack, Codec::None)[..], &content, &ending].concat();
+        let bytes = stored.len() as u64;
+        objects.put(&pack_path(pack), stored.into()).await.unwrap();
+        let leaf = encode_leaf(&[chunk]);
+        let place = LeafPlace::Indexed {
+            offset: HEADER_BYTES as u64,
+            length: leaf.len() as u64,
+            digest: Digest::of(&leaf),
+        };
+        let index = Bytes::from([&frame::header(Magic::Index, Codec::None)[..], &leaf, &[9; 16]].concat());
+        objects.put(&index_path(&Digest::of(&index)), index.clone().into()).await.unwrap();
+        let leaves = vec![Leaf { chunks: 1, bytes: 4096, place }];
+        let region =
+            RootRegion { kind: RegionKind::Task { pid: 1 }, meta: Bytes::new(), bytes: 4096, leaves };
+        let root = Root {
+            packs: vec![(pack, bytes)],
+            regions: vec![region],
+            skeleton: BTreeMap::new(),
+            index: Some((Digest::of(&index), index.len() as u64)),
+            session: None,
+        };
+        (root, index)
+    }
+
+    #[tokio::test]
+    async fn every_bit_of_an_index_object_counts() {
+        let objects = Arc::new(InMemory::new());
+        let (root, index) = with_index(&objects).await;
+        let boot = || Boot::new(Objects::new(objects.clone(), "memory".into()), root.clone());
+        let verified = boot().verify(1).await.unwrap().whole().unwrap();
+        assert_eq!((verified.chunks, verified.packs), (1, 1));
+        let path = index_path(&Digest::of(&index));
+        for at in 0..index.len() {
+            let mut changed = index.to_vec();
+            changed[at] ^= 1 << (at % 8);
+            objects.put(&path, changed.into()).await.unwrap();
+            let error = boot().verify(1).await.unwrap().whole().unwrap_err();
+            assert!(error.to_string().contains(path.as_ref()), "byte {at}: {error}");
+            let leaf = (HEADER_BYTES..index.len() - 16).contains(&at);
+            assert_eq!(
+                boot().chunks(0).await.is_err(),
+                leaf,
+                "a restore reads the leaf and checks it: byte {at}"
+            );
+        }
+        objects.put(&path, index.slice(..index.len() - 1).into()).await.unwrap();
+        assert!(boot().verify(1).await.unwrap().whole().is_err());
+        objects.delete(&path).await.unwrap();
+        assert!(matches!(boot().chunks(0).await, Err(Error::Damaged { .. })));
     }
 }
