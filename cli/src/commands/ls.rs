@@ -1,12 +1,13 @@
 //! `rewarm ls`
 
 use futures::StreamExt;
+use rewarm_report::{Class, Classify};
 use rewarm_store::{Digest, Listed, Reference, Store, Target, Usage};
 use serde::Serialize;
 
 use crate::args::{Global, Ls};
 use crate::failure::Cause;
-use crate::render::{Output, bytes, table};
+use crate::render::{Output, bytes, table, warn};
 
 /// Manifests that are read at once; each is one small request.
 const REQUESTS: usize = 16;
@@ -26,15 +27,23 @@ struct Row {
     variants: usize,
     content_bytes: u64,
     stored_bytes: u64,
-    /// What removing this tag and gc would give back.
-    unique_bytes: u64,
+    /// What removing this tag and gc would give back; absent where a damaged snapshot hides what it shares.
+    unique_bytes: Option<u64>,
     command: Vec<String>,
 }
 
 pub(crate) async fn run(args: &Ls, global: &Global) -> Result<u8, Cause> {
     let store = Store::open(&args.store).await?;
     let listed = store.list().await?;
-    let usage = store.usage(&listed).await?;
+    // A store with a damaged snapshot is listed all the same: this is where one looks for it.
+    let usage = match store.usage(&listed).await {
+        Ok(usage) => usage.into_iter().map(Some).collect(),
+        Err(error) if error.class() == Class::Integrity => {
+            warn(&format!("what is unique to a snapshot is not known: {error}; `rewarm verify` says more"));
+            vec![None; listed.len()]
+        }
+        Err(error) => return Err(error.into()),
+    };
     let rows = futures::stream::iter(listed.into_iter().zip(usage))
         .map(|(listed, usage)| row(args, &store, listed, usage))
         .buffered(REQUESTS);
@@ -44,7 +53,7 @@ pub(crate) async fn run(args: &Ls, global: &Global) -> Result<u8, Cause> {
     Ok(0)
 }
 
-async fn row(args: &Ls, store: &Store, listed: Listed, usage: Usage) -> Result<Row, Cause> {
+async fn row(args: &Ls, store: &Store, listed: Listed, usage: Option<Usage>) -> Result<Row, Cause> {
     let newest =
         listed.index.variants.first().expect("an index without variants is refused when it is read").manifest;
     let target = Target::Digest(newest);
@@ -59,7 +68,7 @@ async fn row(args: &Ls, store: &Store, listed: Listed, usage: Usage) -> Result<R
         variants: listed.index.variants.len(),
         content_bytes: manifest.totals.content_bytes,
         stored_bytes: manifest.totals.stored_bytes,
-        unique_bytes: usage.unique_bytes,
+        unique_bytes: usage.map(|usage| usage.unique_bytes),
         command: manifest.facts.command.clone(),
     })
 }
@@ -74,7 +83,7 @@ fn text(list: &List) -> String {
             row.created.clone(),
             bytes(row.content_bytes),
             bytes(row.stored_bytes),
-            bytes(row.unique_bytes),
+            row.unique_bytes.map_or_else(|| "unknown".to_owned(), bytes),
         ]
     });
     table(&["NAME", "TAG", "DIGEST", "CREATED", "MEMORY", "STORED", "UNIQUE"], rows)
