@@ -101,6 +101,8 @@ pub(crate) enum Command {
     Gc(Gc),
     /// Make and list signing keys.
     Key(Key),
+    /// Measure cold start, stock CRIU and Rewarm side by side on this machine.
+    Bench(Bench),
     /// Print a completion script for a shell.
     Completions(Completions),
     /// Write manual pages.
@@ -114,6 +116,9 @@ pub(crate) enum Command {
     /// Make the CUDA driver's calls. Started by a shim, not by hand.
     #[command(hide = true)]
     GpuHelper,
+    /// Serve a file of weights. Started by `bench`, not by hand.
+    #[command(hide = true)]
+    BenchServer(BenchServer),
     /// Print this help, or that of a verb, or the exit codes.
     Help(Help),
 }
@@ -516,6 +521,50 @@ pub(crate) struct KeyList {
     /// The folder; without it REWARM_KEYS, else /etc/rewarm/keys.
     #[arg(long, value_name = "DIR")]
     pub(crate) dir: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm bench --size 1GiB\n  \
+    rewarm bench --server server.toml --store s3://bucket/bench --json --plot bench.svg")]
+pub(crate) struct Bench {
+    /// A server file: TOML with command, port, ready, probe and mount; without it a server of weights and nothing else.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) server: Option<PathBuf>,
+    /// Weights of the server where no file names one; at most 4GiB.
+    #[arg(long, value_name = "BYTES", default_value = "1GiB", value_parser = values::bench_size)]
+    pub(crate) size: u64,
+    /// Part of these weights that an answer reads: 1 as a dense model does, 0.1 as a sparse one.
+    #[arg(long, value_name = "PART", default_value_t = 1.0, value_parser = values::part)]
+    pub(crate) touch: f64,
+    /// A store over the network; without it only files and the decoded cache are measured.
+    #[arg(long, value_name = "STORE", value_parser = values::spelled::<StoreUrl>)]
+    pub(crate) store: Option<StoreUrl>,
+    /// As for snapshot.
+    #[arg(long, value_name = "CODEC", default_value = "auto", value_parser = values::spelled::<Compression>)]
+    pub(crate) compression: Compression,
+    /// Every case once in each round.
+    #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    pub(crate) rounds: u16,
+    /// Folder in which weights, snapshots and images lie meanwhile: about six times the size of the server.
+    #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
+    pub(crate) work: PathBuf,
+    /// Draw the first answers as SVG.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchServer {
+    /// Where it listens, on loopback.
+    #[arg(long, value_name = "P", value_parser = values::port)]
+    pub(crate) port: u16,
+    /// What it loads.
+    #[arg(long, value_name = "FILE")]
+    pub(crate) weights: PathBuf,
+    /// Part that an answer reads.
+    #[arg(long, value_name = "PART", value_parser = values::part)]
+    pub(crate) touch: f64,
 }
 
 #[derive(Debug, Args)]

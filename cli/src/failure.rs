@@ -133,6 +133,9 @@ pub(crate) enum Cause {
     /// A probe, a hook or a ready check.
     #[error(transparent)]
     Probe(Box<rewarm_probe::Error>),
+    /// A benchmark.
+    #[error(transparent)]
+    Bench(Box<rewarm_bench::Error>),
     /// A file that the command line names.
     #[error("{doing} {}", path.display())]
     File {
@@ -167,6 +170,7 @@ boxed! {
     Snapshot rewarm_snapshot::Error;
     Restore rewarm_restore::Error;
     Probe rewarm_probe::Error;
+    Bench rewarm_bench::Error;
 }
 
 impl From<io::Error> for Cause {
@@ -184,6 +188,7 @@ impl Classify for Cause {
             Cause::Damaged { .. } | Cause::NotForDestination { .. } => Class::Integrity,
             Cause::Parts(error) => error.class(),
             Cause::Probe(error) => error.class(),
+            Cause::Bench(error) => error.class(),
             Cause::Container(error) => error.class(),
             Cause::Store(error) => error.class(),
             Cause::Criu(error) => error.class(),
@@ -226,6 +231,7 @@ impl Cause {
             | Cause::Machine(_)
             | Cause::Signals(_)
             | Cause::Runtime(_)
+            | Cause::Bench(_)
             | Cause::File { .. }
             | Cause::Stdout(_) => None,
         }

@@ -61,6 +61,23 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     if bytes == 0 { Err(malformed()) } else { Ok(bytes) }
 }
 
+/// Size of a benchmark's server. What is measured lies in memory and on disk several times.
+pub(crate) fn bench_size(text: &str) -> Result<u64, String> {
+    const SIZE_MAX: u64 = 4 << 30;
+    match bytes(text)? {
+        size @ ..=SIZE_MAX => Ok(size),
+        _ => Err("expected at most 4GiB".to_owned()),
+    }
+}
+
+/// A part of a whole: above 0, at most 1.
+pub(crate) fn part(text: &str) -> Result<f64, String> {
+    match text.parse::<f64>() {
+        Ok(part) if part > 0.0 && part <= 1.0 => Ok(part),
+        _ => Err("expected a number above 0 and at most 1".to_owned()),
+    }
+}
+
 /// A time: `30s`, `500ms`, `2m`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)

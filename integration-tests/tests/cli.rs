@@ -3,6 +3,7 @@
 //! A change is looked at with `cargo insta review`, or written with `INSTA_UPDATE=always` and looked at with `git diff`.
 
 mod bars;
+mod bench;
 mod errors;
 mod outputs;
 
