@@ -37,7 +37,8 @@ fn a_benchmark_measures_every_pair_and_leaves_nothing() {
     for row in results {
         assert_eq!(row["rounds"], 2, "{row}");
         let first = &row["first_answer_ms"];
-        let [least, median, most] = ["min", "median", "max"].map(|key| first[key].as_f64().expect("a number"));
+        let [least, median, most] =
+            ["min", "median", "max"].map(|key| first[key].as_f64().expect("a number"));
         assert!(0.0 < least && least <= median && median <= most, "{row}");
         let restored = row["store"] != "none";
         assert_eq!(row["present_ms"].is_object(), restored, "{row}");
