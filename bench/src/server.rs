@@ -12,6 +12,7 @@ use std::sync::Arc;
 
 /// Weights are touched in pieces of this length: a layer's row, an expert's slice.
 const BLOCK_BYTES: usize = 256 << 10;
+const PAGE_BYTES: usize = 4096;
 /// More header lines than a sane client sends.
 const HEADER_LINES_MAX: usize = 100;
 
@@ -48,7 +49,7 @@ fn converse(connection: TcpStream, memory: &[u8], touch: f64) -> io::Result<()> 
     }
     let (status, body) = match first.split_whitespace().nth(1) {
         Some("/healthz") => ("200 OK", "{}".to_owned()),
-        Some("/answer") => ("200 OK", format!("{{\"sum\":{}}}", sum(memory, touch))),
+        Some("/answer") => ("200 OK", format!("{{\"sum\":\"{:016x}\"}}", sum(memory, touch))),
         _ => ("404 Not Found", "{}".to_owned()),
     };
     let mut connection = connection;
@@ -59,13 +60,15 @@ fn converse(connection: TcpStream, memory: &[u8], touch: f64) -> io::Result<()> 
     )
 }
 
-/// Adds up every word of the touched blocks, which lie evenly over all weights. 53 bits, so that JSON keeps them.
+/// Adds up the words of each page of the touched blocks, which lie evenly over all weights, and mixes the sums in order: a
+/// page that is wrong or in another's place changes the result.
 fn sum(memory: &[u8], touch: f64) -> u64 {
     let every = (1.0 / touch).round().max(1.0) as usize;
     let blocks = memory.chunks(BLOCK_BYTES).step_by(every);
-    let words = blocks.flat_map(|block| block.chunks_exact(8));
-    words.fold(0u64, |sum, word| sum.wrapping_add(u64::from_le_bytes(word.try_into().expect("eight bytes"))))
-        >> 11
+    blocks.flat_map(|block| block.chunks(PAGE_BYTES)).fold(0, |mixed: u64, page| {
+        let words = page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+        mixed.rotate_left(7).wrapping_add(words.fold(0, u64::wrapping_add))
+    })
 }
 
 /// Writes `bytes` of bf16 weights to a new file, normally distributed around 0 with deviation 0.02, from a fixed seed.
@@ -142,6 +145,9 @@ mod tests {
         assert_eq!(sum(&memory, 0.1), before, "block 1 of ten is not touched");
         assert_ne!(sum(&memory, 1.0), before);
         memory[10 * BLOCK_BYTES + 15] = 1;
-        assert_ne!(sum(&memory, 0.1), before, "block 10 is");
+        let changed = sum(&memory, 0.1);
+        assert_ne!(changed, before, "block 10 is");
+        memory.swap(10 * BLOCK_BYTES + 15, 10 * BLOCK_BYTES + PAGE_BYTES + 15);
+        assert_ne!(sum(&memory, 0.1), changed, "a page in another's place is seen");
     }
 }
