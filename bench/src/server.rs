@@ -66,7 +66,8 @@ fn sum(memory: &[u8], touch: f64) -> u64 {
     let every = (1.0 / touch).round().max(1.0) as usize;
     let blocks = memory.chunks(BLOCK_BYTES).step_by(every);
     blocks.flat_map(|block| block.chunks(PAGE_BYTES)).fold(0, |mixed: u64, page| {
-        let words = page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+        let words =
+            page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
         mixed.rotate_left(7).wrapping_add(words.fold(0, u64::wrapping_add))
     })
 }

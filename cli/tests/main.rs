@@ -29,6 +29,7 @@ fn told(arguments: &[&str]) -> String {
 }
 
 const VERBS: [&str; 22] = [
+const VERBS: [&str; 19] = [
     "doctor",
     "run",
     "snapshot",
@@ -48,6 +49,7 @@ const VERBS: [&str; 22] = [
     "cp",
     "gc",
     "key",
+    "bench",
     "completions",
     "man",
     "help",

@@ -12,69 +12,6 @@ use serde_json::Value;
 use super::assert_printed;
 use crate::{world, world_for};
 
-const VERBS: &[&str] = &[
-    "doctor",
-    "run",
-    "snapshot",
-    "restore",
-    "ps",
-    "logs",
-    "exec",
-    "stop",
-    "wait",
-    "rm",
-    "ls",
-    "inspect",
-    "key",
-    "bench",
-    "completions",
-    "man",
-];
-
-#[test]
-fn help_of_every_verb() {
-    let Some(world) = world(&[]) else { return };
-    assert_printed("help", &world, &world.rewarm().arg("--help").ok());
-    assert_printed("help-exit-codes", &world, &world.rewarm().args(["help", "exit-codes"]).ok());
-    for verb in VERBS {
-        let help = world.rewarm().args([verb, "--help"]).ok();
-        assert!(help.stdout.contains("Example"), "no example in the help of {verb}");
-        assert_printed(&format!("help-{verb}"), &world, &help);
-    }
-}
-
-/// Words that mean something else here, or nothing: `docs/glossary.md` says which word to use.
-#[test]
-fn help_speaks_the_language_of_the_glossary() {
-    let Some(world) = world(&[]) else { return };
-    let banned = ["checkpoint", "daemon", "health check", "blob", "instance", " pod "];
-    for verb in VERBS {
-        let help = world.rewarm().args([verb, "--help"]).ok().stdout.to_lowercase();
-        for word in banned {
-            assert!(!help.contains(word), "{word:?} in the help of {verb}");
-        }
-    }
-}
-
-#[test]
-fn completions_and_man_pages_are_written() {
-    let Some(world) = world(&[]) else { return };
-    for shell in ["bash", "zsh", "fish"] {
-        let script = world.rewarm().args(["completions", shell]).ok().stdout;
-        assert!(script.contains("snapshot") && script.contains("rewarm"), "{shell}: {script}");
-    }
-    let folder = world.files();
-    world.rewarm().args(["man", &folder.to_string_lossy()]).ok();
-    let pages: BTreeSet<String> = std::fs::read_dir(folder)
-        .expect("our own folder")
-        .map(|entry| entry.expect("readable").file_name().to_string_lossy().into_owned())
-        .collect();
-    for page in ["rewarm.1", "rewarm-snapshot.1", "rewarm-restore.1"] {
-        assert!(pages.contains(page), "{page} is not among {pages:?}");
-    }
-    assert!(!pages.contains("rewarm-shim.1"), "a hidden verb has a page");
-}
-
 #[test]
 fn doctor_tells_of_each_need() {
     let Some(world) = world(needs::REPLICA) else { return };
