@@ -28,8 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 22] = [
-const VERBS: [&str; 19] = [
+const VERBS: [&str; 23] = [
     "doctor",
     "run",
     "snapshot",
