@@ -103,6 +103,8 @@ pub(crate) enum Command {
     Key(Key),
     /// Measure cold start, stock CRIU and Rewarm side by side on this machine.
     Bench(Bench),
+    /// Replay request traces through scaling policies, and compare them.
+    Simulate(Simulate),
     /// Print a completion script for a shell.
     Completions(Completions),
     /// Write manual pages.
@@ -565,6 +567,48 @@ pub(crate) struct BenchServer {
     /// Part that an answer reads.
     #[arg(long, value_name = "PART", value_parser = values::part)]
     pub(crate) touch: f64,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm simulate requests.csv\n  \
+    rewarm simulate requests.csv --policy rewarm --policy kpa --restore 2s --json\n  \
+    rewarm simulate monday.csv tuesday.csv --config sweep.toml --plot sweep.svg")]
+pub(crate) struct Simulate {
+    /// Traces: CSV with TIMESTAMP,ContextTokens,GeneratedTokens or arrival_s,service_s, or JSON lines with timestamp, input_length, output_length.
+    #[arg(value_name = "TRACE", required = true)]
+    pub(crate) traces: Vec<PathBuf>,
+    /// rewarm, kpa, hpa, tracker, fixed, or a policy of the configuration; without it the configuration's, else all five.
+    #[arg(long, value_name = "P")]
+    pub(crate) policy: Vec<String>,
+    /// Starts, limits and policies (docs/autoscaling.md); the other flags win over it.
+    // The same name as that of the program's own configuration, which no simulation reads.
+    #[arg(long, id = "config", value_name = "FILE")]
+    pub(crate) config: Option<PathBuf>,
+    /// How long a restore takes, or a file of measured times; none: every start is cold [default: 5s].
+    #[arg(long, value_name = "TIME|FILE")]
+    pub(crate) restore: Option<String>,
+    /// How long a warm replica takes to wake, or a file of measured times [default: 500ms].
+    #[arg(long, value_name = "TIME|FILE")]
+    pub(crate) wake: Option<String>,
+    /// How long a cold start takes, or a file of measured times [default: 60s].
+    #[arg(long, value_name = "TIME|FILE")]
+    pub(crate) cold: Option<String>,
+    /// Warm replicas at the beginning, and at most [default: 4].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(0..=10_000))]
+    pub(crate) warm: Option<u32>,
+    /// Requests that a replica answers at once, at most [default: 8].
+    #[arg(long, value_name = "C", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) concurrency: Option<u32>,
+    /// Most replicas [default: 16].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    pub(crate) max: Option<u32>,
+    /// How long a request may wait for a slot [default: 1s].
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    pub(crate) target_wait: Option<Duration>,
+    /// Draw what each policy costs against what it gives.
+    #[arg(long, value_name = "FILE.svg")]
+    pub(crate) plot: Option<PathBuf>,
 }
 
 #[derive(Debug, Args)]

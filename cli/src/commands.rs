@@ -21,6 +21,7 @@ pub(crate) mod restore;
 pub(crate) mod rm;
 pub(crate) mod run;
 pub(crate) mod shim;
+pub(crate) mod simulate;
 pub(crate) mod snapshot;
 pub(crate) mod stop;
 pub(crate) mod verify;

@@ -136,6 +136,9 @@ pub(crate) enum Cause {
     /// A benchmark.
     #[error(transparent)]
     Bench(Box<rewarm_bench::Error>),
+    /// A trace, a policy or the picture of a simulation.
+    #[error(transparent)]
+    Autoscaler(Box<rewarm_autoscaler::Error>),
     /// A file that the command line names.
     #[error("{doing} {}", path.display())]
     File {
@@ -171,6 +174,7 @@ boxed! {
     Restore rewarm_restore::Error;
     Probe rewarm_probe::Error;
     Bench rewarm_bench::Error;
+    Autoscaler rewarm_autoscaler::Error;
 }
 
 impl From<io::Error> for Cause {
@@ -189,6 +193,7 @@ impl Classify for Cause {
             Cause::Parts(error) => error.class(),
             Cause::Probe(error) => error.class(),
             Cause::Bench(error) => error.class(),
+            Cause::Autoscaler(error) => error.class(),
             Cause::Container(error) => error.class(),
             Cause::Store(error) => error.class(),
             Cause::Criu(error) => error.class(),
@@ -215,6 +220,7 @@ impl Cause {
             Cause::Key(error) => hints::key(error),
             Cause::Config { .. } => Some("docs/signatures.md lists every key of the file"),
             Cause::Probe(error) => hints::probe(error),
+            Cause::Autoscaler(error) => hints::autoscaler(error),
             Cause::Snapshot(error) => hints::snapshot(&error.cause),
             Cause::Restore(error) => hints::restore(&error.cause),
             Cause::Unprivileged { fix, .. } => Some(fix),

@@ -1,5 +1,6 @@
 //! What to do next: one line below an error, chosen by what the error is.
 
+use rewarm_autoscaler::Error as Autoscaler;
 use rewarm_container::Error as Container;
 use rewarm_criu::Error as Criu;
 use rewarm_probe::Error as Probe;
@@ -105,6 +106,21 @@ pub(crate) fn probe(error: &Probe) -> Option<&'static str> {
         Probe::UnknownKey { .. } | Probe::BadValue { .. } | Probe::ParseFile { .. } => {
             Some("docs/probe.md lists every key of a probe file")
         }
+        _ => None,
+    }
+}
+
+pub(crate) fn autoscaler(error: &Autoscaler) -> Option<&'static str> {
+    match error {
+        Autoscaler::BadLine { .. } | Autoscaler::Empty { .. } => {
+            Some("docs/autoscaling.md shows the formats of traces and of measured times")
+        }
+        Autoscaler::UnknownKey { .. } | Autoscaler::BadValue { .. } | Autoscaler::ParseConfig { .. } => {
+            Some("docs/autoscaling.md lists every key of a configuration")
+        }
+        Autoscaler::UnknownPolicy { .. } => Some(
+            "rewarm, kpa, hpa, tracker and fixed are built in; others need [policy.NAME] in a configuration",
+        ),
         _ => None,
     }
 }

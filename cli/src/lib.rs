@@ -21,7 +21,8 @@ use std::ffi::OsString;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use clap::Parser;
+use clap::parser::ValueSource;
+use clap::{CommandFactory, FromArgMatches};
 
 use crate::args::{Cli, Command};
 use crate::exit::Exit;
@@ -36,7 +37,7 @@ pub fn main_impl() -> ExitCode {
 /// Runs the program with these arguments, the program's own name first, and gives its exit code: one of [`Exit`], or, for
 /// `exec` and `wait`, that of what was executed or waited for.
 pub fn run(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> u8 {
-    let cli = match Cli::try_parse_from(arguments) {
+    let cli = match parse(arguments) {
         Ok(cli) => cli,
         Err(error) => return refused(&error).code(),
     };
@@ -46,6 +47,21 @@ pub fn run(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> 
         Ok(code) => code,
         Err(cause) => Failure { doing: doing(&cli.command), cause }.tell(json).code(),
     }
+}
+
+/// As `Cli::try_parse_from`, but `simulate --config` is not filled from the variable of the program's own configuration.
+fn parse(arguments: impl IntoIterator<Item = impl Into<OsString> + Clone>) -> Result<Cli, clap::Error> {
+    let matches = Cli::command().try_get_matches_from(arguments)?;
+    let typed = matches
+        .subcommand()
+        .is_some_and(|(_, verb)| verb.value_source("config") == Some(ValueSource::CommandLine));
+    let mut cli = Cli::from_arg_matches(&matches)?;
+    if let Command::Simulate(args) = &mut cli.command
+        && !typed
+    {
+        args.config = None;
+    }
+    Ok(cli)
 }
 
 /// Help and version come here too, and are no error.
@@ -79,6 +95,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Key(args) => commands::key::run(args, global),
         Command::Bench(args) => wait_for(commands::bench::run(args, global)),
         Command::BenchServer(args) => commands::bench::server(args),
+        Command::Simulate(args) => commands::simulate::run(args, global),
         Command::Completions(args) => commands::completions::run(args),
         Command::Man(args) => commands::man::run(args, global),
         Command::Shim(args) => Ok(commands::shim::run(args, global)),
@@ -130,6 +147,7 @@ fn doing(command: &Command) -> String {
         Command::Key(args) => args.doing(),
         Command::Bench(_) => "measure".to_owned(),
         Command::BenchServer(args) => format!("serve on port {}", args.port),
+        Command::Simulate(_) => "simulate".to_owned(),
         Command::Completions(_) => "print completions".to_owned(),
         Command::Man(_) => "write manual pages".to_owned(),
         Command::Shim(args) => format!("own {}", args.name),

@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 23] = [
+const VERBS: [&str; 24] = [
     "doctor",
     "run",
     "snapshot",
@@ -49,6 +49,7 @@ const VERBS: [&str; 23] = [
     "gc",
     "key",
     "bench",
+    "simulate",
     "completions",
     "man",
     "help",

@@ -1,0 +1,124 @@
+//! `hpa`: Kubernetes' horizontal pod autoscaler on requests held and in flight, with KEDA in front of it for the step from
+//! and to zero.
+//!
+//! HPA looks every 15 s, tolerates 10 % around its target, at most doubles (or adds four), and goes down to the highest
+//! recommendation of five minutes. KEDA pushes 0 -> 1 at the first request and goes back to zero at a poll after its
+//! cooldown.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use super::{Decision, Event, Policy, Reason, View};
+use crate::moment::Moment;
+
+/// Its settings; the defaults are those of Kubernetes and KEDA.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Share of a replica's slots that it aims at.
+    pub utilization: f64,
+    /// Time between two looks.
+    pub sync: Duration,
+    /// Deviation from the target that changes nothing.
+    pub tolerance: f64,
+    /// For how long the highest recommendation holds.
+    pub down_stabilization: Duration,
+    /// How long nothing must be asked before zero.
+    pub cooldown: Duration,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            utilization: 0.7,
+            sync: Duration::from_secs(15),
+            tolerance: 0.1,
+            down_stabilization: Duration::from_secs(300),
+            cooldown: Duration::from_secs(300),
+        }
+    }
+}
+
+/// The policy.
+#[derive(Debug)]
+pub struct Hpa {
+    settings: Settings,
+    replicas: u32,
+    recommended: VecDeque<(Moment, u32)>,
+    /// When something was in flight last.
+    asked: Moment,
+    next_sync: Moment,
+}
+
+impl Hpa {
+    /// With these settings.
+    #[must_use]
+    pub fn new(settings: Settings) -> Self {
+        let next_sync = Moment::START + settings.sync;
+        Self { settings, replicas: 0, recommended: VecDeque::new(), asked: Moment::START, next_sync }
+    }
+
+    fn sync(&mut self, view: &View<'_>) -> Decision {
+        let now = view.now;
+        let requests = f64::from(view.requests());
+        let target = self.settings.utilization * f64::from(view.limits.concurrency);
+        let ratio = requests / (target * f64::from(self.replicas));
+        let within = (ratio - 1.0).abs() <= self.settings.tolerance;
+        let raw = if within { self.replicas } else { ((requests / target).ceil() as u32).max(1) };
+        let raw = raw.min(view.limits.max);
+        self.recommended.push_back((now, raw));
+        let window = self.settings.down_stabilization;
+        while self.recommended.front().is_some_and(|(at, _)| *at + window < now) {
+            self.recommended.pop_front();
+        }
+        // Down only to what nothing in the window asked to exceed; up by doubling or four.
+        let highest = self.recommended.iter().map(|(_, replicas)| *replicas).max().unwrap_or(raw);
+        let stabilized = if raw < self.replicas { highest.min(self.replicas) } else { raw };
+        let limit = (self.replicas * 2).max(self.replicas + 4);
+        self.replicas = stabilized.min(limit);
+        let reason = if self.replicas > raw {
+            Reason::Delayed { now: raw, highest: self.replicas }
+        } else {
+            Reason::Target { requests, target }
+        };
+        Decision { wanted: self.replicas, reason }
+    }
+}
+
+impl Policy for Hpa {
+    fn note(&mut self, now: Moment, _event: Event, requests: u32) {
+        if requests > 0 {
+            self.asked = now;
+        }
+    }
+
+    fn decide(&mut self, view: &View<'_>, event: Event) -> Option<Decision> {
+        if self.replicas == 0 {
+            let held = view.held.len() as u32;
+            if held == 0 {
+                return None;
+            }
+            self.replicas = 1;
+            self.recommended.clear();
+            self.next_sync = view.now.next_multiple_of(self.settings.sync);
+            return Some(Decision { wanted: 1, reason: Reason::Wakeup { held } });
+        }
+        if event != Event::Timer || view.now < self.next_sync {
+            return None;
+        }
+        self.next_sync = view.now.next_multiple_of(self.settings.sync);
+        if view.requests() > 0 {
+            self.asked = view.now;
+        }
+        let idle = view.now.since(self.asked);
+        if idle >= self.settings.cooldown {
+            self.replicas = 0;
+            let (idle_s, keep_s) = (idle.as_secs_f64(), self.settings.cooldown.as_secs_f64());
+            return Some(Decision { wanted: 0, reason: Reason::Idle { idle_s, keep_s } });
+        }
+        Some(self.sync(view))
+    }
+
+    fn timer(&self, _view: &View<'_>) -> Option<Moment> {
+        (self.replicas > 0).then_some(self.next_sync)
+    }
+}

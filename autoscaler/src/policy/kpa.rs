@@ -1,0 +1,226 @@
+//! `kpa`: the Knative Pod Autoscaler, with its own signal path.
+//!
+//! The decision itself is [`scaler`], equal to the real one in every recorded case. Around it stands what Knative does with
+//! requests and decisions: the average concurrency of each second is reported once a second, decisions fall every two
+//! seconds, the first request after zero is pushed and decided at once, and the last replica is held before zero.
+
+pub mod scaler;
+pub mod windows;
+
+use std::time::Duration;
+
+use self::scaler::{Scaler, Settings as ScalerSettings, Wanted};
+use self::windows::Aggregation;
+use super::{Decision, Event, Policy, Reason, View};
+use crate::moment::Moment;
+use crate::steer::Victim;
+
+const REPORT: Duration = Duration::from_secs(1);
+const TICK: Duration = Duration::from_secs(2);
+/// Decisions come right after the reports of their second: the best phase that an autoscaler can have by chance.
+const TICK_PHASE: Duration = Duration::from_millis(50);
+
+/// Its settings; the defaults are Knative's.
+#[derive(Debug, Clone, Copy)]
+pub struct Settings {
+    /// Share of a replica's slots that it aims at.
+    pub utilization: f64,
+    /// Length of the stable window, in whole seconds.
+    pub stable_window: Duration,
+    /// Length of the panic window, in percent of the stable one.
+    pub panic_window_percentage: f64,
+    /// When it panics, in percent of the ready replicas.
+    pub panic_threshold_percentage: f64,
+    /// At most so many times the ready replicas in one decision.
+    pub max_scale_up_rate: f64,
+    /// At least the ready replicas divided by this in one decision.
+    pub max_scale_down_rate: f64,
+    /// For how long the highest decision holds.
+    pub scale_down_delay: Duration,
+    /// At least so many replicas where any are wanted.
+    pub activation_scale: u32,
+    /// Burst that should be taken without the activator.
+    pub target_burst_capacity: f64,
+    /// How long the last replica is held once it is inactive, unless the activator was in the path that long.
+    pub grace: Duration,
+    /// How the windows weigh their seconds.
+    pub aggregation: Aggregation,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self {
+            utilization: 0.7,
+            stable_window: Duration::from_secs(60),
+            panic_window_percentage: 10.0,
+            panic_threshold_percentage: 200.0,
+            max_scale_up_rate: 1000.0,
+            max_scale_down_rate: 2.0,
+            scale_down_delay: Duration::ZERO,
+            activation_scale: 0,
+            target_burst_capacity: 211.0,
+            grace: Duration::from_secs(30),
+            aggregation: Aggregation::Linear,
+        }
+    }
+}
+
+/// The policy.
+#[derive(Debug)]
+pub struct Kpa {
+    settings: Settings,
+    scaler: Scaler,
+    /// Requests now, since when, and their integral since the last report.
+    requests: u32,
+    changed: Moment,
+    area: f64,
+    /// Requests that the push of a first one has told already.
+    pushed: f64,
+    /// Whether a first request was pushed just now.
+    poke: bool,
+    /// Whether the activator knows the revision, that is, reports about it.
+    known: bool,
+    next_report: Moment,
+    next_tick: Moment,
+    /// The last valid decision.
+    last: u32,
+    /// Since when more than zero replicas have been wanted.
+    active_since: Option<Moment>,
+    inactive_since: Option<Moment>,
+    /// Since when the activator has been in the path.
+    proxied_since: Option<Moment>,
+}
+
+impl Kpa {
+    /// For a revision at zero whose pool has these limits.
+    #[must_use]
+    pub fn new(settings: Settings, concurrency: u32) -> Self {
+        let total = f64::from(concurrency);
+        let stable_window_s = settings.stable_window.as_secs_f64().round().max(1.0) as u32;
+        let panic_window_s = f64::from(stable_window_s) * settings.panic_window_percentage / 100.0;
+        let scaler = ScalerSettings {
+            target: (total * settings.utilization).max(0.01),
+            total,
+            stable_window_s,
+            panic_window_s: panic_window_s.round().max(1.0) as u32,
+            panic_threshold: settings.panic_threshold_percentage / 100.0,
+            max_scale_up_rate: settings.max_scale_up_rate,
+            max_scale_down_rate: settings.max_scale_down_rate,
+            scale_down_delay: settings.scale_down_delay,
+            activation_scale: settings.activation_scale,
+            target_burst_capacity: settings.target_burst_capacity,
+            reachable: true,
+            min_scale: 0,
+            max_scale: 0,
+            aggregation: settings.aggregation,
+        };
+        Self {
+            settings,
+            scaler: Scaler::new(scaler, 0),
+            requests: 0,
+            changed: Moment::START,
+            area: 0.0,
+            pushed: 0.0,
+            poke: false,
+            known: false,
+            next_report: Moment::START + REPORT,
+            next_tick: Moment::START + TICK + TICK_PHASE,
+            last: 0,
+            active_since: None,
+            inactive_since: None,
+            proxied_since: Some(Moment::START),
+        }
+    }
+
+    fn integrate(&mut self, now: Moment) {
+        self.area += f64::from(self.requests) * now.seconds_since(self.changed);
+        self.changed = now;
+    }
+
+    /// What activator and replicas report together each second. At zero replicas only the activator does, and it forgets a
+    /// revision about which it had nothing to say.
+    fn report(&mut self, now: Moment, ready: u32) {
+        self.integrate(now);
+        let average = std::mem::take(&mut self.area) / REPORT.as_secs_f64();
+        if self.known || ready > 0 {
+            self.scaler.record(now, (average - std::mem::take(&mut self.pushed)).max(0.0));
+        }
+        self.known = self.requests > 0 || (self.known && average > 0.0);
+    }
+
+    fn tick(&mut self, view: &View<'_>) -> Option<Decision> {
+        let wanted = self.scaler.decide(view.now, view.pool.serving())?;
+        let proxied = wanted.excess_burst_capacity < 0 || wanted.desired == 0;
+        self.proxied_since = if proxied { self.proxied_since.or(Some(view.now)) } else { None };
+        self.last = wanted.desired;
+        let reason = Reason::Windows {
+            stable: wanted.stable,
+            panic: wanted.panic,
+            panicking: self.scaler.panicking(),
+        };
+        Some(self.towards_zero(view, wanted, reason))
+    }
+
+    /// Zero only after the revision was active for a stable window, and inactive or proxied for the grace period.
+    fn towards_zero(&mut self, view: &View<'_>, wanted: Wanted, reason: Reason) -> Decision {
+        let now = view.now;
+        if wanted.bounded > 0 {
+            self.inactive_since = None;
+            self.active_since = self.active_since.or(Some(now));
+            return Decision { wanted: wanted.bounded, reason };
+        }
+        let Some(active) = self.active_since else { return Decision { wanted: 0, reason } };
+        let hold = Decision { wanted: 1, reason: Reason::HoldAtOne };
+        if now.since(active) < self.settings.stable_window {
+            return hold;
+        }
+        let inactive = *self.inactive_since.get_or_insert(now);
+        let proxied = self.proxied_since.is_some_and(|since| now.since(since) >= self.settings.grace);
+        if !proxied && now.since(inactive) < self.settings.grace {
+            return hold;
+        }
+        self.active_since = None;
+        self.inactive_since = None;
+        Decision { wanted: 0, reason }
+    }
+}
+
+impl Policy for Kpa {
+    fn note(&mut self, now: Moment, event: Event, requests: u32) {
+        self.integrate(now);
+        self.requests = requests;
+        if event == Event::Arrival && !self.known {
+            self.known = true;
+            self.pushed = 1.0;
+            self.poke = true;
+            self.scaler.record(now, 1.0);
+        }
+    }
+
+    fn decide(&mut self, view: &View<'_>, event: Event) -> Option<Decision> {
+        // The push of a first request is decided at once, but only if the last valid decision was zero.
+        if std::mem::take(&mut self.poke) && self.last == 0 {
+            return self.tick(view);
+        }
+        if event != Event::Timer {
+            return None;
+        }
+        if view.now >= self.next_report {
+            self.report(view.now, view.pool.serving());
+            self.next_report = self.next_report + REPORT;
+        }
+        if view.now >= self.next_tick {
+            self.next_tick = self.next_tick + TICK;
+            return self.tick(view);
+        }
+        None
+    }
+
+    fn timer(&self, _view: &View<'_>) -> Option<Moment> {
+        Some(self.next_report.min(self.next_tick))
+    }
+
+    fn victim(&self) -> Victim {
+        Victim::Newest
+    }
+}

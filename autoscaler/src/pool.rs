@@ -1,0 +1,557 @@
+//! The replicas of one pool: their states, their requests in flight, and the memory they hold.
+//!
+//! A pool only keeps the book. The live loop and the simulator tell it what happens and do what [`crate::steer`] derives
+//! from a decision. A call that is not legal in a replica's state panics: the caller and this book would not agree about
+//! what exists, and nothing good follows from going on.
+
+mod states;
+
+pub use states::{MOVES, Move, State};
+
+use std::cmp::Reverse;
+
+use crate::ledger::{Hold, Ledger, Memory, Short};
+use crate::moment::Moment;
+
+/// Where a start comes from, fastest first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Tier {
+    /// A warm replica is woken.
+    Wake,
+    /// The snapshot is restored.
+    Restore,
+    /// The server is started by its command.
+    Cold,
+}
+
+/// A replica of a pool. The generation tells it from an earlier one in the same place.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ReplicaId {
+    place: u32,
+    generation: u32,
+}
+
+/// One replica.
+#[derive(Debug)]
+pub struct Replica {
+    id: ReplicaId,
+    state: State,
+    in_flight: u32,
+    tier: Tier,
+    since: Moment,
+    ready_since: Moment,
+    /// Requests since it was started last.
+    assigned: u64,
+    hold: Option<Hold>,
+}
+
+impl Replica {
+    /// Its name in this pool.
+    #[must_use]
+    pub fn id(&self) -> ReplicaId {
+        self.id
+    }
+
+    /// What it is doing.
+    #[must_use]
+    pub fn state(&self) -> State {
+        self.state
+    }
+
+    /// Requests that it is answering.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight
+    }
+
+    /// How it was started last.
+    #[must_use]
+    pub fn tier(&self) -> Tier {
+        self.tier
+    }
+
+    /// When it is expected to serve, while it starts; since when it has been in its state, otherwise.
+    #[must_use]
+    pub fn since(&self) -> Moment {
+        self.since
+    }
+
+    /// When it began to serve.
+    #[must_use]
+    pub fn ready_since(&self) -> Moment {
+        self.ready_since
+    }
+
+    /// Requests that it was given since it was started last.
+    #[must_use]
+    pub fn assigned(&self) -> u64 {
+        self.assigned
+    }
+
+    fn serves(&self) -> bool {
+        matches!(self.state, State::Ready | State::Busy)
+    }
+
+    /// Whether it is on its way.
+    #[must_use]
+    pub fn is_starting(&self) -> bool {
+        matches!(self.state, State::Restoring | State::Waking)
+    }
+}
+
+/// What the replicas of a pool are like.
+#[derive(Debug, Clone, Copy)]
+pub struct Shape {
+    /// Requests that one replica answers at once, at most.
+    pub concurrency: u32,
+    /// Most replicas, warm ones not counted.
+    pub max: u32,
+    /// Most warm replicas.
+    pub warm: u32,
+    /// What a serving replica holds.
+    pub serving: Memory,
+    /// What a warm replica holds.
+    pub paused: Memory,
+}
+
+/// The replicas of one pool.
+#[derive(Debug)]
+pub struct Pool {
+    shape: Shape,
+    ledger: Ledger,
+    /// A place whose replica is cold is free.
+    replicas: Vec<Replica>,
+    counts: [u32; State::ALL.len()],
+    in_flight: u32,
+    in_flight_draining: u32,
+}
+
+impl Pool {
+    /// A pool without replicas.
+    #[must_use]
+    pub fn new(shape: Shape, ledger: Ledger) -> Self {
+        let counts = [0; State::ALL.len()];
+        Self { shape, ledger, replicas: Vec::new(), counts, in_flight: 0, in_flight_draining: 0 }
+    }
+
+    /// What its replicas are like.
+    #[must_use]
+    pub fn shape(&self) -> &Shape {
+        &self.shape
+    }
+
+    /// Every replica that exists.
+    pub fn replicas(&self) -> impl Iterator<Item = &Replica> {
+        self.replicas.iter().filter(|replica| replica.state != State::Cold)
+    }
+
+    /// How many are in this state.
+    #[must_use]
+    pub fn count(&self, state: State) -> u32 {
+        self.counts[state as usize]
+    }
+
+    /// Replicas that get requests.
+    #[must_use]
+    pub fn serving(&self) -> u32 {
+        self.count(State::Ready) + self.count(State::Busy)
+    }
+
+    /// Replicas that are on their way.
+    #[must_use]
+    pub fn starting(&self) -> u32 {
+        self.count(State::Restoring) + self.count(State::Waking)
+    }
+
+    /// Replicas that a decision counts: those that serve and those on their way.
+    #[must_use]
+    pub fn active(&self) -> u32 {
+        self.serving() + self.starting()
+    }
+
+    /// Replicas that are charged for.
+    #[must_use]
+    pub fn charged(&self) -> u32 {
+        self.active() + self.count(State::Draining)
+    }
+
+    /// Requests in flight, those of draining replicas too.
+    #[must_use]
+    pub fn in_flight(&self) -> u32 {
+        self.in_flight + self.in_flight_draining
+    }
+
+    /// Requests in flight in draining replicas.
+    #[must_use]
+    pub fn in_flight_draining(&self) -> u32 {
+        self.in_flight_draining
+    }
+
+    /// Slots that are free in replicas that serve.
+    #[must_use]
+    pub fn free_slots(&self) -> u32 {
+        self.serving() * self.shape.concurrency - self.in_flight
+    }
+
+    /// Restores a replica that waits, complete and paused.
+    ///
+    /// # Errors
+    /// Where memory is short; then nothing was begun.
+    pub fn park(&mut self, now: Moment) -> Result<ReplicaId, Short> {
+        let hold = self.ledger.take(self.shape.paused)?;
+        let id = self.admit(now, Tier::Restore, hold);
+        self.step(id, Move::Parked, now);
+        Ok(id)
+    }
+
+    /// Begins to wake a warm replica; `expected` is when it should serve.
+    ///
+    /// # Errors
+    /// Where memory is short; then it stays warm.
+    pub fn wake(&mut self, id: ReplicaId, expected: Moment) -> Result<(), Short> {
+        let serving = self.shape.serving;
+        let replica = self.get_mut(id);
+        replica.hold.as_mut().expect("what exists holds memory").change(serving)?;
+        replica.tier = Tier::Wake;
+        self.step(id, Move::Wake, expected);
+        Ok(())
+    }
+
+    /// Begins a restore or a cold start; `expected` is when it should serve.
+    ///
+    /// # Errors
+    /// Where memory is short; then nothing was begun.
+    pub fn start(&mut self, tier: Tier, expected: Moment) -> Result<ReplicaId, Short> {
+        let hold = self.ledger.take(self.shape.serving)?;
+        Ok(self.admit(expected, tier, hold))
+    }
+
+    /// The replica serves.
+    pub fn started(&mut self, id: ReplicaId, now: Moment) {
+        self.step(id, Move::Started, now);
+        let replica = self.get_mut(id);
+        replica.ready_since = now;
+        replica.assigned = 0;
+    }
+
+    /// Gives a request to the busiest replica that has a free slot, so that others become idle. `spare` of the idlest
+    /// replicas that serve are left out.
+    pub fn assign(&mut self, now: Moment, spare: u32) -> Option<ReplicaId> {
+        if self.free_slots() == 0 || spare >= self.serving() {
+            return None;
+        }
+        let id = if spare == 0 { self.busiest_with_a_slot() } else { self.busiest_of_many(spare) }?;
+        self.in_flight += 1;
+        let replica = self.get_mut(id);
+        replica.in_flight += 1;
+        replica.assigned += 1;
+        if replica.in_flight == 1 {
+            self.step(id, Move::Fill, now);
+        }
+        Some(id)
+    }
+
+    /// Of equals the older: the newer one is the next to go.
+    fn busiest_with_a_slot(&self) -> Option<ReplicaId> {
+        let free = |r: &&Replica| r.serves() && r.in_flight < self.shape.concurrency;
+        self.replicas.iter().filter(free).max_by_key(|r| (r.in_flight, Reverse(r.id))).map(|r| r.id)
+    }
+
+    /// As above, but only if at least `spare` replicas that serve are idler still.
+    fn busiest_of_many(&self, spare: u32) -> Option<ReplicaId> {
+        let id = self.busiest_with_a_slot()?;
+        let key = |r: &Replica| (r.in_flight, Reverse(r.id));
+        let chosen = key(self.get(id));
+        let idler = self.replicas.iter().filter(|r| r.serves() && key(r) < chosen).count();
+        (idler >= spare as usize).then_some(id)
+    }
+
+    /// A request has left this replica. Whether its drain is over now.
+    pub fn finish(&mut self, id: ReplicaId, now: Moment) -> bool {
+        let replica = self.get_mut(id);
+        assert!(replica.in_flight > 0, "{id:?} has nothing in flight");
+        replica.in_flight -= 1;
+        let (state, left) = (replica.state, replica.in_flight);
+        match state {
+            State::Draining => self.in_flight_draining -= 1,
+            _ => self.in_flight -= 1,
+        }
+        if state == State::Busy && left == 0 {
+            self.step(id, Move::Empty, now);
+        }
+        state == State::Draining && left == 0
+    }
+
+    /// Gives this replica no further requests. Whether its drain is over at once.
+    pub fn drain(&mut self, id: ReplicaId, now: Moment) -> bool {
+        self.step(id, Move::Drain, now);
+        let in_flight = self.get(id).in_flight;
+        self.in_flight -= in_flight;
+        self.in_flight_draining += in_flight;
+        in_flight == 0
+    }
+
+    /// Gives a draining replica requests again.
+    pub fn undrain(&mut self, id: ReplicaId, now: Moment) {
+        self.step(id, Move::Undrain, now);
+        let in_flight = self.get(id).in_flight;
+        self.in_flight += in_flight;
+        self.in_flight_draining -= in_flight;
+        if in_flight > 0 {
+            self.step(id, Move::Fill, now);
+        }
+    }
+
+    /// Ends a replica that has drained, or a start that is not wanted any more: it is paused where a warm replica has room,
+    /// else it is removed. Whether it is being paused: then [`Pool::paused`] follows.
+    pub fn retire(&mut self, id: ReplicaId, now: Moment) -> bool {
+        let replica = self.get(id);
+        assert_eq!(replica.in_flight, 0, "{id:?} would be cut off its requests");
+        let room = self.count(State::Warm) + self.count(State::Pausing) < self.shape.warm;
+        if room && replica.state.after(Move::Pause).is_some() {
+            self.step(id, Move::Pause, now);
+            true
+        } else {
+            self.remove(id, now);
+            false
+        }
+    }
+
+    /// The replica has given its device memory back.
+    ///
+    /// # Errors
+    /// Where a paused replica needs more host memory than there is; it must be removed then.
+    pub fn paused(&mut self, id: ReplicaId, now: Moment) -> Result<(), Short> {
+        let paused = self.shape.paused;
+        self.get_mut(id).hold.as_mut().expect("what exists holds memory").change(paused)?;
+        self.step(id, Move::Paused, now);
+        Ok(())
+    }
+
+    /// The replica died or took too long. How many requests were cut off.
+    pub fn fail(&mut self, id: ReplicaId, now: Moment) -> u32 {
+        let draining = self.get(id).state == State::Draining;
+        self.step(id, Move::Fail, now);
+        let cut = std::mem::take(&mut self.get_mut(id).in_flight);
+        if draining {
+            self.in_flight_draining -= cut;
+        } else {
+            self.in_flight -= cut;
+        }
+        cut
+    }
+
+    /// The replica is gone, and its memory is free.
+    pub fn remove(&mut self, id: ReplicaId, now: Moment) {
+        assert_eq!(self.get(id).in_flight, 0, "{id:?} would be cut off its requests");
+        self.step(id, Move::Remove, now);
+        self.get_mut(id).hold = None;
+    }
+
+    /// A replica, as long as it exists.
+    #[must_use]
+    pub fn find(&self, id: ReplicaId) -> Option<&Replica> {
+        self.replicas.get(id.place as usize).filter(|found| found.id == id && found.state != State::Cold)
+    }
+
+    fn get(&self, id: ReplicaId) -> &Replica {
+        self.find(id).expect("the caller knows only replicas that exist")
+    }
+
+    fn get_mut(&mut self, id: ReplicaId) -> &mut Replica {
+        let replica = &mut self.replicas[id.place as usize];
+        assert_eq!(replica.id, id, "the replica in this place is another one");
+        replica
+    }
+
+    /// Takes a free place and begins a start in it.
+    fn admit(&mut self, since: Moment, tier: Tier, hold: Hold) -> ReplicaId {
+        let free = self.replicas.iter().position(|replica| replica.state == State::Cold);
+        let place = free.unwrap_or(self.replicas.len());
+        let generation = free.map_or(0, |place| self.replicas[place].id.generation + 1);
+        let id = ReplicaId { place: place as u32, generation };
+        let replica = Replica {
+            id,
+            state: State::Cold,
+            in_flight: 0,
+            tier,
+            since,
+            ready_since: since,
+            assigned: 0,
+            hold: Some(hold),
+        };
+        match free {
+            Some(place) => self.replicas[place] = replica,
+            None => {
+                self.replicas.push(replica);
+                self.counts[State::Cold as usize] += 1;
+            }
+        }
+        self.step(id, Move::Start, since);
+        id
+    }
+
+    fn step(&mut self, id: ReplicaId, by: Move, since: Moment) {
+        let replica = self.get_mut(id);
+        let from = replica.state;
+        let to =
+            from.after(by).unwrap_or_else(|| panic!("{by:?} is not legal for a replica that is {from:?}"));
+        replica.state = to;
+        replica.since = since;
+        self.counts[from as usize] -= 1;
+        self.counts[to as usize] += 1;
+    }
+
+    /// Replicas on their way, with the time at which each is expected to serve.
+    pub fn expected(&self) -> impl Iterator<Item = Moment> {
+        self.replicas.iter().filter(|replica| replica.is_starting()).map(|replica| replica.since)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const GIB: u64 = 1 << 30;
+
+    fn pool(host: u64, warm: u32) -> Pool {
+        let serving = Memory { host: GIB, device: GIB };
+        let paused = Memory { host: 2 * GIB, device: 0 };
+        let shape = Shape { concurrency: 2, max: 4, warm, serving, paused };
+        Pool::new(shape, Ledger::new(Memory { host, device: u64::MAX }))
+    }
+
+    fn at(seconds: f64) -> Moment {
+        Moment::from_seconds(seconds)
+    }
+
+    #[test]
+    fn requests_go_to_the_busiest_with_a_free_slot() {
+        let mut pool = pool(u64::MAX, 0);
+        let now = at(0.0);
+        let first = pool.start(Tier::Restore, now).expect("memory");
+        let second = pool.start(Tier::Restore, now).expect("memory");
+        assert_eq!(pool.assign(now, 0), None);
+        pool.started(first, now);
+        pool.started(second, now);
+        let order: Vec<_> = (0..5).map(|_| pool.assign(now, 0)).collect();
+        assert_eq!(order, [Some(first), Some(first), Some(second), Some(second), None]);
+        pool.finish(first, now);
+        assert!(!pool.drain(second, now));
+        assert_eq!((pool.assign(now, 0), pool.assign(now, 0)), (Some(first), None));
+        assert!(!pool.finish(second, now) && pool.finish(second, now));
+        assert!(!pool.retire(second, now));
+        assert!(pool.find(second).is_none() && pool.find(first).is_some());
+    }
+
+    #[test]
+    fn the_idlest_are_left_out_where_they_are_to_become_idle() {
+        let mut pool = pool(u64::MAX, 0);
+        let now = at(0.0);
+        let ids: Vec<ReplicaId> = (0..3).map(|_| pool.start(Tier::Restore, now).expect("memory")).collect();
+        ids.iter().for_each(|id| pool.started(*id, now));
+        let order: Vec<_> = (0..3).map(|_| pool.assign(now, 2)).collect();
+        assert_eq!(order, [Some(ids[0]), Some(ids[0]), None]);
+        assert_eq!((pool.assign(now, 1), pool.assign(now, 3)), (Some(ids[1]), None));
+    }
+
+    #[test]
+    fn a_drained_replica_is_paused_while_there_is_room() {
+        let mut pool = pool(u64::MAX, 1);
+        let now = at(0.0);
+        for paused in [true, false] {
+            let id = pool.start(Tier::Restore, now).expect("memory");
+            pool.started(id, now);
+            assert!(pool.drain(id, now));
+            assert_eq!(pool.retire(id, now), paused);
+            if paused {
+                pool.paused(id, now).expect("memory");
+            }
+        }
+        assert_eq!((pool.count(State::Warm), pool.charged()), (1, 0));
+    }
+
+    #[test]
+    fn what_memory_does_not_allow_is_not_begun() {
+        let mut pool = pool(2 * GIB, 2);
+        let now = at(0.0);
+        let warm = pool.park(now).expect("memory");
+        assert!(pool.start(Tier::Restore, now).is_err());
+        assert_eq!(pool.charged(), 0);
+        pool.wake(warm, now).expect("less host memory than before");
+        pool.start(Tier::Restore, now).expect("memory");
+        assert_eq!(pool.starting(), 2);
+    }
+
+    #[test]
+    #[should_panic(expected = "Started is not legal for a replica that is Ready")]
+    fn an_illegal_move_is_not_taken() {
+        let mut pool = pool(u64::MAX, 0);
+        let id = pool.start(Tier::Cold, at(0.0)).expect("memory");
+        pool.started(id, at(0.0));
+        pool.started(id, at(0.0));
+    }
+
+    #[test]
+    #[should_panic(expected = "would be cut off its requests")]
+    fn a_replica_with_requests_is_not_retired() {
+        let mut pool = pool(u64::MAX, 0);
+        let id = pool.start(Tier::Cold, at(0.0)).expect("memory");
+        pool.started(id, at(0.0));
+        pool.assign(at(0.0), 0);
+        pool.drain(id, at(0.0));
+        pool.retire(id, at(0.0));
+    }
+
+    proptest! {
+        /// Every legal call in any order: the counters are what a count of the replicas gives, and memory is theirs.
+        #[test]
+        fn the_book_agrees_with_the_replicas(steps in proptest::collection::vec((0..10_u8, 0..8_usize), 1..300)) {
+            let mut pool = pool(9 * GIB, 2);
+            for (index, (step, which)) in steps.into_iter().enumerate() {
+                let now = at(index as f64);
+                let ids: Vec<ReplicaId> = pool.replicas().map(Replica::id).collect();
+                let picked = ids.get(which % ids.len().max(1)).map(|id| pool.get(*id)).map(|r| (r.id, r.state, r.in_flight));
+                match (step, picked) {
+                    (0, _) => { let _ = pool.start(Tier::Restore, now); }
+                    (1, _) => { let _ = pool.park(now); }
+                    (2, Some((id, State::Warm, _))) => { let _ = pool.wake(id, now); }
+                    (3, Some((id, State::Restoring | State::Waking, _))) => pool.started(id, now),
+                    (4, _) => { pool.assign(now, 0); }
+                    (5, Some((id, _, 1..))) => { pool.finish(id, now); }
+                    (6, Some((id, State::Ready | State::Busy, _))) => { pool.drain(id, now); }
+                    (7, Some((id, State::Draining, _))) => pool.undrain(id, now),
+                    (8, Some((id, State::Draining | State::Restoring | State::Waking, 0)))
+                        if pool.retire(id, now) && pool.paused(id, now).is_err() =>
+                    {
+                        pool.fail_and_remove(id, now);
+                    }
+                    (9, Some((id, _, _))) => { pool.fail_and_remove(id, now); }
+                    _ => {}
+                }
+                for state in State::ALL.into_iter().filter(|state| *state != State::Cold) {
+                    let counted = pool.replicas().filter(|replica| replica.state == state).count() as u32;
+                    prop_assert_eq!(pool.count(state), counted, "{:?}", state);
+                }
+                let in_flight: u32 = pool.replicas().map(Replica::in_flight).sum();
+                prop_assert_eq!(pool.in_flight(), in_flight);
+                prop_assert!(pool.replicas().all(|replica| replica.in_flight <= 2));
+                prop_assert!(pool.replicas().all(|replica| (replica.in_flight > 0) == (replica.state == State::Busy)
+                    || replica.state == State::Draining));
+                let held: u64 = pool.replicas().map(|replica| replica.hold.as_ref().map_or(0, |hold| hold.memory().host)).sum();
+                prop_assert_eq!(pool.ledger.used().host, held);
+            }
+        }
+    }
+
+    impl Pool {
+        fn fail_and_remove(&mut self, id: ReplicaId, now: Moment) {
+            if self.get(id).state != State::Failed {
+                self.fail(id, now);
+            }
+            self.remove(id, now);
+        }
+    }
+}
