@@ -105,6 +105,8 @@ pub(crate) enum Command {
     Bench(Bench),
     /// Replay request traces through scaling policies, and compare them.
     Simulate(Simulate),
+    /// Show which decoded snapshots lie in memory.
+    Cache(Cache),
     /// Print a completion script for a shell.
     Completions(Completions),
     /// Write manual pages.
@@ -121,6 +123,9 @@ pub(crate) enum Command {
     /// Serve a file of weights. Started by `bench`, not by hand.
     #[command(hide = true)]
     BenchServer(BenchServer),
+    /// Download, verify and decode for restores. Started by `restore`, not by hand.
+    #[command(hide = true)]
+    Fetcher(Fetcher),
     /// Print this help, or that of a verb, or the exit codes.
     Help(Help),
 }
@@ -612,6 +617,10 @@ pub(crate) struct Simulate {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "Example:\n  rewarm cache --json | jq '.streams[] | select(.holders == 0)'")]
+pub(crate) struct Cache {}
+
+#[derive(Debug, Args)]
 #[command(after_help = "Example:\n  rewarm completions bash > /etc/bash_completion.d/rewarm")]
 pub(crate) struct Completions {
     /// The shell.
@@ -642,6 +651,19 @@ pub(crate) struct Pager {
     /// A folder whose cgroup.procs lists the server's processes.
     #[arg(value_name = "CGROUP")]
     pub(crate) cgroup: PathBuf,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Fetcher {
+    /// Bytes of memory for decoded content that nobody holds.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub(crate) limit: u64,
+    /// How long to stay when nobody needs it.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "5m")]
+    pub(crate) idle: Duration,
+    /// Read one store for the fetcher that started this process.
+    #[arg(long)]
+    pub(crate) worker: bool,
 }
 
 #[derive(Debug, Args)]

@@ -1,11 +1,13 @@
 //! One file for each verb.
 
 pub(crate) mod bench;
+pub(crate) mod cache;
 pub(crate) mod completions;
 pub(crate) mod cp;
 pub(crate) mod diff;
 pub(crate) mod doctor;
 pub(crate) mod exec;
+pub(crate) mod fetcher;
 pub(crate) mod gc;
 pub(crate) mod gpu_helper;
 pub(crate) mod help;

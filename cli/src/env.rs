@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use rewarm_report::Stage;
 
@@ -37,6 +38,9 @@ variables! {
     KEYS "REWARM_KEYS" "Folder of signing keys. Default: `/etc/rewarm/keys`.";
     LIBCUDA "REWARM_LIBCUDA" "The CUDA driver's library; a replica's shim takes it from the command that started the replica. Default: `libcuda.so.1`, as the loader finds it.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
+    CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
+    FETCHER_IDLE "REWARM_FETCHER_IDLE" "How long the fetcher stays when nobody needs it, such as `30s`. Counts when it is started. Default: 5 minutes.";
+    STORE_PATIENCE "REWARM_STORE_PATIENCE" "How long a store may bring nothing before a restore from it is given up, and with it a replica whose memory is not complete. Default: 1 minute.";
     PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute.";
     XDG_CACHE_HOME "XDG_CACHE_HOME" "Folder of caches. Default: `.cache` below `HOME`.";
     HOME "HOME" "The user's folder, for the default of `XDG_CACHE_HOME`.";
@@ -89,6 +93,44 @@ pub fn dumb_terminal() -> bool {
 #[must_use]
 pub fn log_filter() -> Option<String> {
     LOG.get().map(|filter| filter.to_string_lossy().into_owned())
+}
+
+/// Bytes of memory for decoded snapshots, where they are set.
+///
+/// # Errors
+/// The text, if it is no number of bytes.
+pub fn cache_memory() -> Result<Option<u64>, String> {
+    parsed(&CACHE_MEMORY, |text| if text == "0" { Ok(0) } else { crate::values::bytes(text) })
+}
+
+/// How long the fetcher stays, where that is set.
+///
+/// # Errors
+/// The text, if it is no duration.
+pub fn fetcher_idle() -> Result<Option<Duration>, String> {
+    parsed(&FETCHER_IDLE, crate::values::duration)
+}
+
+/// How long a store may bring nothing, where that is set.
+///
+/// # Errors
+/// The text, if it is no duration.
+pub fn store_patience() -> Result<Option<Duration>, String> {
+    parsed(&STORE_PATIENCE, crate::values::duration)
+}
+
+fn parsed<T>(variable: &Variable, parse: fn(&str) -> Result<T, String>) -> Result<Option<T>, String> {
+    let Some(value) = variable.get() else { return Ok(None) };
+    let value = value.to_string_lossy();
+    parse(&value).map(Some).map_err(|problem| format!("{} is {value:?}: {problem}", variable.name))
+}
+
+/// The variables of this process that are text.
+#[must_use]
+pub fn all() -> Vec<(String, String)> {
+    let text =
+        |(name, value): (OsString, OsString)| Some((name.into_string().ok()?, value.into_string().ok()?));
+    std::env::vars_os().filter_map(text).collect()
 }
 
 /// The stage at which a test wants to find this process; what is no stage is ignored.

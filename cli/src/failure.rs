@@ -87,6 +87,9 @@ pub(crate) enum Cause {
         /// What is wrong, and where.
         reason: String,
     },
+    /// The fetcher.
+    #[error(transparent)]
+    Fetcher(Box<rewarm_fetcher::Error>),
     /// CRIU.
     #[error(transparent)]
     Criu(Box<rewarm_criu::Error>),
@@ -169,6 +172,7 @@ boxed! {
     Container rewarm_container::Error;
     Store rewarm_store::Error;
     Key rewarm_store::KeyError;
+    Fetcher rewarm_fetcher::Error;
     Criu rewarm_criu::Error;
     Snapshot rewarm_snapshot::Error;
     Restore rewarm_restore::Error;
@@ -196,6 +200,7 @@ impl Classify for Cause {
             Cause::Autoscaler(error) => error.class(),
             Cause::Container(error) => error.class(),
             Cause::Store(error) => error.class(),
+            Cause::Fetcher(error) => error.class(),
             Cause::Criu(error) => error.class(),
             Cause::Snapshot(error) => error.class(),
             Cause::Restore(error) => error.class(),
@@ -219,6 +224,7 @@ impl Cause {
             Cause::Store(error) => hints::store(error),
             Cause::Key(error) => hints::key(error),
             Cause::Config { .. } => Some("docs/signatures.md lists every key of the file"),
+            Cause::Fetcher(error) => hints::fetcher(error),
             Cause::Probe(error) => hints::probe(error),
             Cause::Autoscaler(error) => hints::autoscaler(error),
             Cause::Snapshot(error) => hints::snapshot(&error.cause),

@@ -3,6 +3,7 @@
 use rewarm_autoscaler::Error as Autoscaler;
 use rewarm_container::Error as Container;
 use rewarm_criu::Error as Criu;
+use rewarm_fetcher::{Error as Fetcher, Kind};
 use rewarm_probe::Error as Probe;
 use rewarm_report::{Class, Classify};
 use rewarm_restore::Cause as Restore;
@@ -64,13 +65,12 @@ pub(crate) fn criu(error: &Criu) -> Option<&'static str> {
 
 pub(crate) fn store(error: &Store) -> Option<&'static str> {
     match error {
-        Store::NotFound { .. } => Some("`rewarm ls STORE` lists the snapshots of a store"),
-        Store::Denied { .. } => {
-            Some("credentials come from the environment (AWS_*, GOOGLE_*, AZURE_*) or from ?option=value")
-        }
-        Store::Unreachable { .. } => Some("the endpoint comes from AWS_ENDPOINT_URL or from ?endpoint=URL"),
+        Store::NotFound { .. } => of_kind(Kind::NotFound),
+        Store::Denied { .. } => of_kind(Kind::Denied),
+        Store::Unreachable { .. } => of_kind(Kind::Unreachable),
         Store::TagTaken { .. } => Some("the other snapshot stands; take this one again"),
-        Store::Newer { .. } => Some("a newer rewarm reads it"),
+        Store::Newer { .. } => of_kind(Kind::Newer),
+        Store::Untrusted { .. } => of_kind(Kind::Untrusted),
         Store::Collecting { .. } => {
             Some("wait until it has ended; what a killed one left is ignored after 15 minutes")
         }
@@ -78,10 +78,27 @@ pub(crate) fn store(error: &Store) -> Option<&'static str> {
             Some("`rewarm gc STORE` removes it once its grace time is over; copy it then")
         }
         Store::Lapsed { .. } => Some("take the snapshot again"),
-        Store::Untrusted { .. } => Some(
+        _ => None,
+    }
+}
+
+pub(crate) fn fetcher(error: &Fetcher) -> Option<&'static str> {
+    of_kind(error.kind())
+}
+
+/// The same failure of a store has the same hint, whichever process met it.
+fn of_kind(kind: Kind) -> Option<&'static str> {
+    match kind {
+        Kind::NotFound => Some("`rewarm ls STORE` lists the snapshots of a store"),
+        Kind::Denied => {
+            Some("credentials come from the environment (AWS_*, GOOGLE_*, AZURE_*) or from ?option=value")
+        }
+        Kind::Unreachable => Some("the endpoint comes from AWS_ENDPOINT_URL or from ?endpoint=URL"),
+        Kind::Newer => Some("a newer rewarm reads it"),
+        Kind::Untrusted => Some(
             "sign it when it is taken (`rewarm snapshot --sign KEY`), or trust another key (docs/signatures.md)",
         ),
-        _ => None,
+        Kind::Other => None,
     }
 }
 
@@ -142,7 +159,7 @@ pub(crate) fn restore(cause: &Restore) -> Option<&'static str> {
     match cause {
         Restore::Container(error) => container(error),
         Restore::Criu(error) => criu(error),
-        Restore::Store(error) => store(error),
+        Restore::Fetcher(error) => fetcher(error),
         Restore::Probe(error) => probe(error),
         Restore::NotStarted { source, .. } => restore(source),
         Restore::Incompatible { .. } => Some(

@@ -96,11 +96,13 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Bench(args) => wait_for(commands::bench::run(args, global)),
         Command::BenchServer(args) => commands::bench::server(args),
         Command::Simulate(args) => commands::simulate::run(args, global),
+        Command::Cache(_) => commands::cache::run(global),
         Command::Completions(args) => commands::completions::run(args),
         Command::Man(args) => commands::man::run(args, global),
         Command::Shim(args) => Ok(commands::shim::run(args, global)),
         Command::Pager(args) => Ok(commands::pager::run(args)),
         Command::GpuHelper => Ok(commands::gpu_helper::run()),
+        Command::Fetcher(args) => Ok(commands::fetcher::run(args)),
         Command::Help(args) => commands::help::run(args),
     }
 }
@@ -148,11 +150,13 @@ fn doing(command: &Command) -> String {
         Command::Bench(_) => "measure".to_owned(),
         Command::BenchServer(args) => format!("serve on port {}", args.port),
         Command::Simulate(_) => "simulate".to_owned(),
+        Command::Cache(_) => "look into the fetcher".to_owned(),
         Command::Completions(_) => "print completions".to_owned(),
         Command::Man(_) => "write manual pages".to_owned(),
         Command::Shim(args) => format!("own {}", args.name),
         Command::Pager(_) => "fill a replica's memory".to_owned(),
         Command::GpuHelper => "make the CUDA driver's calls".to_owned(),
+        Command::Fetcher(_) => "fetch for restores".to_owned(),
         Command::Help(_) => "print help".to_owned(),
     }
 }

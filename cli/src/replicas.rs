@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use rewarm_container::cgroup::Cgroup;
 use rewarm_container::shim::Client;
-use rewarm_container::{Entry, Exit, ExitStatus, Name, Origin, Publish, Record, State, Status};
+use rewarm_container::{Entry, Exit, ExitStatus, Memory, Name, Origin, Publish, Record, State, Status};
 use serde::Serialize;
 
 use crate::args::Global;
@@ -88,6 +88,12 @@ pub(crate) struct View {
     memory_bytes: Option<u64>,
     #[serde(flatten, skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
+    /// `filling` or `present`, for a restored replica.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    memory: Option<&'static str>,
+    /// Milliseconds from the moment in which the replica was made until its memory was complete.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    present_ms: Option<i64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     exit: Option<Ended>,
 }
@@ -149,6 +155,13 @@ impl From<&Entry> for View {
             Some(Origin::Restored { source }) => (Some("restored"), Some(source.clone())),
         };
         let alive = entry.exit.is_none();
+        let (memory, present_ms) = match record.and_then(|record| Some((record, record.memory?))) {
+            None => (None, None),
+            Some((_, Memory::Filling)) => (Some("filling"), None),
+            Some((record, Memory::Present { since })) => {
+                (Some("present"), Some(since.as_millisecond() - record.created.as_millisecond()))
+            }
+        };
         Self {
             name: entry.name.to_string(),
             status: entry.status.to_string(),
@@ -167,6 +180,8 @@ impl From<&Entry> for View {
             labels: record.map(|record| record.spec.labels.clone()).unwrap_or_default(),
             memory_bytes: record.and_then(|record| record.spec.memory_bytes),
             usage: record.filter(|_| alive).map(Usage::of),
+            memory,
+            present_ms,
             exit: entry.exit.as_ref().map(Ended::from),
         }
     }

@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 24] = [
+const VERBS: [&str; 25] = [
     "doctor",
     "run",
     "snapshot",
@@ -50,6 +50,7 @@ const VERBS: [&str; 24] = [
     "key",
     "bench",
     "simulate",
+    "cache",
     "completions",
     "man",
     "help",

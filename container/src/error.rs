@@ -3,8 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use rewarm_report::{Class, Classify};
-use serde::{Deserialize, Serialize};
+use rewarm_report::{Class, Classify, Remote};
 
 use crate::spec::Name;
 
@@ -206,58 +205,14 @@ pub enum Refusal {
     },
 }
 
-/// An error of another process: its message and, as sources, what caused it.
-#[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Remote {
-    message: String,
-    cause: Option<Box<Remote>>,
-    /// The log of the program that failed, as long as it exists.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    log: Option<PathBuf>,
-}
-
-impl Remote {
-    /// Takes over an error and its sources. A source that repeats the end of the message before it is left out.
-    pub fn from_error(error: &(dyn std::error::Error + 'static)) -> Self {
-        let message = error.to_string();
-        let mut source = error.source();
-        while source.is_some_and(|source| message.ends_with(&source.to_string())) {
-            source = source.and_then(std::error::Error::source);
-        }
-        let log = match error.downcast_ref::<Error>() {
-            Some(Error::Program { log, .. }) => log.clone(),
-            Some(Error::Resident { log, .. }) => Some(log.clone()),
-            _ => None,
-        };
-        Self { message, cause: source.map(|source| Box::new(Self::from_error(source))), log }
-    }
-
-    /// The full log of the program that failed, or of the one with which a resident did. It exists until the client
-    /// of the shim is dropped.
-    #[must_use]
-    pub fn log(&self) -> Option<&Path> {
-        self.log.as_deref().or_else(|| self.cause.as_deref().and_then(Self::log))
-    }
-
-    /// The messages, outermost first.
-    #[must_use]
-    pub fn chain(&self) -> Vec<&str> {
-        std::iter::successors(Some(self), |remote| remote.cause.as_deref())
-            .map(|remote| remote.message.as_str())
-            .collect()
-    }
-}
-
-impl std::fmt::Display for Remote {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(&self.message)
-    }
-}
-
-impl std::error::Error for Remote {
-    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
-        self.cause.as_deref().map(|cause| cause as &(dyn std::error::Error + 'static))
-    }
+/// The form in which an error goes to a client, with the log of the program that failed: the full one, or the one with
+/// which a resident did. It exists until the client of the shim is dropped.
+pub(crate) fn remote(error: &(dyn std::error::Error + 'static)) -> Remote {
+    Remote::with_log(error, &|error| match error.downcast_ref::<Error>() {
+        Some(Error::Program { log, .. }) => log.clone(),
+        Some(Error::Resident { log, .. }) => Some(log.clone()),
+        _ => None,
+    })
 }
 
 impl Error {
@@ -321,7 +276,7 @@ mod tests {
     fn a_chain_survives_the_way_through_json() {
         let inner = io::Error::from_raw_os_error(13);
         let error = Error::System { action: "mount", object: "overlay".into(), source: inner };
-        let remote = Remote::from_error(&error);
+        let remote = remote(&error);
         let json = serde_json::to_string(&remote).expect("json");
         let back: Remote = serde_json::from_str(&json).expect("json");
         assert_eq!(back.chain(), ["mount overlay", "Permission denied (os error 13)"]);

@@ -19,7 +19,7 @@ pub mod spec;
 pub mod state;
 pub mod tree;
 
-pub use error::{Error, Refusal, Remote};
-pub use record::{Cause, Device, Exit, ExitStatus, Origin, Record, Status, WakeCost};
+pub use error::{Error, Refusal};
+pub use record::{Cause, Device, Exit, ExitStatus, Memory, Origin, Record, Status, WakeCost};
 pub use spec::{Mount, Name, Net, Publish, Spec, User};
 pub use state::{Claim, Entry, State};

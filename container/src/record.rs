@@ -87,6 +87,9 @@ pub struct Record {
     /// Its device memory, from its first pause on.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<Device>,
+    /// Whether a restored replica's memory is complete; absent before it is restored, and after a cold start.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Memory>,
 }
 
 /// Device memory of a replica.
@@ -148,6 +151,19 @@ fn per_gib(driver: Duration, bytes: u64) -> Option<f64> {
 #[expect(clippy::cast_precision_loss, reason = "an estimate")]
 fn gib(bytes: u64) -> f64 {
     bytes as f64 / f64::from(1_u32 << 30)
+}
+
+/// What is in place of a restored replica's memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "state")]
+pub enum Memory {
+    /// It is being filled; who touches a part that is missing waits for it.
+    Filling,
+    /// All of it is in place, and nobody waits any more.
+    Present {
+        /// Since when.
+        since: Timestamp,
+    },
 }
 
 /// `identity.json` in `/run/rewarm` inside the replica.

@@ -17,9 +17,11 @@ pub mod replica;
 pub mod residue;
 pub mod server;
 pub mod slots;
+pub mod slow;
 pub mod world;
 
 pub use command::{Output, Rewarm, Running};
 pub use needs::Need;
 pub use replica::Replica;
+pub use slow::Slow;
 pub use world::World;

@@ -66,9 +66,25 @@ pub fn of(id: &str, folder: &Path) -> BTreeSet<Trace> {
 }
 
 /// Processes of a world: those with its mark in the environment, its id in the command line or in their cgroup. A server
-/// may change its environment, `criu` has its own command line, and a container's init has a cgroup of its own.
+/// may change its environment, `criu` has its own command line, and a container's init has a cgroup of its own. The
+/// fetcher is not among them: see [`services`].
 #[must_use]
 pub fn processes(id: &str) -> Vec<(i32, String)> {
+    all(id).into_iter().filter(|(_, command)| !is_service(command)).collect()
+}
+
+/// The fetcher of a world: it belongs to no operation, is started by the first restore and ends when nobody has needed
+/// it for a while. Its workers end with it.
+#[must_use]
+pub fn services(id: &str) -> Vec<(i32, String)> {
+    all(id).into_iter().filter(|(_, command)| is_service(command)).collect()
+}
+
+fn is_service(command: &str) -> bool {
+    command.contains(" fetcher --limit ")
+}
+
+fn all(id: &str) -> Vec<(i32, String)> {
     let own = i32::try_from(std::process::id()).expect("process ids are positive and fit");
     let mut found = Vec::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {

@@ -131,6 +131,12 @@ impl Server {
         Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
+    /// Private memory of `mib` MiB that does not compress, by a digest of all of it.
+    #[must_use]
+    pub fn memory_of(mib: u32) -> Self {
+        Self::python("memory", "memory.py", &["--mib", &mib.to_string()]).asking(Question::get("/digest"))
+    }
+
     /// A server with an environment that looks like secrets.
     #[must_use]
     pub fn secretive() -> Self {

@@ -24,10 +24,13 @@ use crate::replica::Replica;
 use crate::residue::{self, MARK, Trace};
 use crate::server::Server;
 use crate::slots::{self, Slot};
+use crate::slow::Slow;
 
 /// How long a killed command's shim may take to clean up behind it.
 pub const CLEAN_UP_MAX: Duration = Duration::from_secs(20);
 const POLL: Duration = Duration::from_millis(50);
+/// So that a world can be left soon, and tests meet fetchers of every age.
+const FETCHER_IDLE: &str = "700ms";
 
 /// One test's own part of the machine.
 #[derive(Debug)]
@@ -141,6 +144,21 @@ impl World {
         self
     }
 
+    /// Puts a slow way in front of the bucket.
+    ///
+    /// # Panics
+    ///
+    /// When the store is not a bucket.
+    #[must_use]
+    pub fn behind(mut self) -> (Self, Slow) {
+        let endpoint = self.store_env.iter_mut().find(|(name, _)| name == "AWS_ENDPOINT");
+        let (_, endpoint) = endpoint.expect("the store is a bucket");
+        let port = endpoint.rsplit(':').next().and_then(|port| port.parse().ok()).expect("a port");
+        let slow = Slow::to(port);
+        *endpoint = format!("http://127.0.0.1:{}", slow.port());
+        (self, slow)
+    }
+
     /// Uses the folder `path` as the store.
     #[must_use]
     pub fn with_store(mut self, path: &Path) -> Self {
@@ -225,6 +243,7 @@ impl World {
             .env(MARK, &self.id)
             .env("TMPDIR", self.root().join("tmp"))
             .env("NO_COLOR", "1")
+            .env("REWARM_FETCHER_IDLE", FETCHER_IDLE)
             .env_remove("REWARM_STATE")
             .env_remove("RUST_LOG");
         for (name, value) in &self.store_env {
@@ -346,12 +365,23 @@ impl World {
             self.rewarm().args(["rm", &name]).ok();
         }
         checks::nothing_left(&self);
+        self.await_no_services();
+    }
+
+    /// Waits until the fetcher has ended for lack of work.
+    ///
+    /// # Panics
+    ///
+    /// When it does not.
+    pub fn await_no_services(&self) {
+        self.await_state("the fetcher has ended", CLEAN_UP_MAX, || residue::services(&self.id).is_empty());
     }
 
     fn kill_all(&self) {
         let began = Instant::now();
         loop {
-            let processes = residue::processes(&self.id);
+            let mut processes = residue::processes(&self.id);
+            processes.extend(residue::services(&self.id));
             if processes.is_empty() || began.elapsed() > CLEAN_UP_MAX {
                 return;
             }

@@ -2,6 +2,7 @@
 
 mod contents;
 mod criu;
+mod filling;
 mod input;
 mod killed;
 mod machine;

@@ -93,13 +93,6 @@ impl Blueprint {
         self.objects.push(ObjectRegion { region, object, layout: Arc::new(layout), pages_id });
         Ok(())
     }
-
-    /// Bytes that all replicas need from the store.
-    pub(crate) fn content_bytes(&self) -> u64 {
-        let objects: u64 = self.objects.iter().map(|object| object.layout.stream_bytes()).sum();
-        let trees: u64 = self.trees.iter().map(|(_, _, tree)| tree.stream_bytes()).sum();
-        objects + trees + self.files.iter().map(|(_, _, bytes)| bytes).sum::<u64>()
-    }
 }
 
 /// A name that lies in the image directory and is none that Rewarm writes itself.

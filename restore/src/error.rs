@@ -51,6 +51,8 @@ pub enum Cause {
         what: String,
         /// What the caller can do about it.
         class: Class,
+        /// As [`Cause::lost`] said.
+        lost: bool,
     },
     /// The server was started and did not become ready.
     #[error("{source}")]
@@ -86,9 +88,9 @@ pub enum Cause {
     /// CRIU or its images.
     #[error(transparent)]
     Criu(#[from] rewarm_criu::Error),
-    /// The store.
+    /// The store, or the fetcher that reads it.
     #[error(transparent)]
-    Store(#[from] rewarm_store::Error),
+    Fetcher(#[from] rewarm_fetcher::Error),
     /// Probe, hook or ready check.
     #[error(transparent)]
     Probe(#[from] rewarm_probe::Error),
@@ -116,7 +118,16 @@ impl Cause {
             source = error.source();
         }
         chain.dedup();
-        Self::Shared { what: chain.join(": "), class: self.class() }
+        Self::Shared { what: chain.join(": "), class: self.class(), lost: self.lost() }
+    }
+
+    /// Whether the fetcher was lost in the middle: another one may do better.
+    pub(crate) fn lost(&self) -> bool {
+        match self {
+            Self::Fetcher(error) => error.is_gone(),
+            Self::Shared { lost, .. } => *lost,
+            _ => false,
+        }
     }
 
     pub(crate) fn io(action: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
@@ -135,7 +146,7 @@ impl Classify for Cause {
             Self::NotStarted { source, .. } => source.class(),
             Self::Container(error) => error.class(),
             Self::Criu(error) => error.class(),
-            Self::Store(error) => error.class(),
+            Self::Fetcher(error) => error.class(),
             Self::Probe(error) => error.class(),
         }
     }

@@ -1,17 +1,22 @@
-//! Puts what the store holds into place: each chunk is fetched, verified and decoded once, for all replicas together.
+//! Puts what the fetcher brings into place: the images and files that CRIU insists on, for all replicas together.
+//!
+//! The fetcher's stream is memory that arrives block by block. This side only copies from it.
 
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::Duration;
 
 use rewarm_container::tree::Applier;
 use rewarm_criu::image::pagemap::{self, Pagemap};
 use rewarm_criu::page_server::{Flags, Object};
+use rewarm_fetcher::{BLOCK_BYTES, Stream};
 use rewarm_report::{Progress, Stage};
-use rewarm_store::{Boot, Chunk, Sink};
 
 use crate::blueprint::{Blueprint, Place};
 use crate::error::Cause;
@@ -19,42 +24,36 @@ use crate::lazy::Lazy;
 use crate::pages::{PagesImage, Reads};
 use crate::replica::Replica;
 
-/// Requests to the store at the same time, over all regions.
-const PARALLEL: usize = 32;
+/// How long one block may take to arrive. The fetcher gives a store up long before.
+pub(crate) const BLOCK_WITHIN: Duration = Duration::from_secs(600);
 
-/// Counts what has arrived, for the progress bar.
-struct Meter {
-    progress: Arc<dyn Progress>,
-    done: AtomicU64,
-    total: u64,
-}
+/// More threads than this do not copy faster: they meet in the page cache.
+const THREADS_MAX: usize = 4;
 
-impl Meter {
-    fn add(&self, bytes: usize) {
-        let done = self.done.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        self.progress.bytes(Stage::Fetch, done, Some(self.total));
-    }
-}
-
-/// What is fetched before CRIU starts, and the rest that follows.
+/// What the fetcher brings and where it goes.
 pub(crate) struct Fetching {
-    /// The stream that pagers read; absent if CRIU reads everything itself.
+    /// What pagers are told; absent if CRIU reads everything itself.
     pub(crate) lazy: Option<Arc<Lazy>>,
-    boot: Boot,
-    /// Objects whose rest is still to come.
-    rest: Vec<(usize, Arc<Pages>)>,
+    pub(crate) stream: Arc<Stream>,
+    progress: Arc<dyn Progress>,
 }
 
-/// Fetches all that CRIU insists on for these replicas. With `Reads::All` that is everything.
-pub(crate) async fn begin(
+/// Takes a part of a region.
+trait Destination: Send + Sync {
+    /// The parts of the region that are wanted, in order.
+    fn wanted(&self) -> Vec<Range<u64>>;
+    /// Takes bytes that belong at `offset` of the region. Called by several threads.
+    fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
+}
+
+/// Begins the fetch and puts all that CRIU insists on into place. With `Reads::All` that is everything. Blocks.
+pub(crate) fn begin(
     replicas: &[Arc<Replica>],
     blueprint: &Blueprint,
-    boot: &Boot,
+    stream: Arc<Stream>,
     reads: Reads,
     progress: &Arc<dyn Progress>,
 ) -> Result<Fetching, Cause> {
-    let total = blueprint.content_bytes();
-    let meter = Arc::new(Meter { progress: progress.clone(), done: AtomicU64::new(0), total });
     let images: Vec<_> = replicas.iter().map(|replica| replica.client.inside().images()).collect();
     for directory in &images {
         for (name, bytes) in &blueprint.images {
@@ -64,59 +63,109 @@ pub(crate) async fn begin(
                 .map_err(Cause::io(format!("write {}", path.display())))?;
         }
     }
-    trees(replicas, blueprint, boot, &meter).await?;
+    let lazy = match (reads, images.first()) {
+        (Reads::NotLazy, Some(directory)) => {
+            Some(Arc::new(Lazy::plan(blueprint, directory, stream.clone())?))
+        }
+        _ => None,
+    };
+    let trees = trees(replicas, blueprint)?;
+    let mut places: Vec<(usize, Arc<dyn Destination>)> = Vec::new();
+    places.extend(trees.iter().map(|(region, tree)| (*region, tree.clone() as _)));
     for (region, name, bytes) in &blueprint.files {
         let files =
             images.iter().map(|directory| new_file(&directory.join(name))).collect::<Result<_, _>>()?;
-        boot.fetch(*region, Arc::new(Files { files, bytes: *bytes, meter: meter.clone() }), PARALLEL).await?;
+        places.push((*region, Arc::new(Files { files, bytes: *bytes })));
     }
-    let lazy = match (reads, images.first()) {
-        (Reads::NotLazy, Some(directory)) => Some(Arc::new(Lazy::plan(blueprint, directory)?)),
-        _ => None,
-    };
-    let mut rest = Vec::new();
     for object in &blueprint.objects {
         // Shared memory is never filled later: CRIU has no userfaultfd for it.
-        let lazy = lazy.clone().filter(|_| matches!(object.object, Object::Task { .. }));
-        let reads = if lazy.is_some() { Reads::NotLazy } else { Reads::All };
-        let image = PagesImage::plan(&object.layout, reads);
-        let mut files = Vec::new();
-        for directory in &images {
-            files.push(pages_file(directory, object.object, object.pages_id, &image)?);
-        }
-        let sink = Arc::new(Pages { image, files, lazy, pages_id: object.pages_id, meter: meter.clone() });
-        let first = |chunk: Chunk| sink.image.needs(chunk.offset, chunk.bytes.into());
-        boot.fetch_where(object.region, first, sink.clone(), PARALLEL).await?;
-        rest.push((object.region, sink));
+        let later = lazy.is_some() && matches!(object.object, Object::Task { .. });
+        let image = PagesImage::plan(&object.layout, if later { Reads::NotLazy } else { Reads::All });
+        let files = images.iter().map(|at| pages_file(at, object.object, object.pages_id, &image));
+        let files = files.collect::<Result<_, _>>()?;
+        places.push((object.region, Arc::new(Pages { image, files })));
     }
-    Ok(Fetching { lazy, boot: boot.clone(), rest })
+    let fetching = Fetching { lazy, stream, progress: progress.clone() };
+    fetching.copy(&places)?;
+    drop(places);
+    for (_, tree) in trees {
+        let tree = Arc::into_inner(tree).expect("the copy has ended");
+        for applier in tree.appliers {
+            applier.finish()?;
+        }
+    }
+    Ok(fetching)
 }
 
 impl Fetching {
-    /// Fetches what pagers still wait for. If it fails, they and their replicas give up.
-    pub(crate) async fn finish(&self) -> Result<(), Cause> {
-        let result = self.all().await;
-        if let (Err(_), Some(lazy)) = (&result, &self.lazy) {
-            lazy.fail();
+    /// Has everything fetched, what is copied here first, and copies it as it arrives.
+    fn copy(&self, places: &[(usize, Arc<dyn Destination>)]) -> Result<(), Cause> {
+        let mut jobs: Vec<(usize, Range<u64>)> = Vec::new();
+        let mut first = Vec::new();
+        for (index, (region, destination)) in places.iter().enumerate() {
+            let base = self.stream.layout().base(*region);
+            for part in destination.wanted() {
+                first.push((base + part.start, part.end - part.start));
+                let mut at = part.start;
+                while at < part.end {
+                    let end = ((at / BLOCK_BYTES + 1) * BLOCK_BYTES).min(part.end);
+                    jobs.push((index, at..end));
+                    at = end;
+                }
+            }
         }
-        result
+        self.stream.begin(first)?;
+        let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
+        let work = || {
+            while !failed.load(Ordering::Acquire)
+                && let Some((index, part)) = jobs.get(next.fetch_add(1, Ordering::Relaxed))
+            {
+                let (region, destination) = &places[*index];
+                if let Err(error) = self.copy_part(*region, &**destination, part) {
+                    failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                    failed.store(true, Ordering::Release);
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            let threads = std::thread::available_parallelism().map_or(1, usize::from).min(THREADS_MAX);
+            for _ in 1..threads.min(jobs.len()) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    async fn all(&self) -> Result<(), Cause> {
-        for (region, sink) in &self.rest {
-            let rest = |chunk: Chunk| !sink.image.needs(chunk.offset, chunk.bytes.into());
-            self.boot.fetch_where(*region, rest, sink.clone(), PARALLEL).await?;
+    fn copy_part(&self, region: usize, to: &dyn Destination, part: &Range<u64>) -> Result<(), Cause> {
+        let block = (self.stream.layout().base(region) + part.start) / BLOCK_BYTES;
+        let bytes = self.stream.wait(block, BLOCK_WITHIN)?;
+        let begin = part.start / BLOCK_BYTES * BLOCK_BYTES;
+        let wanted = &bytes[(part.start - begin) as usize..(part.end - begin) as usize];
+        to.put(part.start, wanted).map_err(Cause::io("put what was fetched into place"))?;
+        self.tell();
+        Ok(())
+    }
+
+    fn tell(&self) {
+        let total = self.stream.layout().content_bytes();
+        self.progress.bytes(Stage::Fetch, self.stream.reader().arrived_bytes().min(total), Some(total));
+    }
+
+    /// Waits until all of the stream has arrived. Blocks.
+    pub(crate) fn all(&self) -> Result<(), Cause> {
+        for &(base, bytes) in self.stream.layout().regions() {
+            for block in base / BLOCK_BYTES..(base + bytes).div_ceil(BLOCK_BYTES) {
+                self.stream.wait(block, BLOCK_WITHIN)?;
+                self.tell();
+            }
         }
         Ok(())
     }
 }
 
-async fn trees(
-    replicas: &[Arc<Replica>],
-    blueprint: &Blueprint,
-    boot: &Boot,
-    meter: &Arc<Meter>,
-) -> Result<(), Cause> {
+fn trees(replicas: &[Arc<Replica>], blueprint: &Blueprint) -> Result<Vec<(usize, Arc<Trees>)>, Cause> {
+    let mut trees = Vec::new();
     for (region, place, tree) in &blueprint.trees {
         let begin = |replica: &Arc<Replica>| {
             let inside = replica.client.inside();
@@ -124,14 +173,9 @@ async fn trees(
             Applier::begin(&directory, tree.as_ref().clone())
         };
         let appliers = replicas.iter().map(begin).collect::<Result<Vec<_>, _>>()?;
-        let sink = Arc::new(Trees { appliers, meter: meter.clone() });
-        boot.fetch(*region, sink.clone(), PARALLEL).await?;
-        let sink = Arc::into_inner(sink).expect("the fetch has ended");
-        for applier in sink.appliers {
-            applier.finish()?;
-        }
+        trees.push((*region, Arc::new(Trees { appliers, bytes: tree.stream_bytes() })));
     }
-    Ok(())
+    Ok(trees)
 }
 
 /// Writes the pagemap of an object and makes its pages image, still empty.
@@ -157,15 +201,18 @@ fn new_file(path: &Path) -> Result<File, Cause> {
 
 struct Trees {
     appliers: Vec<Applier>,
-    meter: Arc<Meter>,
+    bytes: u64,
 }
 
-impl Sink for Trees {
+impl Destination for Trees {
+    fn wanted(&self) -> Vec<Range<u64>> {
+        std::iter::once(0..self.bytes).collect()
+    }
+
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         for applier in &self.appliers {
             applier.put(offset, bytes)?;
         }
-        self.meter.add(bytes.len());
         Ok(())
     }
 }
@@ -174,16 +221,17 @@ struct Files {
     files: Vec<File>,
     /// Length without the padding of the region.
     bytes: u64,
-    meter: Arc<Meter>,
 }
 
-impl Sink for Files {
+impl Destination for Files {
+    fn wanted(&self) -> Vec<Range<u64>> {
+        std::iter::once(0..self.bytes).collect()
+    }
+
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let wanted = self.bytes.saturating_sub(offset).min(bytes.len() as u64) as usize;
         for file in &self.files {
-            file.write_all_at(&bytes[..wanted], offset)?;
+            file.write_all_at(bytes, offset)?;
         }
-        self.meter.add(wanted);
         Ok(())
     }
 }
@@ -191,20 +239,17 @@ impl Sink for Files {
 struct Pages {
     image: PagesImage,
     files: Vec<File>,
-    lazy: Option<Arc<Lazy>>,
-    pages_id: u32,
-    meter: Arc<Meter>,
 }
 
-impl Sink for Pages {
+impl Destination for Pages {
+    fn wanted(&self) -> Vec<Range<u64>> {
+        self.image.wanted().collect()
+    }
+
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
         for file in &self.files {
             self.image.place(offset, bytes, |at, part| file.write_all_at(part, at))?;
         }
-        if let Some(lazy) = &self.lazy {
-            lazy.put(self.pages_id, offset, bytes)?;
-        }
-        self.meter.add(bytes.len());
         Ok(())
     }
 }

@@ -1,25 +1,23 @@
 //! Memory that is filled while the server runs: the content stream that the pagers of all replicas read, and what each
 //! of them is told.
 //!
-//! The command fetches, verifies and decodes once and writes into one shared stream; each replica's pager copies from
-//! it. No pager has credentials or parses what came from a network.
+//! The fetcher verifies and decodes once, for all; each replica's pager copies from its memory. No pager has credentials
+//! or parses what came from a network.
 
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
+use std::sync::Arc;
 
 use rewarm_criu::image::mm::{self, Vma};
 use rewarm_criu::page_server::Object;
-use rewarm_sys::shared::Writer;
+use rewarm_fetcher::{Lease, Stream};
 use serde::{Deserialize, Serialize};
 
 use crate::blueprint::{Blueprint, ObjectRegion};
 use crate::error::Cause;
 use crate::pager::{AtFork, Mapping, Run};
-
-/// What a pager copies at a time, and the unit in which content becomes readable.
-const BLOCK_BYTES: u64 = 512 << 10;
 
 const PROT_WRITE: u32 = 2;
 const MADV_DONTFORK: u64 = 1 << 10;
@@ -37,7 +35,7 @@ pub(crate) struct Orders {
 pub(crate) struct TaskOrders {
     /// Pid inside its pid namespace.
     pub(crate) pid: u32,
-    /// Where its content begins in the shared stream; a multiple of the block length.
+    /// Where its content begins in the fetcher's stream; a multiple of the block length.
     pub(crate) base: u64,
     /// Length of its content.
     pub(crate) bytes: u64,
@@ -68,61 +66,34 @@ impl TaskOrders {
     }
 }
 
-/// The shared stream and the orders of one restore.
+/// The fetcher's stream and the orders of one restore.
 pub(crate) struct Lazy {
-    writer: Writer,
+    stream: Arc<Stream>,
     orders: OwnedFd,
-    /// Where the content of each object begins, by its pages id.
-    bases: Vec<(u32, u64)>,
 }
 
 impl Lazy {
     /// Plans the filling of a snapshot's tasks. `images` holds their `mm` images already.
-    pub(crate) fn plan(blueprint: &Blueprint, images: &Path) -> Result<Self, Cause> {
+    pub(crate) fn plan(blueprint: &Blueprint, images: &Path, stream: Arc<Stream>) -> Result<Self, Cause> {
         let mut tasks = Vec::new();
-        let mut bases = Vec::new();
-        let mut base = 0u64;
         for object in &blueprint.objects {
             let Object::Task { pid } = object.object else { continue };
-            let bytes = object.layout.stream_bytes();
-            tasks.push(orders(object, pid, base, images)?);
-            bases.push((object.pages_id, base));
-            base += bytes.next_multiple_of(BLOCK_BYTES);
+            tasks.push(orders(object, pid, stream.layout().base(object.region), images)?);
         }
-        let writer =
-            Writer::create(base, BLOCK_BYTES, true).map_err(Cause::io("make room for the content"))?;
-        pad(&writer, &tasks).map_err(Cause::io("make room for the content"))?;
         let orders = memory_file(&Orders { tasks }).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { writer, orders, bases })
+        Ok(Self { stream, orders })
     }
 
-    /// Takes a part of an object's content.
-    pub(crate) fn put(&self, pages_id: u32, offset: u64, bytes: &[u8]) -> std::io::Result<()> {
-        match self.bases.iter().find(|(id, _)| *id == pages_id) {
-            Some((_, base)) => self.writer.put(base + offset, bytes),
-            None => Ok(()),
-        }
+    /// What keeps the stream in memory for one pager when this command has ended.
+    pub(crate) fn lease(&self) -> Result<Lease, Cause> {
+        Ok(self.stream.lease()?)
     }
 
-    /// The rest will not come: every pager gives up, and its replica with it.
-    pub(crate) fn fail(&self) {
-        self.writer.fail();
-    }
-
-    /// What a pager gets, in this order: its orders, the content, the table.
+    /// What a pager gets beside its lease, in this order: its orders, the content, the table.
     pub(crate) fn files(&self) -> [BorrowedFd<'_>; 3] {
-        let [content, table] = self.writer.files();
+        let [content, table] = self.stream.files();
         [self.orders.as_fd(), content, table]
     }
-}
-
-/// Between two tasks the stream has a gap up to the next block: it counts as arrived.
-fn pad(writer: &Writer, tasks: &[TaskOrders]) -> std::io::Result<()> {
-    for task in tasks {
-        let gap = task.bytes.next_multiple_of(BLOCK_BYTES) - task.bytes;
-        writer.put(task.base + task.bytes, &vec![0; usize::try_from(gap).map_err(std::io::Error::other)?])?;
-    }
-    Ok(())
 }
 
 fn orders(object: &ObjectRegion, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {

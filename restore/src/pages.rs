@@ -100,10 +100,9 @@ impl PagesImage {
         self.file_bytes
     }
 
-    /// Whether any byte of this part of the content stream goes into the image.
-    pub(crate) fn needs(&self, stream: u64, bytes: u64) -> bool {
-        let first = self.pieces.partition_point(|piece| piece.stream + piece.bytes <= stream);
-        self.pieces.get(first).is_some_and(|piece| piece.stream < stream + bytes)
+    /// The parts of the content stream that go into the image, in order.
+    pub(crate) fn wanted(&self) -> impl Iterator<Item = std::ops::Range<u64>> + '_ {
+        self.pieces.iter().map(|piece| piece.stream..piece.stream + piece.bytes)
     }
 
     /// Says where a part of the content stream goes: `write` gets the offset in the image and the bytes, for each piece.
@@ -181,7 +180,9 @@ mod tests {
             image.entries().iter().map(|e| (e.lazy, e.present)).collect::<Vec<_>>(),
             [(true, false), (true, false), (false, true)]
         );
-        assert!(!image.needs(0, 3 * PAGE_BYTES) && image.needs(2 * PAGE_BYTES, PAGE_BYTES + 1));
+        let wanted: Vec<_> =
+            image.wanted().map(|part| part.start / PAGE_BYTES..part.end / PAGE_BYTES).collect();
+        assert_eq!(wanted, [3..4, 4..5]);
         let stream: Vec<u8> = (1..=5u8).flat_map(|page| [page; PAGE_BYTES as usize]).collect();
         let firsts: Vec<u8> =
             fill(&image, &stream, 4096).chunks(PAGE_BYTES as usize).map(|page| page[0]).collect();

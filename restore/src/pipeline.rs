@@ -7,9 +7,10 @@ use std::time::Duration;
 use futures::FutureExt;
 use futures::future::join_all;
 use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
+use rewarm_fetcher::{Access, Fetcher, Found, Stream};
 use rewarm_probe::{Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
-use rewarm_store::{Boot, Manifest, Reference, Snapshot, Store, Target, Trust};
+use rewarm_store::{Boot, Facts, Manifest, Reference, Target, Trust};
 use uuid::Uuid;
 
 use crate::begun::{Begun, Ground, unless_interrupted};
@@ -60,10 +61,10 @@ pub struct Request {
 /// When a replica's memory is filled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// As this version of Rewarm thinks best: lazily.
+    /// While the server runs already; the replica is ready when all of the snapshot is on this machine.
     #[default]
     Auto,
-    /// While the server runs already; what is touched comes first.
+    /// While the server runs already, also after the replica is ready; what is touched comes first.
     Lazy,
     /// Before the server runs, by CRIU itself.
     Eager,
@@ -80,6 +81,12 @@ pub struct Context {
     pub criu_version: String,
     /// The program whose hidden verb `shim` owns a replica.
     pub program: PathBuf,
+    /// Reads the store.
+    pub fetcher: Fetcher,
+    /// The environment, of which the fetcher gets what concerns stores.
+    pub env: Vec<(String, String)>,
+    /// How long a store may bring nothing before what is fetched from it is given up.
+    pub patience: Duration,
     /// Measures the stages.
     pub clock: Clock,
 }
@@ -124,14 +131,16 @@ pub struct Outcome {
 struct Admitted {
     source: String,
     manifest: Manifest,
-    snapshot: Snapshot,
+    access: Access,
+    found: Found,
     spec: Spec,
     recorded: Option<Recorded>,
     post: Option<Hook>,
 }
 
-/// Restores replicas side by side; each lives or fails for itself. `interrupted` completes when the caller wants all of
-/// them given up, with the reason.
+/// Restores replicas side by side; each lives or fails for itself. Where the fetcher is lost before any of them serves,
+/// all of it is tried once more, with another one. `interrupted` completes when the caller wants all of them given up, with
+/// the reason.
 ///
 /// # Errors
 /// What concerns all of them: the snapshot is missing or does not fit, or the restore is interrupted. What concerns one
@@ -147,20 +156,40 @@ pub async fn run(
 }
 
 async fn stages(request: &Request, context: &Context, begun: &Begun) -> Result<Outcome> {
+    let lost = |error: &Error| error.cause.lost();
+    match attempt(request, context, begun, Attempt::First).await {
+        Ok(outcome) if outcome.replicas.iter().all(|replica| replica.as_ref().is_err_and(lost)) => {}
+        Err(error) if lost(&error) => {}
+        other => return other,
+    }
+    context.clock.progress().warning("the fetcher was lost; trying once more with another one");
+    attempt(request, context, begun, Attempt::Last).await
+}
+
+/// Whether a failure is the last word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Attempt {
+    /// A lost fetcher is no reason to start cold yet.
+    First,
+    Last,
+}
+
+async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: Attempt) -> Result<Outcome> {
     let clock = context.clock.clone();
     let admitted = clock.stage(Stage::Admit, admit(request, context)).await;
     let admitted = match admitted {
         Ok(admitted) => Arc::new(admitted),
+        Err((cause, _)) if attempt == Attempt::First && cause.lost() => return Err(early(request, cause)),
         Err((cause, spec)) => return refused(request, context, begun, cause, spec).await,
     };
     let names = names(request, &admitted.manifest.name).map_err(|error| early(request, error))?;
-    let (laid_out, boot) = tokio::join!(
+    let (laid_out, opened) = tokio::join!(
         clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, context, begun)),
-        admitted.snapshot.boot(),
+        open(&admitted, context),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
     let reads = if request.mode == Mode::Eager { Reads::All } else { Reads::NotLazy };
-    let fetched = clock.stage(Stage::Fetch, fetch(boot, &alive, reads, context)).await;
+    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, reads, context)).await;
     let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).map(|(name, replica)| {
         let (admitted, rest) = (&admitted, &rest);
@@ -171,6 +200,9 @@ async fn stages(request: &Request, context: &Context, begun: &Begun) -> Result<O
             };
             match result {
                 Ok(restored) => Ok(restored),
+                Err((stage, cause)) if attempt == Attempt::First && cause.lost() => {
+                    Err(Error { name: name.to_string(), stage, cause })
+                }
                 Err((stage, cause)) => {
                     fall_back(name, request, context, begun, Some(&admitted.spec), (stage, cause)).await
                 }
@@ -182,6 +214,7 @@ async fn stages(request: &Request, context: &Context, begun: &Begun) -> Result<O
 
 /// The content that follows while replicas are restored, and how its fetch ended.
 struct Rest {
+    stream: Option<Arc<Stream>>,
     lazy: Option<Arc<Lazy>>,
     /// Why not even what CRIU insists on has arrived: nothing must be begun with it.
     failed: Option<Arc<Cause>>,
@@ -190,25 +223,29 @@ struct Rest {
 
 impl Rest {
     fn start(fetched: std::result::Result<Option<Fetching>, Cause>) -> Self {
-        let (lazy, begun) = match fetched {
-            Ok(fetching) => (fetching.as_ref().and_then(|fetching| fetching.lazy.clone()), Ok(fetching)),
-            Err(cause) => (None, Err(Arc::new(cause))),
-        };
+        let begun = fetched.map_err(Arc::new);
+        let fetching = begun.as_ref().ok().and_then(Option::as_ref);
+        let stream = fetching.map(|fetching| fetching.stream.clone());
+        let lazy = fetching.and_then(|fetching| fetching.lazy.clone());
         let failed = begun.as_ref().err().cloned();
-        // A task of its own: it must go on whoever waits for it.
-        let task = tokio::spawn(async move {
-            match begun? {
-                Some(fetching) => fetching.finish().await.map_err(Arc::new),
-                None => Ok(()),
-            }
+        // A thread of its own: it must go on whoever waits for it.
+        let task = tokio::task::spawn_blocking(move || match begun? {
+            Some(fetching) => fetching.all().map_err(Arc::new),
+            None => Ok(()),
         });
         let done = task.map(|ended| ended.expect("fetching does not panic")).boxed().shared();
-        Self { lazy, failed, done }
+        Self { stream, lazy, failed, done }
     }
 
     /// Waits until everything has arrived.
     async fn all(&self) -> std::result::Result<(), (Stage, Cause)> {
         self.done.clone().await.map_err(|cause| (Stage::Fetch, cause.shared()))
+    }
+
+    /// Where the fetcher is lost, that is why; what followed from it is not.
+    fn or_lost(&self, (stage, cause): (Stage, Cause)) -> (Stage, Cause) {
+        let lost = self.stream.as_ref().and_then(|stream| stream.lost());
+        lost.map_or((stage, cause), |error| (Stage::Fetch, error.into()))
     }
 
     /// Completes only if something did not arrive.
@@ -238,7 +275,9 @@ async fn finish(
         let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
         let answers = at(clock, Stage::Replay, replica.replay(recorded)).await?;
         at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
-        rest.all().await?;
+        if request.mode != Mode::Lazy {
+            rest.all().await?;
+        }
         commit(replica).await.map_err(|cause| (Stage::Ready, cause))?;
         Ok(replica.restored(pid, clock.elapsed(), answers))
     };
@@ -246,7 +285,7 @@ async fn finish(
         // What the store did says more than what its consequences look like.
         biased;
         failure = rest.failure() => Err(failure),
-        result = steps => result,
+        result = steps => result.map_err(|failure| rest.or_lost(failure)),
     };
     if let Err((stage, cause)) = &result {
         replica.give_up(&format!("restore failed at stage {stage}: {cause}")).await;
@@ -282,42 +321,69 @@ async fn admit(
     context: &Context,
 ) -> std::result::Result<Admitted, (Cause, Option<Box<Spec>>)> {
     let early = |cause: Cause| (cause, None);
-    let store = Store::open(&request.source.store).await.map_err(|error| early(error.into()))?;
-    let store = match &request.trust {
-        Some(trust) => store.requiring(trust.clone()),
-        None => store,
-    };
-    let variants = store.resolve_all(&request.source).await.map_err(|error| early(error.into()))?;
+    let access = Access::new(&request.source.store, context.env.clone());
+    let (fetcher, asked) = (context.fetcher.clone(), access.clone());
+    let (reference, trust) = (request.source.clone(), request.trust.clone());
+    let variants = blocking(move || Ok(fetcher.find(&asked, &reference, trust)?)).await.map_err(early)?;
     let machine =
         here(&context.criu_version).map_err(|error| early(Cause::io("look at this machine")(error)))?;
     let mut refusal = None;
     // The first variant that fits, the newest first; if none does, the newest says why.
-    for snapshot in variants {
-        let spec = spec(request, snapshot.manifest()).map_err(early)?;
-        let facts = snapshot.manifest().facts.clone();
-        let (asked, known) = (spec.clone(), machine.clone());
-        let (count, limit) = (request.count, spec.memory_bytes);
-        let verdict = tokio::task::spawn_blocking(move || {
-            let mut found = reasons(&facts, &known, &HostView::new(&asked));
-            found.extend(memory_reasons(&facts, limit, count, known.free_bytes));
-            found.extend(missing_sources(&asked));
-            found
+    for found in variants {
+        let manifest = found.snapshot.manifest();
+        let spec = spec(request, manifest).map_err(early)?;
+        let (facts, asked, known) = (manifest.facts.clone(), spec.clone(), machine.clone());
+        let (count, fetcher) = (request.count, context.fetcher.clone());
+        let verdict = blocking(move || {
+            let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
+            reasons.extend(memory(&facts, asked.memory_bytes, count, &fetcher)?);
+            reasons.extend(missing_sources(&asked));
+            Ok(reasons)
         });
-        let found = verdict.await.expect("the verdict does not panic");
-        if found.is_empty() {
-            return admitted(request, snapshot, spec).map_err(early);
+        let reasons = verdict.await.map_err(early)?;
+        if reasons.is_empty() {
+            return admitted(request, access, found, spec).map_err(early);
         }
-        refusal.get_or_insert((Cause::Incompatible { reasons: found }, Some(Box::new(spec))));
+        refusal.get_or_insert((Cause::Incompatible { reasons }, Some(Box::new(spec))));
     }
     Err(refusal.expect("a tag has at least one variant"))
 }
 
-fn admitted(request: &Request, snapshot: Snapshot, spec: Spec) -> std::result::Result<Admitted, Cause> {
-    let manifest = snapshot.manifest().clone();
+/// Why memory does not suffice. What the fetcher only keeps for later gives way first.
+fn memory(
+    facts: &Facts,
+    limit: Option<u64>,
+    count: u32,
+    fetcher: &Fetcher,
+) -> std::result::Result<Vec<Reason>, Cause> {
+    let now = || {
+        let free = rewarm_sys::machine::free_bytes().map_err(Cause::io("look at this machine"))?;
+        Ok(memory_reasons(facts, limit, count, free))
+    };
+    let reasons: Vec<Reason> = now()?;
+    match reasons.iter().find_map(|reason| match reason {
+        Reason::MemoryFree { needed, .. } => Some(*needed),
+        _ => None,
+    }) {
+        Some(needed) => {
+            fetcher.trim(needed)?;
+            now()
+        }
+        None => Ok(reasons),
+    }
+}
+
+fn admitted(
+    request: &Request,
+    access: Access,
+    found: Found,
+    spec: Spec,
+) -> std::result::Result<Admitted, Cause> {
+    let manifest = found.snapshot.manifest().clone();
     let recorded = manifest.facts.probe.clone().map(Recorded::from_json).transpose()?;
     let post = manifest.facts.hooks.post.as_deref().map(str::parse::<Hook>).transpose()?;
-    let digest = Reference { target: Target::Digest(snapshot.digest()), ..request.source.clone() };
-    Ok(Admitted { source: digest.to_string(), manifest, snapshot, spec, recorded, post })
+    let digest = Reference { target: Target::Digest(found.digest()), ..request.source.clone() };
+    Ok(Admitted { source: digest.to_string(), manifest, access, found, spec, recorded, post })
 }
 
 fn missing_sources(spec: &Spec) -> Vec<Reason> {
@@ -376,18 +442,30 @@ async fn sandboxes(
     join_all(each).await
 }
 
+/// Opens the snapshot's stream and reads its boot object.
+async fn open(
+    admitted: &Arc<Admitted>,
+    context: &Context,
+) -> std::result::Result<(Arc<Stream>, Boot), Cause> {
+    let (fetcher, asked, patience) = (context.fetcher.clone(), admitted.clone(), context.patience);
+    let stream = blocking(move || Ok(fetcher.open(&asked.access, &asked.found, patience)?)).await?;
+    let boot = stream.boot(&admitted.found).await?;
+    Ok((Arc::new(stream), boot))
+}
+
 async fn fetch(
-    boot: std::result::Result<Boot, rewarm_store::Error>,
-    replicas: &[Arc<Replica>],
+    opened: std::result::Result<(Arc<Stream>, Boot), Cause>,
+    replicas: Vec<Arc<Replica>>,
     reads: Reads,
     context: &Context,
 ) -> std::result::Result<Option<Fetching>, Cause> {
-    let boot = boot?;
+    let (stream, boot) = opened?;
     if replicas.is_empty() {
         return Ok(None);
     }
     let blueprint = Blueprint::of(&boot)?;
-    fetch::begin(replicas, &blueprint, &boot, reads, context.clock.progress()).await.map(Some)
+    let progress = context.clock.progress().clone();
+    blocking(move || fetch::begin(&replicas, &blueprint, stream, reads, &progress).map(Some)).await
 }
 
 /// The snapshot cannot be used at all: all replicas start cold, or none.

@@ -1,5 +1,6 @@
 //! One replica from its name to its commit, restored or cold. Whoever gives it up kills it first, so that nothing is left.
 
+use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -76,9 +77,11 @@ impl Replica {
             residents: lazy.map(|_| self.pager()).transpose()?.into_iter().collect(),
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         };
-        let files = lazy.map(Lazy::files);
-        let files = files.as_ref().map_or(&[][..], |files| files.as_slice());
-        self.client.restore(request, files).map_err(|error| {
+        // The pager has a lease of its own: this command may end while memory is still being filled.
+        let lease = lazy.map(Lazy::lease).transpose()?;
+        let mut files: Vec<_> = lazy.iter().flat_map(|lazy| lazy.files()).collect();
+        files.extend(lease.as_ref().map(AsFd::as_fd));
+        self.client.restore(request, &files).map_err(|error| {
             // CRIU's log says more than runc, and is there only as long as the replica.
             match error.log().and_then(|log| rewarm_criu::Error::of_log("restore", log)) {
                 Some(refused) => Cause::Criu(refused),
@@ -96,7 +99,7 @@ impl Replica {
             name: "pager".to_owned(),
             program: None,
             args: vec!["pager".to_owned(), text(&work), text(cgroup.processes_dir())],
-            fds: 3,
+            fds: 4,
             ready_timeout_ms: 10_000,
         })
     }

@@ -1,7 +1,7 @@
 //! The pager as a process: a resident of the shim, started before CRIU, gone when all memory is in place.
 //!
 //! ```text
-//! command --stream--> pager::run <--duplicates, reports--> relay (this file) --> shim
+//! fetcher --memory--> pager::run <--duplicates, reports--> relay (this file) --> shim
 //! ```
 //!
 //! The relay passes duplicates of every userfaultfd on to the shim, so that they outlive this process: a pager that dies
@@ -20,9 +20,12 @@ use std::time::Duration;
 
 use rewarm_container::shim::resident::{Control, ToShim};
 use rewarm_criu::lazy_pages::Listener;
+use rewarm_fetcher::Lease;
+use rewarm_report::{Class, Classify};
 use rewarm_sys::guard::Guard;
 use rewarm_sys::shared::Reader;
 
+use crate::fetch::BLOCK_WITHIN;
 use crate::lazy::{Orders, TaskOrders};
 use crate::pager::{
     self, Config, Heard, Holder, Mode, Plan, Report, Source, SourceError, Task, Tasks, WorkingSet,
@@ -30,8 +33,6 @@ use crate::pager::{
 
 /// How long CRIU may take to connect, and again between two of its messages.
 const CRIU_WITHIN: Duration = Duration::from_secs(120);
-/// How long one block may take to arrive. The command that fetches retries for less than this.
-const BLOCK_WITHIN: Duration = Duration::from_secs(300);
 /// More threads than this do not fill faster: they meet in the kernel's lock of one address space.
 const THREADS_MAX: usize = 8;
 
@@ -62,6 +63,7 @@ pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
 fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Holder> {
     let orders: Orders = serde_json::from_slice(&whole(&File::from(Control::given(0)?))?)?;
     let stream = Reader::open(Control::given(1)?, Control::given(2)?)?;
+    let lease = Lease::over(Control::given(3)?);
     let plan = |task: &TaskOrders| {
         let plan = Plan::new(task.mappings(), &task.runs(), task.bytes).map_err(io::Error::other)?;
         Ok(Task { pid: task.pid, plan: Arc::new(plan) })
@@ -78,7 +80,7 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Holder> 
     };
     let listener = Listener::bind(work).map_err(io::Error::other)?;
     let (shim_end, pager_end) = UnixStream::pair()?;
-    let source = Arc::new(Stream { stream, tasks: orders.tasks });
+    let source = Arc::new(Stream { stream, lease, tasks: orders.tasks });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
     watch(control, &holder)?;
@@ -134,9 +136,10 @@ fn relay(control: &Control, mut holder: Holder) -> u8 {
     }
 }
 
-/// Content of all tasks in the shared stream.
+/// Content of all tasks in the fetcher's stream.
 struct Stream {
     stream: Reader,
+    lease: Lease,
     tasks: Vec<TaskOrders>,
 }
 
@@ -162,7 +165,10 @@ impl Source for Stream {
         let task = self.task(task);
         let block = self.block(task, chunk.start);
         let bytes =
-            self.stream.wait(block, BLOCK_WITHIN).map_err(|error| SourceError::Gone(Box::new(error)))?;
+            self.lease.wait(&self.stream, block, BLOCK_WITHIN).map_err(|error| match error.class() {
+                Class::Integrity => SourceError::Damaged(Box::new(error)),
+                _ => SourceError::Gone(Box::new(error)),
+            })?;
         let length = usize::try_from(chunk.end - chunk.start).expect("a chunk is a block at most");
         out(&bytes[..length]);
         Ok(())
@@ -170,5 +176,9 @@ impl Source for Stream {
 
     fn is_near(&self, task: u32, offset: u64) -> bool {
         self.stream.has(self.block(self.task(task), offset))
+    }
+
+    fn want(&self, task: u32, offset: u64) {
+        self.lease.want(self.block(self.task(task), offset));
     }
 }

@@ -12,6 +12,7 @@ mod digest;
 mod error;
 #[cfg(feature = "testing")]
 pub mod fault;
+mod files;
 pub mod format;
 mod keys;
 mod lease;
@@ -31,6 +32,7 @@ pub use collect::{Collect, Collected, Count};
 pub use copy::Copied;
 pub use digest::{ChunkId, Digest, DigestSyntax};
 pub use error::{Damage, Error, Result, Syntax};
+pub use files::{Files, Folder};
 pub use format::FORMAT;
 pub use format::manifest::{
     Cpu, Facts, Hooks, HostFile, Manifest, Memory, RegionKind, Seal, SharedMemory, Signature, TaskMemory,
@@ -39,8 +41,8 @@ pub use format::manifest::{
 pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
 pub use reader::{
-    Boot, Chunk, ChunkMap, Chunks, Comparison, Fetched, Region, RegionComparison, RegionSide, Sink, Snapshot,
-    Verified, compare,
+    Boot, Chunk, ChunkMap, Chunks, Comparison, Fetched, Found, Region, RegionComparison, RegionSide, Request,
+    Sink, Snapshot, Verified, compare,
 };
 pub use remove::Removed;
 pub use signature::{KeySyntax, Mistrust, PublicKey, SigningKey, Trust};

@@ -20,6 +20,7 @@ use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
 use crate::error::{Damage, Error, Result};
+use crate::files::Files;
 use crate::limits::{ATTEMPTS, BACKOFF, BACKOFF_MAX};
 
 /// A store's objects.
@@ -28,8 +29,8 @@ pub(crate) struct Objects {
     store: Arc<dyn ObjectStore>,
     /// The store as the user wrote it, for errors.
     name: Arc<str>,
-    /// The folder that objects are files of, if they are.
-    folder: Option<Arc<std::path::Path>>,
+    /// The files that objects are, if they are.
+    files: Option<Arc<dyn Files>>,
 }
 
 /// An object as a listing shows it.
@@ -51,18 +52,18 @@ pub(crate) enum Put {
 
 impl Objects {
     pub(crate) fn new(store: Arc<dyn ObjectStore>, name: Arc<str>) -> Self {
-        Self { store, name, folder: None }
+        Self { store, name, files: None }
     }
 
-    /// The same store, whose objects are files below `folder` and may be read as such.
-    pub(crate) fn in_folder(self, folder: &std::path::Path) -> Self {
-        Self { folder: Some(folder.into()), ..self }
+    /// The same store, whose objects are files and may be read as such.
+    pub(crate) fn with_files(self, files: Arc<dyn Files>) -> Self {
+        Self { files: Some(files), ..self }
     }
 
     /// Opens an object that a manifest refers to as a file; `None` where objects are no files. Blocks.
     pub(crate) fn open(&self, path: &Path) -> Option<Result<File>> {
-        let file = self.folder.as_ref()?.join(path.as_ref());
-        Some(File::open(file).map_err(|error| self.file_error(path, error)))
+        let file = self.files.as_ref()?.open(path.as_ref());
+        Some(file.map_err(|error| self.file_error(path, error)))
     }
 
     /// Reads `buffer.len()` bytes at `offset` of a file that [`Objects::open`] opened. Blocks.

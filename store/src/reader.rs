@@ -23,14 +23,23 @@ use crate::format::manifest::{Manifest, RegionKind, Seal};
 use crate::limits::BOOT_BYTES_LIMIT;
 use crate::objects::Objects;
 use crate::signature::{Mistrust, PublicKey, Trust};
-use crate::store::Store;
+use crate::store::{ReadManifest, Store};
 use crate::url::Reference;
 
 pub use chunks::{Chunk, ChunkMap};
 pub use compare::{Chunks, Comparison, RegionComparison, RegionSide, compare};
-pub use fetch::{Fetched, Sink};
+pub use fetch::{Fetched, Request, Sink};
 pub use verify::Verified;
 pub(crate) use verify::Wanted;
+
+/// A manifest object that was read and whose digest is right.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// Its digest.
+    pub digest: Digest,
+    /// Its bytes.
+    pub bytes: Bytes,
+}
 
 /// A snapshot whose manifest was read and checked. No content has moved.
 #[derive(Debug, Clone)]
@@ -71,18 +80,44 @@ impl Store {
     }
 }
 
+impl Store {
+    /// Reads the manifest objects of all variants that a reference means, the newest first, for a process that decodes
+    /// them itself.
+    ///
+    /// # Errors
+    /// The same as [`Store::resolve`], but for what decoding finds.
+    pub async fn find(&self, reference: &Reference) -> Result<Vec<Found>> {
+        let mut all = Vec::new();
+        for digest in self.variants(reference).await? {
+            all.push(Found { digest, bytes: self.manifest_bytes(&digest).await? });
+        }
+        Ok(all)
+    }
+}
+
 impl Snapshot {
+    /// Checks and decodes a manifest object that came from `store`. Nothing is asked of the store.
+    ///
+    /// # Errors
+    /// As [`Store::resolve`].
+    pub fn decode(store: &Store, found: &Found) -> Result<Self> {
+        Ok(Self::over(store, &found.digest, store.decode_manifest(&found.digest, found.bytes.clone())?))
+    }
+
     /// Reads a manifest by its digest.
     pub(crate) async fn read(store: &Store, digest: &Digest) -> Result<Self> {
-        let read = store.manifest(digest).await?;
-        Ok(Self {
+        Ok(Self::over(store, digest, store.manifest(digest).await?))
+    }
+
+    fn over(store: &Store, digest: &Digest, read: ReadManifest) -> Self {
+        Self {
             store: store.clone(),
             digest: *digest,
             manifest: Arc::new(read.manifest),
             seal: Arc::new(read.seal),
             object: read.bytes,
             signer: read.signer,
-        })
+        }
     }
 
     /// The manifest.
@@ -145,16 +180,33 @@ impl Snapshot {
     /// # Errors
     /// [`crate::Error::Damaged`] if it is missing or is not what the manifest says.
     pub async fn boot(&self) -> Result<Boot> {
+        let bytes = self.boot_bytes().await?;
+        self.decode_boot(&bytes).await
+    }
+
+    /// Fetches the boot object for a process that decodes it itself.
+    ///
+    /// # Errors
+    /// [`crate::Error::Damaged`] if it is missing or has another length.
+    pub async fn boot_bytes(&self) -> Result<Bytes> {
+        let (wanted, objects) = (self.manifest.boot, self.store.objects().await?);
+        objects.get_exact(&boot_path(&wanted.digest), wanted.bytes, BOOT_BYTES_LIMIT).await
+    }
+
+    /// Checks and decodes a boot object. Nothing but a folder's existence is asked of the store.
+    ///
+    /// # Errors
+    /// [`crate::Error::Damaged`] if it is not what the manifest says.
+    pub async fn decode_boot(&self, bytes: &[u8]) -> Result<Boot> {
         let objects = self.store.objects().await?.clone();
         let wanted = self.manifest.boot;
         let path = boot_path(&wanted.digest);
-        let bytes = objects.get_exact(&path, wanted.bytes, BOOT_BYTES_LIMIT).await?;
-        let found = Digest::of(&bytes);
+        let found = Digest::of(bytes);
         if found != wanted.digest {
             let (found, expected) = (found.to_string(), wanted.digest.to_string());
             return Err(objects.damaged(&path, Damage::Digest { found, expected }));
         }
-        let root = boot::decode(&bytes, wanted.raw_bytes, objects.name(), path.as_ref())?;
+        let root = boot::decode(bytes, wanted.raw_bytes, objects.name(), path.as_ref())?;
         if self.manifest.key.chunk_ids != "public" {
             let (found, expected) = (self.manifest.key.chunk_ids.clone(), "public".to_owned());
             return Err(objects.damaged(&path, Damage::Frame { what: "key of chunk ids", found, expected }));

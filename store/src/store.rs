@@ -18,6 +18,7 @@ use tokio::sync::OnceCell;
 use crate::codec;
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
+use crate::files::{Files, Folder, ReadFiles};
 use crate::format::manifest::{Manifest, Seal};
 use crate::format::tag::{self, TagIndex};
 use crate::format::{manifest, manifest_path, tag_folder, tag_number, tag_path};
@@ -120,6 +121,26 @@ impl Store {
         Self { trust: Some(Arc::new(trust)), ..self }
     }
 
+    /// A store that holds nothing: `name` stands in the errors of what another process fetched and this one decodes.
+    #[must_use]
+    pub fn nowhere(name: &str) -> Self {
+        Self::from_objects(Arc::new(object_store::memory::InMemory::new()), name)
+    }
+
+    /// A store in a folder whose files somebody else opens. It can only be read.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] if there is no such folder.
+    pub fn from_files(files: Arc<dyn Files>, name: &str) -> Result<Self> {
+        let store = Self::from_objects(Arc::new(ReadFiles(files.clone())), name);
+        files.list("tags").map_err(|error| store.folder_error("open", error))?;
+        let objects = Objects::new(Arc::new(ReadFiles(files.clone())), store.inner.name.clone());
+        let objects = OnceCell::new_with(Some(objects.with_files(files)));
+        let inner =
+            Inner { url: None, name: store.inner.name.clone(), objects, conditional: OnceCell::new() };
+        Ok(Self { inner: Arc::new(inner), trust: None })
+    }
+
     /// The objects of a store that must be there.
     pub(crate) async fn objects(&self) -> Result<&Objects> {
         self.inner.objects.get_or_try_init(|| async { self.open_folder() }).await
@@ -157,7 +178,7 @@ impl Store {
         let store = LocalFileSystem::new_with_prefix(path)
             .map_err(|source| Error::Open { store: self.inner.name.to_string(), source: source.into() })?
             .with_fsync(fsync);
-        Ok(Objects::new(Arc::new(store), self.inner.name.clone()).in_folder(path))
+        Ok(Objects::new(Arc::new(store), self.inner.name.clone()).with_files(Arc::new(Folder::new(path))))
     }
 
     fn folder_error(&self, action: &'static str, error: std::io::Error) -> Error {
@@ -276,14 +297,32 @@ impl Store {
 
     /// Reads and checks a manifest.
     pub(crate) async fn manifest(&self, digest: &Digest) -> Result<ReadManifest> {
+        let bytes = self.manifest_bytes(digest).await?;
+        self.decode_manifest(digest, bytes)
+    }
+
+    /// Reads a manifest object and compares it with its digest.
+    pub(crate) async fn manifest_bytes(&self, digest: &Digest) -> Result<Bytes> {
         let objects = self.objects().await?;
-        let path = manifest_path(digest);
-        let bytes = objects.get(&path, MANIFEST_BYTES_LIMIT).await?;
-        let found = Digest::of(&bytes);
-        if found != *digest {
-            let (found, expected) = (found.to_string(), digest.to_string());
-            return Err(objects.damaged(&path, Damage::Digest { found, expected }));
+        let bytes = objects.get(&manifest_path(digest), MANIFEST_BYTES_LIMIT).await?;
+        self.check_manifest(digest, &bytes)?;
+        Ok(bytes)
+    }
+
+    fn check_manifest(&self, digest: &Digest, bytes: &[u8]) -> Result<()> {
+        let found = Digest::of(bytes);
+        if found == *digest {
+            return Ok(());
         }
+        let (found, expected) = (found.to_string(), digest.to_string());
+        let object = manifest_path(digest).to_string();
+        Err(Error::damaged(&self.inner.name, &object, Damage::Digest { found, expected }))
+    }
+
+    /// Checks and decodes a manifest object, its signature first where one is required.
+    pub(crate) fn decode_manifest(&self, digest: &Digest, bytes: Bytes) -> Result<ReadManifest> {
+        self.check_manifest(digest, &bytes)?;
+        let path = manifest_path(digest);
         let signer = match &self.trust {
             Some(trust) => Some(trust.check(&bytes).map_err(|source| Error::Untrusted {
                 store: self.inner.name.to_string(),
@@ -292,7 +331,7 @@ impl Store {
             })?),
             None => None,
         };
-        let (manifest, seal) = manifest::decode(&bytes, objects.name(), path.as_ref())?;
+        let (manifest, seal) = manifest::decode(&bytes, &self.inner.name, path.as_ref())?;
         Ok(ReadManifest { manifest, seal, bytes, signer })
     }
 

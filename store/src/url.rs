@@ -101,6 +101,16 @@ impl StoreUrl {
         }
     }
 
+    /// The address with all its options, secret ones included, as it can be parsed again. Never print it.
+    #[must_use]
+    pub fn with_secrets(&self) -> String {
+        if self.options.is_empty() {
+            return self.base();
+        }
+        let query = url::form_urlencoded::Serializer::new(String::new()).extend_pairs(&self.options).finish();
+        format!("{}?{query}", self.base())
+    }
+
     fn parse(text: &str) -> Result<Self, Syntax> {
         if text.is_empty() {
             return Err(Syntax::Empty);
@@ -343,6 +353,18 @@ impl fmt::Display for Reference {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_address_with_its_secrets_means_the_same_store() {
+        for text in [
+            "/srv/snapshots",
+            "file:///srv/a?fsync=true",
+            "s3://bucket/a/b?secret_access_key=a%2Fb%26&region=x",
+        ] {
+            let url: StoreUrl = text.parse().expect("a store");
+            assert!(url.with_secrets().parse::<StoreUrl>().expect("again") == url, "{text}");
+        }
+    }
 
     fn reference(text: &str) -> Reference {
         text.parse().unwrap_or_else(|error| panic!("{text}: {error:?}"))

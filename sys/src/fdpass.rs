@@ -1,9 +1,10 @@
 //! File descriptors through Unix sockets (`SCM_RIGHTS`).
 //!
-//! Answers for one message in one direction; framing is left to the caller. Received descriptors are close-on-exec,
-//! so that they never leak into a child that was not meant to have them.
+//! Answers for bytes in one direction, and for frames of them: a length (u32, little endian) and that many bytes. What is
+//! in a frame is the caller's. Received descriptors are close-on-exec, so that they never leak into a child that was not
+//! meant to have them.
 
-use std::io::{self, IoSlice, IoSliceMut};
+use std::io::{self, IoSlice, IoSliceMut, Read};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 
@@ -69,6 +70,59 @@ pub fn recv(socket: &UnixStream, buf: &mut [u8], fds_max: usize) -> io::Result<(
         ));
     }
     Ok((count, fds))
+}
+
+/// Sends a frame; `fds` travel with its first byte.
+///
+/// # Errors
+/// Those of [`send`]; `InvalidInput` for a body of more than `max` bytes.
+pub fn send_frame(socket: &UnixStream, body: &[u8], max: usize, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
+    if body.len() > max {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidInput,
+            format!("a message of {} bytes is longer than {max}", body.len()),
+        ));
+    }
+    let length = u32::try_from(body.len()).map_err(io::Error::other)?;
+    let mut bytes = length.to_le_bytes().to_vec();
+    bytes.extend_from_slice(body);
+    send(socket, &bytes, fds)
+}
+
+/// Receives a frame and the descriptors that came with it; `None` if the peer has closed the connection between frames.
+///
+/// # Errors
+/// `InvalidData` for a frame of more than `max` bytes, `UnexpectedEof` for one that is cut off, and those of [`recv`].
+pub fn recv_frame(
+    socket: &UnixStream,
+    max: usize,
+    fds_max: usize,
+) -> io::Result<Option<(Vec<u8>, Vec<OwnedFd>)>> {
+    let mut head = [0; 4];
+    let mut have = 0;
+    let mut fds = Vec::new();
+    while have < head.len() {
+        let (count, more) = recv(socket, &mut head[have..], fds_max)?;
+        fds.extend(more);
+        if count == 0 {
+            return if have == 0 { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
+        }
+        have += count;
+    }
+    let length = u32::from_le_bytes(head) as usize;
+    if length > max {
+        return Err(io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("a message of {length} bytes is longer than {max}"),
+        ));
+    }
+    // Grown as bytes arrive: a length that lies must not take memory.
+    let mut body = Vec::new();
+    Read::take(socket, length as u64).read_to_end(&mut body)?;
+    if body.len() < length {
+        return Err(io::ErrorKind::UnexpectedEof.into());
+    }
+    Ok(Some((body, fds)))
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 #![allow(unsafe_code)]
 
 mod abi;
+pub mod confine;
 pub mod fdpass;
 pub mod guard;
 pub mod hold;

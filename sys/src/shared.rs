@@ -1,20 +1,24 @@
 //! A stream that one process writes in any order and others read as its parts arrive.
 //!
-//! Two files make it: the content, and a table that counts for each block how many of its bytes have arrived. A block
-//! is readable when its count equals its length; readers wait for that in the kernel (futex). Content lies in a tmpfs
-//! with huge pages where the kernel gives them: with 4 KiB pages their allocation costs more than the copy.
+//! Two files make it: the content, and a table with one word for each block, which becomes 1 when the whole block is
+//! there. Readers wait for that in the kernel (futex) and need both files for reading only. The writer may die at any
+//! moment and another one may go on: what the table does not call complete is written again, with the same bytes.
+//! Content lies in a tmpfs with huge pages where the kernel gives them: with 4 KiB pages their allocation costs more
+//! than the copy.
+//!
+//! The content consists of regions; each begins at a block, and what lies behind its end is never written.
 //!
 //! ```text
-//! table: | magic u64 | content bytes u64 | block bytes u64 | failed u32 | unused u32 | arrived u32 of block 0 | ... |
+//! table: | magic u64 | content bytes u64 | block bytes u64 | arrived bytes u64 | failed u32 | 7 unused u32 | word of block 0 | ... |
 //! ```
 
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -22,9 +26,11 @@ use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
-const MAGIC: u64 = 0x6d61_6572_7473_7772;
-const HEAD_BYTES: usize = 32;
-const FAILED_AT: usize = 24;
+const MAGIC: u64 = 0x3262_6174_7473_7772;
+const HEAD_BYTES: usize = 64;
+const ARRIVED_AT: usize = 24;
+const FAILED_AT: usize = 32;
+const COMPLETE: u32 = 1;
 
 /// A mapping of a shared file.
 #[derive(Debug)]
@@ -54,6 +60,13 @@ impl Map {
         unsafe { AtomicU32::from_ptr(self.start.as_ptr().cast::<u8>().add(offset).cast::<u32>()) }
     }
 
+    /// The count of arrived bytes.
+    fn arrived(&self) -> &AtomicU64 {
+        assert!(self.bytes >= HEAD_BYTES, "a table of {} bytes", self.bytes);
+        // SAFETY: in bounds and aligned (the mapping is page aligned); other processes use it atomically as well.
+        unsafe { AtomicU64::from_ptr(self.start.as_ptr().cast::<u8>().add(ARRIVED_AT).cast::<u64>()) }
+    }
+
     fn bytes(&self, start: usize, length: usize) -> &[u8] {
         assert!(
             start.checked_add(length).is_some_and(|end| end <= self.bytes),
@@ -72,7 +85,7 @@ impl Drop for Map {
     }
 }
 
-/// Where blocks begin and end.
+/// Where blocks begin and end, and what the table is long.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Shape {
     content: u64,
@@ -91,32 +104,60 @@ impl Shape {
     fn word_at(block: u64) -> usize {
         HEAD_BYTES + 4 * usize::try_from(block).expect("the table was mapped")
     }
+
+    fn table_bytes(self) -> Option<u64> {
+        self.blocks().checked_mul(4)?.checked_add(HEAD_BYTES as u64)
+    }
+
+    /// Reads the head of a table and compares the lengths of both files with it.
+    fn of(content: &File, table: &File) -> io::Result<Self> {
+        let invalid =
+            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a stream: {what}"));
+        let mut head = [0; HEAD_BYTES];
+        table.read_exact_at(&mut head, 0)?;
+        let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("eight bytes"));
+        let shape = Shape { content: number(8), block: number(16) };
+        if number(0) != MAGIC || !(1..=1 << 30).contains(&shape.block) {
+            return Err(invalid("the table's head"));
+        }
+        if content.metadata()?.len() != shape.content {
+            return Err(invalid("the length of the content"));
+        }
+        if shape.table_bytes() != Some(table.metadata()?.len()) {
+            return Err(invalid("the length of the table"));
+        }
+        Ok(shape)
+    }
 }
 
-/// The writing side.
+/// The two files of a stream, nothing of it there yet: the side that owns the memory and may give the stream up.
 #[derive(Debug)]
-pub struct Writer {
-    content: File,
+pub struct Owner {
+    content: OwnedFd,
     table_file: OwnedFd,
     table: Map,
     shape: Shape,
 }
 
-impl Writer {
-    /// A stream of `bytes` bytes in blocks of `block_bytes`, nothing of it there yet. `huge` asks for huge pages.
+impl Owner {
+    /// A stream of `bytes` bytes in blocks of `block_bytes`. Its content is an unnamed file of the file system that
+    /// `folder` lies in, or without one a memory file.
     ///
     /// # Errors
-    /// If memory files cannot be made.
+    /// If the files cannot be made.
     ///
     /// # Panics
     /// If the block length is 0 or larger than 1 GiB.
-    pub fn create(bytes: u64, block_bytes: u64, huge: bool) -> io::Result<Self> {
+    pub fn create(bytes: u64, block_bytes: u64, folder: Option<BorrowedFd<'_>>) -> io::Result<Self> {
         assert!((1..=1 << 30).contains(&block_bytes), "blocks of {block_bytes} bytes");
         let shape = Shape { content: bytes, block: block_bytes };
-        let content = content_file(bytes, huge)?;
+        let content = match folder {
+            Some(folder) => unnamed(folder)?,
+            None => File::from(memfd_create(c"rewarm-stream", MFdFlags::MFD_CLOEXEC)?),
+        };
         content.set_len(bytes)?;
         let table_file = memfd_create(c"rewarm-stream-table", MFdFlags::MFD_CLOEXEC)?;
-        let table_bytes = HEAD_BYTES as u64 + 4 * shape.blocks();
+        let table_bytes = shape.table_bytes().ok_or(io::ErrorKind::InvalidInput)?;
         let file = File::from(table_file.try_clone()?);
         file.set_len(table_bytes)?;
         for (at, value) in [(0, MAGIC), (8, bytes), (16, block_bytes)] {
@@ -124,37 +165,34 @@ impl Writer {
         }
         let table_bytes = usize::try_from(table_bytes).map_err(io::Error::other)?;
         let table = Map::new(&table_file, table_bytes, true)?.expect("the head is not empty");
-        Ok(Self { content, table_file, table, shape })
+        Ok(Self { content: content.into(), table_file, table, shape })
     }
 
-    /// The two files that [`Reader::open`] wants, in its order.
+    /// The two files that [`Writer::open`] wants, in its order.
     #[must_use]
     pub fn files(&self) -> [BorrowedFd<'_>; 2] {
         [self.content.as_fd(), self.table_file.as_fd()]
     }
 
-    /// Writes bytes that have not been written before, and wakes who waits for the blocks that are complete by that.
+    /// The two files that [`Reader::open`] wants, in its order: descriptors that can only read.
     ///
     /// # Errors
-    /// What the kernel says, for example that memory is full; `InvalidInput` beyond the end.
-    pub fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
-        let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.shape.content);
-        let Some(end) = end else { return Err(io::ErrorKind::InvalidInput.into()) };
-        self.content.write_all_at(bytes, offset)?;
-        let mut at = offset;
-        while at < end {
-            let block = at / self.shape.block;
-            let next = ((block + 1) * self.shape.block).min(end);
-            let count = u32::try_from(next - at).expect("a block is at most 1 GiB");
-            let word = self.table.word(Shape::word_at(block));
-            // Release: whoever sees the full count sees the bytes.
-            let before = word.fetch_add(count, Ordering::Release);
-            if u64::from(before) + u64::from(count) == self.shape.length(block) {
-                wake(word);
-            }
-            at = next;
-        }
-        Ok(())
+    /// If the process has no descriptor left.
+    pub fn for_reading(&self) -> io::Result<[OwnedFd; 2]> {
+        let again = |fd: &OwnedFd| File::open(format!("/proc/self/fd/{}", fd.as_raw_fd())).map(OwnedFd::from);
+        Ok([again(&self.content)?, again(&self.table_file)?])
+    }
+
+    /// Length of the content in bytes, gaps included.
+    #[must_use]
+    pub fn content_bytes(&self) -> u64 {
+        self.shape.content
+    }
+
+    /// Bytes that have arrived so far.
+    #[must_use]
+    pub fn arrived_bytes(&self) -> u64 {
+        self.table.arrived().load(Ordering::Relaxed)
     }
 
     /// Tells every reader that the rest will not come.
@@ -166,11 +204,106 @@ impl Writer {
     }
 }
 
+/// The writing side. One at a time.
+#[derive(Debug)]
+pub struct Writer {
+    content: File,
+    table: Map,
+    shape: Shape,
+    /// Bytes of each block that this writer has put so far.
+    put: Vec<AtomicU32>,
+    /// Bytes of each block that belong to a region.
+    wanted: Vec<u32>,
+}
+
+impl Writer {
+    /// Goes on where an earlier writer stopped. `regions`: where each begins (a multiple of the block length) and how
+    /// many bytes it has.
+    ///
+    /// # Errors
+    /// `InvalidData` if the files are not a stream, or the regions do not lie in it.
+    pub fn open(
+        content: impl Into<OwnedFd>,
+        table: impl Into<OwnedFd>,
+        regions: &[(u64, u64)],
+    ) -> io::Result<Self> {
+        let (content, table) = (File::from(content.into()), File::from(table.into()));
+        let shape = Shape::of(&content, &table)?;
+        let table_bytes = usize::try_from(table.metadata()?.len()).map_err(io::Error::other)?;
+        let table = Map::new(&table, table_bytes, true)?.expect("the head is not empty");
+        let mut wanted = vec![0; usize::try_from(shape.blocks()).map_err(io::Error::other)?];
+        for &(start, bytes) in regions {
+            let end = start.checked_add(bytes).filter(|end| *end <= shape.content);
+            let Some(end) = end.filter(|_| start.is_multiple_of(shape.block)) else {
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidData,
+                    "a region lies outside of the stream",
+                ));
+            };
+            for block in start / shape.block..end.div_ceil(shape.block) {
+                let length = end.min((block + 1) * shape.block) - block * shape.block;
+                wanted[block as usize] = u32::try_from(length).expect("a block is at most 1 GiB");
+            }
+        }
+        let writer =
+            Self { content, table, shape, put: wanted.iter().map(|_| AtomicU32::new(0)).collect(), wanted };
+        let complete = (0..shape.blocks()).filter(|block| writer.has(*block));
+        let arrived = complete.map(|block| u64::from(writer.wanted[block as usize])).sum();
+        writer.table.arrived().store(arrived, Ordering::Relaxed);
+        Ok(writer)
+    }
+
+    /// Whether the block is complete.
+    #[must_use]
+    pub fn has(&self, block: u64) -> bool {
+        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) == COMPLETE
+    }
+
+    /// Whether every block that the part touches is complete.
+    #[must_use]
+    pub fn has_all(&self, offset: u64, bytes: u64) -> bool {
+        (offset / self.shape.block..(offset + bytes).div_ceil(self.shape.block)).all(|block| self.has(block))
+    }
+
+    /// Writes bytes that this writer has not written before, but for blocks that are complete already, and wakes who
+    /// waits for the blocks that are complete by that.
+    ///
+    /// # Errors
+    /// What the kernel says, for example that memory is full; `InvalidInput` beyond the end.
+    pub fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let end = offset.checked_add(bytes.len() as u64).filter(|end| *end <= self.shape.content);
+        let Some(end) = end else { return Err(io::ErrorKind::InvalidInput.into()) };
+        let mut at = offset;
+        while at < end {
+            let block = at / self.shape.block;
+            let next = ((block + 1) * self.shape.block).min(end);
+            if !self.has(block) {
+                self.content.write_all_at(&bytes[(at - offset) as usize..(next - offset) as usize], at)?;
+                self.count(block, u32::try_from(next - at).expect("a block is at most 1 GiB"));
+            }
+            at = next;
+        }
+        Ok(())
+    }
+
+    fn count(&self, block: u64, bytes: u32) {
+        let (put, wanted) = (&self.put[block as usize], self.wanted[block as usize]);
+        self.table.arrived().fetch_add(u64::from(bytes), Ordering::Relaxed);
+        // Whoever completes the block has seen what the others wrote.
+        if put.fetch_add(bytes, Ordering::AcqRel) + bytes == wanted {
+            let word = self.table.word(Shape::word_at(block));
+            // Release: whoever sees the word sees the bytes.
+            word.store(COMPLETE, Ordering::Release);
+            wake(word);
+        }
+    }
+}
+
 /// Why a block cannot be read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum Missing {
-    /// The writer gave up.
-    #[error("the writer gave up before block {block} arrived")]
+    /// The owner gave up.
+    #[error("the stream was given up before block {block} arrived")]
     Failed {
         /// Which block.
         block: u64,
@@ -178,6 +311,12 @@ pub enum Missing {
     /// It did not arrive in time.
     #[error("block {block} did not arrive in time")]
     Late {
+        /// Which block.
+        block: u64,
+    },
+    /// Nobody is left who could bring it.
+    #[error("whoever fetched the stream is gone, and block {block} has not arrived")]
+    Abandoned {
         /// Which block.
         block: u64,
     },
@@ -192,33 +331,16 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Maps a stream.
+    /// Maps a stream. Descriptors that can only read suffice.
     ///
     /// # Errors
     /// `InvalidData` if the files are not a stream or do not fit together.
     pub fn open(content: impl Into<OwnedFd>, table: impl Into<OwnedFd>) -> io::Result<Self> {
         let (content, table) = (File::from(content.into()), File::from(table.into()));
-        let invalid =
-            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("not a stream: {what}"));
-        let mut head = [0; HEAD_BYTES];
-        table.read_exact_at(&mut head, 0)?;
-        let number = |at: usize| u64::from_le_bytes(head[at..at + 8].try_into().expect("eight bytes"));
-        let shape = Shape { content: number(8), block: number(16) };
-        if number(0) != MAGIC || !(1..=1 << 30).contains(&shape.block) {
-            return Err(invalid("the table's head"));
-        }
-        if content.metadata()?.len() != shape.content {
-            return Err(invalid("the length of the content"));
-        }
-        let table_bytes =
-            shape.blocks().checked_mul(4).and_then(|bytes| bytes.checked_add(HEAD_BYTES as u64));
-        if table_bytes != Some(table.metadata()?.len()) {
-            return Err(invalid("the length of the table"));
-        }
+        let shape = Shape::of(&content, &table)?;
         let bytes = |bytes: u64| usize::try_from(bytes).map_err(io::Error::other);
         let table_bytes = bytes(table.metadata()?.len())?;
-        // Waiting on a word needs a mapping that the kernel could write to.
-        let table = Map::new(&table, table_bytes, true)?.expect("the head is not empty");
+        let table = Map::new(&table, table_bytes, false)?.expect("the head is not empty");
         Ok(Self { content: Map::new(&content, bytes(shape.content)?, false)?, table, shape })
     }
 
@@ -234,27 +356,33 @@ impl Reader {
         self.shape.block
     }
 
+    /// Bytes that have arrived so far.
+    #[must_use]
+    pub fn arrived_bytes(&self) -> u64 {
+        self.table.arrived().load(Ordering::Relaxed)
+    }
+
     /// Whether the block has arrived.
     #[must_use]
     pub fn has(&self, block: u64) -> bool {
-        let count = self.table.word(Shape::word_at(block)).load(Ordering::Acquire);
-        u64::from(count) == self.shape.length(block)
+        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) == COMPLETE
     }
 
-    /// Waits until a block has arrived and gives its bytes.
+    /// Waits until a block has arrived and gives its bytes. `alive` is asked from time to time whether anybody is left
+    /// who could bring it.
     ///
     /// # Errors
-    /// If the writer gave up, or nothing came within `limit`.
+    /// If the owner gave up or is gone, or nothing came within `limit`.
     ///
     /// # Panics
     /// If there is no such block.
-    pub fn wait(&self, block: u64, limit: Duration) -> Result<&[u8], Missing> {
+    pub fn wait(&self, block: u64, limit: Duration, alive: &dyn Fn() -> bool) -> Result<&[u8], Missing> {
         let deadline = Instant::now() + limit;
         let length = self.shape.length(block);
         let word = self.table.word(Shape::word_at(block));
         loop {
-            let count = word.load(Ordering::Acquire);
-            if u64::from(count) == length {
+            let state = word.load(Ordering::Acquire);
+            if state == COMPLETE {
                 let start = usize::try_from(block * self.shape.block).expect("the content was mapped");
                 let length = usize::try_from(length).expect("the content was mapped");
                 return Ok(self.content.as_ref().expect("a block has bytes").bytes(start, length));
@@ -262,32 +390,39 @@ impl Reader {
             if self.table.word(FAILED_AT).load(Ordering::Acquire) != 0 {
                 return Err(Missing::Failed { block });
             }
+            if !alive() {
+                // The last words of who is gone may have been this block.
+                if self.has(block) {
+                    continue;
+                }
+                return Err(Missing::Abandoned { block });
+            }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Err(Missing::Late { block });
             }
             // Not for ever at once: a writer that was killed wakes nobody.
-            sleep_while(word, count, left.min(Duration::from_millis(200)));
+            sleep_while(word, state, left.min(Duration::from_millis(100)));
         }
     }
 }
 
-/// An unnamed file for content: in a tmpfs of its own with huge pages, or an ordinary memory file.
-fn content_file(bytes: u64, huge: bool) -> io::Result<File> {
-    if huge && let Ok(file) = huge_file(bytes) {
-        return Ok(file);
-    }
-    Ok(File::from(memfd_create(c"rewarm-stream", MFdFlags::MFD_CLOEXEC)?))
+/// A tmpfs with huge pages that is mounted nowhere and belongs to a user: the folder of many streams' content.
+///
+/// # Errors
+/// Without CAP_SYS_ADMIN, or where the kernel has no huge pages for tmpfs.
+pub fn huge_folder(bytes: u64, uid: u32, gid: u32) -> io::Result<OwnedFd> {
+    let (size, uid, gid) = (bytes.to_string(), uid.to_string(), gid.to_string());
+    let options =
+        [("size", size.as_str()), ("huge", "always"), ("mode", "700"), ("uid", &uid), ("gid", &gid)];
+    crate::mount::detached_tmpfs(&options)
 }
 
-fn huge_file(bytes: u64) -> io::Result<File> {
+fn unnamed(folder: BorrowedFd<'_>) -> io::Result<File> {
     use nix::fcntl::{OFlag, openat};
     use nix::sys::stat::Mode;
-    // Whole huge pages, and one more for the file's own rounding.
-    let size = (bytes.next_multiple_of(2 << 20) + (4 << 20)).to_string();
-    let root = crate::mount::detached_tmpfs(&[("size", &size), ("huge", "always"), ("mode", "700")])?;
     let flags = OFlag::O_TMPFILE | OFlag::O_RDWR | OFlag::O_CLOEXEC;
-    Ok(File::from(openat(&root, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?))
+    Ok(File::from(openat(folder, ".", flags, Mode::S_IRUSR | Mode::S_IWUSR)?))
 }
 
 fn wake(word: &AtomicU32) {
@@ -312,58 +447,101 @@ fn sleep_while(word: &AtomicU32, value: u32, limit: Duration) {
 mod tests {
     use super::*;
 
-    fn pair(bytes: u64, block: u64, huge: bool) -> (Writer, Reader) {
-        let writer = Writer::create(bytes, block, huge).expect("memory files");
-        let [content, table] = writer.files().map(|fd| fd.try_clone_to_owned().expect("duplicate"));
-        let reader = Reader::open(content, table).expect("a stream");
-        (writer, reader)
+    const FOREVER: Duration = Duration::from_secs(20);
+
+    fn alive() -> bool {
+        true
+    }
+
+    fn writer(owner: &Owner, regions: &[(u64, u64)]) -> Writer {
+        let [content, table] = owner.files().map(|fd| fd.try_clone_to_owned().expect("duplicate"));
+        Writer::open(content, table, regions).expect("a stream")
+    }
+
+    fn reader(owner: &Owner) -> Reader {
+        let [content, table] = owner.for_reading().expect("descriptors");
+        Reader::open(content, table).expect("a stream")
     }
 
     #[test]
     fn a_block_is_readable_when_its_last_byte_has_arrived() {
-        let (writer, reader) = pair(10_000, 4096, false);
+        let owner = Owner::create(12_288, 4096, None).expect("memory files");
+        let (writer, reader) = (writer(&owner, &[(0, 10_000)]), reader(&owner));
         writer.put(4096, &[2; 4096]).expect("room");
         writer.put(0, &[1; 4000]).expect("room");
         assert!(!reader.has(0) && reader.has(1) && !reader.has(2));
         writer.put(4000, &[3; 96]).expect("room");
+        // The region ends here; what lies behind is never written.
         writer.put(8192, &[4; 1808]).expect("room");
-        let first = reader.wait(0, Duration::ZERO).expect("arrived");
+        let first = reader.wait(0, Duration::ZERO, &alive).expect("arrived");
         assert_eq!((first[3999], first[4000], first.len()), (1, 3, 4096));
-        assert_eq!(reader.wait(2, Duration::ZERO).expect("arrived"), [4; 1808]);
+        assert_eq!(reader.wait(2, Duration::ZERO, &alive).expect("arrived")[..1808], [4; 1808]);
+        assert_eq!(reader.arrived_bytes(), 10_000);
     }
 
     #[test]
     fn a_reader_that_waits_is_woken() {
-        let (writer, reader) = pair(8192, 4096, true);
+        let owner = Owner::create(8192, 4096, None).expect("memory files");
+        let (writer, reader) = (writer(&owner, &[(0, 8192)]), reader(&owner));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| reader.wait(1, Duration::from_secs(20)).map(<[u8]>::to_vec));
+            let waiting = scope.spawn(|| reader.wait(1, FOREVER, &alive).map(<[u8]>::to_vec));
             writer.put(2000, &[5; 6192]).expect("room");
             assert_eq!(waiting.join().expect("no panic"), Ok(vec![5; 4096]));
         });
     }
 
     #[test]
-    fn a_writer_that_gives_up_wakes_who_waits_and_a_silent_one_is_late() {
-        let (writer, reader) = pair(4096, 4096, false);
-        assert_eq!(reader.wait(0, Duration::from_millis(5)), Err(Missing::Late { block: 0 }));
+    fn a_second_writer_does_again_what_the_first_left_half_done_and_nothing_else() {
+        let owner = Owner::create(8192, 4096, None).expect("memory files");
+        let reader = reader(&owner);
+        let first = writer(&owner, &[(0, 8192)]);
+        first.put(0, &[1; 6000]).expect("room");
+        drop(first);
+        let second = writer(&owner, &[(0, 8192)]);
+        assert!(second.has_all(0, 4096) && !second.has_all(0, 4097));
+        assert_eq!(reader.arrived_bytes(), 4096);
+        // What is complete is not touched again, whoever sends it.
+        second.put(0, &[9; 4096]).expect("room");
+        second.put(4096, &[2; 4096]).expect("room");
+        assert_eq!(reader.wait(0, Duration::ZERO, &alive).expect("arrived"), [1; 4096]);
+        assert_eq!(reader.wait(1, Duration::ZERO, &alive).expect("arrived"), [2; 4096]);
+    }
+
+    #[test]
+    fn an_owner_that_gives_up_or_is_gone_wakes_who_waits_and_a_silent_one_is_late() {
+        let owner = Owner::create(4096, 4096, None).expect("memory files");
+        let reader = reader(&owner);
+        assert_eq!(reader.wait(0, Duration::from_millis(5), &alive), Err(Missing::Late { block: 0 }));
+        assert_eq!(reader.wait(0, FOREVER, &|| false), Err(Missing::Abandoned { block: 0 }));
         std::thread::scope(|scope| {
-            let waiting = scope.spawn(|| reader.wait(0, Duration::from_secs(20)).map(<[u8]>::to_vec));
-            writer.fail();
+            let waiting = scope.spawn(|| reader.wait(0, FOREVER, &alive).map(<[u8]>::to_vec));
+            owner.fail();
             assert_eq!(waiting.join().expect("no panic"), Err(Missing::Failed { block: 0 }));
         });
     }
 
     #[test]
+    fn a_reader_cannot_write() {
+        let owner = Owner::create(4096, 4096, None).expect("memory files");
+        let [content, table] = owner.for_reading().expect("descriptors");
+        assert!(File::from(content).write_all_at(b"x", 0).is_err());
+        assert!(Map::new(&table, HEAD_BYTES, true).is_err());
+    }
+
+    #[test]
     fn nothing_can_be_put_beyond_the_end_and_foreign_files_are_refused() {
-        let (writer, _) = pair(4096, 4096, false);
+        let owner = Owner::create(4096, 4096, None).expect("memory files");
+        let writer = writer(&owner, &[(0, 4096)]);
         assert_eq!(writer.put(1, &[0; 4096]).expect_err("too long").kind(), io::ErrorKind::InvalidInput);
+        let [content, table] = owner.files().map(|fd| fd.try_clone_to_owned().expect("duplicate"));
+        assert!(Writer::open(content, table, &[(0, 4097)]).is_err());
         let file = || OwnedFd::from(tempfile::tempfile().expect("a file"));
         assert!(Reader::open(file(), file()).is_err());
     }
 
     #[test]
     fn an_empty_stream_can_be_opened() {
-        let (_, reader) = pair(0, 4096, false);
-        assert_eq!(reader.content_bytes(), 0);
+        let owner = Owner::create(0, 4096, None).expect("memory files");
+        assert_eq!(reader(&owner).content_bytes(), 0);
     }
 }

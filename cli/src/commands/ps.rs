@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use rewarm_container::{Entry, Origin};
+use rewarm_container::{Cause as Why, Entry, Memory, Origin};
 use serde::Serialize;
 
 use crate::args::{Global, Ps};
@@ -31,7 +31,14 @@ pub(crate) fn run(args: &Ps, global: &Global) -> Result<u8, Cause> {
 fn row(entry: &Entry) -> Vec<String> {
     let record = entry.record.as_ref();
     let status = match &entry.exit {
-        Some(exit) => format!("{} ({})", entry.status, exit.status),
+        Some(exit) => match &exit.cause {
+            // Why a replica was killed although it did nothing wrong is the first thing to know.
+            Why::Resident(reason) => format!("{} ({}: {reason})", entry.status, exit.status),
+            _ => format!("{} ({})", entry.status, exit.status),
+        },
+        None if record.and_then(|record| record.memory) == Some(Memory::Filling) => {
+            format!("{}, filling", entry.status)
+        }
         None => entry.status.to_string(),
     };
     let pid = record.and_then(|record| record.pid).filter(|_| entry.exit.is_none());

@@ -1,5 +1,8 @@
 //! `rewarm restore`
 
+use std::time::Duration;
+
+use rewarm_fetcher::{Fetcher, Settings};
 use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Timing};
 use rewarm_restore::{Context, Mode, Outcome, Request, Restored};
@@ -12,6 +15,11 @@ use crate::render::{self, Output, count, seconds};
 use crate::replicas::{self, Published};
 use crate::signals::Interrupts;
 use crate::{env, programs};
+
+/// How long the fetcher stays when nobody needs it.
+const FETCHER_IDLE: Duration = Duration::from_secs(300);
+/// How long a store may bring nothing.
+const STORE_PATIENCE: Duration = Duration::from_secs(60);
 
 #[derive(Serialize)]
 struct Report {
@@ -99,7 +107,24 @@ async fn context(global: &Global, clock: Clock) -> Result<Context, Cause> {
         criu: programs.criu.path,
         criu_version: programs.criu.version.to_string(),
         program: replicas::program(),
+        fetcher: Fetcher::new(settings(global)?),
+        env: env::all(),
+        patience: env::store_patience().map_err(usage)?.unwrap_or(STORE_PATIENCE),
         clock,
+    })
+}
+
+fn usage(problem: String) -> Cause {
+    Cause::Usage { problem }
+}
+
+/// How the fetcher is started where none runs.
+fn settings(global: &Global) -> Result<Settings, Cause> {
+    Ok(Settings {
+        state: global.state.clone(),
+        program: replicas::program(),
+        limit_bytes: env::cache_memory().map_err(usage)?,
+        idle: env::fetcher_idle().map_err(usage)?.unwrap_or(FETCHER_IDLE),
     })
 }
 

@@ -6,16 +6,16 @@
 //!
 //! A connection is also a lease: see [`crate::shim`].
 
-use std::io::{self, Read};
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rewarm_report::Class;
+use rewarm_report::{Class, Remote};
+use rewarm_sys::fdpass;
 use serde::{Deserialize, Serialize};
 
-use crate::error::Remote;
 use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
@@ -210,45 +210,14 @@ pub enum Reply {
 /// Sends one message.
 pub(crate) fn send<T: Serialize>(socket: &UnixStream, message: &T, fds: &[BorrowedFd<'_>]) -> io::Result<()> {
     let body = serde_json::to_vec(message).map_err(io::Error::other)?;
-    if body.len() > MESSAGE_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidInput,
-            format!("a message of {} bytes is longer than {MESSAGE_BYTES_MAX}", body.len()),
-        ));
-    }
-    let mut bytes = u32::try_from(body.len()).expect("bounded above").to_le_bytes().to_vec();
-    bytes.extend_from_slice(&body);
-    rewarm_sys::fdpass::send(socket, &bytes, fds)
+    fdpass::send_frame(socket, &body, MESSAGE_BYTES_MAX, fds)
 }
 
 /// Receives one message; `None` if the peer has closed the connection between messages.
 pub(crate) fn receive<T: for<'a> Deserialize<'a>>(
     socket: &UnixStream,
 ) -> io::Result<Option<(T, Vec<OwnedFd>)>> {
-    let mut head = [0; 4];
-    let mut have = 0;
-    let mut fds = Vec::new();
-    while have < head.len() {
-        let (count, more) = rewarm_sys::fdpass::recv(socket, &mut head[have..], FDS_MAX)?;
-        fds.extend(more);
-        if count == 0 {
-            return if have == 0 { Ok(None) } else { Err(io::ErrorKind::UnexpectedEof.into()) };
-        }
-        have += count;
-    }
-    let length = usize::try_from(u32::from_le_bytes(head)).expect("usize has at least 32 bits");
-    if length > MESSAGE_BYTES_MAX {
-        return Err(io::Error::new(
-            io::ErrorKind::InvalidData,
-            format!("a message of {length} bytes is longer than {MESSAGE_BYTES_MAX}"),
-        ));
-    }
-    // Grown as bytes arrive: a length that lies must not take memory.
-    let mut body = Vec::new();
-    Read::take(socket, length as u64).read_to_end(&mut body)?;
-    if body.len() < length {
-        return Err(io::ErrorKind::UnexpectedEof.into());
-    }
+    let Some((body, fds)) = fdpass::recv_frame(socket, MESSAGE_BYTES_MAX, FDS_MAX)? else { return Ok(None) };
     let message = serde_json::from_slice(&body).map_err(|e| io::Error::new(io::ErrorKind::InvalidData, e))?;
     Ok(Some((message, fds)))
 }

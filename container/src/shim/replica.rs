@@ -14,7 +14,7 @@ use std::sync::Arc;
 use crate::cgroup::Cgroup;
 use crate::error::Error;
 use crate::namespaces::Network;
-use crate::record::{Cause, Exit, ExitStatus, Record, Status, write_json};
+use crate::record::{Cause, Exit, ExitStatus, Memory, Record, Status, write_json};
 use crate::runc::Runc;
 use crate::shim::Paths;
 use crate::shim::children::Children;
@@ -238,6 +238,17 @@ impl Replica {
         let mut inner = self.lock();
         let Some(record) = &mut inner.record else { return Ok(()) };
         record.status = status;
+        write_json(&self.paths.record(), record)
+    }
+
+    /// Writes down how far its memory is. What is complete stays complete.
+    pub(super) fn set_memory(&self, memory: Memory) -> Result<(), Error> {
+        let mut inner = self.lock();
+        let Some(record) = &mut inner.record else { return Ok(()) };
+        if matches!(record.memory, Some(Memory::Present { .. })) {
+            return Ok(());
+        }
+        record.memory = Some(memory);
         write_json(&self.paths.record(), record)
     }
 

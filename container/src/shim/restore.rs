@@ -6,10 +6,11 @@ use std::process::Child;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
-use crate::record::{Cause, Status};
+use crate::record::{Cause, Memory, Status};
 use crate::rootfs;
 use crate::shim::children::{Outcome, descendants};
 use crate::shim::logs::Pump;
@@ -55,6 +56,9 @@ impl Replica {
         let config = self.paths.criu_config();
         std::fs::write(&config, &request.config).context("write", config.display())?;
         rootfs::mount_over(&parts.spec.rootfs, &self.paths)?;
+        if request.lazy_pages {
+            self.set_memory(Memory::Filling)?;
+        }
         for wanted in &request.residents {
             let own: Vec<OwnedFd> = fds.by_ref().take(wanted.fds).collect();
             if own.len() < wanted.fds {
@@ -94,6 +98,9 @@ impl Replica {
         self.adopt_init(pid);
         drop(pause);
         self.set_status(Status::Starting)?;
+        if !request.lazy_pages {
+            self.set_memory(Memory::Present { since: Timestamp::now() })?;
+        }
         let residents = self.lock().residents.clone();
         for resident in residents {
             resident.restored(pid)?;

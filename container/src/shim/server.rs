@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rewarm_report::Classify;
 
-use crate::error::{Context, Error, Remote};
+use crate::error::{Context, Error, remote};
 use crate::removal::remove_tree;
 use crate::shim::protocol::{self, Reply, Request};
 use crate::shim::replica::{Asker, ConnectionId, LEASE, Replica};
@@ -29,7 +29,7 @@ pub fn main(state_dir: &Path, name: &Name) -> u8 {
     match run(state_dir, name) {
         Ok(()) => 0,
         Err(error) => {
-            let chain = Remote::from_error(&error);
+            let chain = remote(&error);
             tracing::error!(chain = ?chain.chain(), "the shim failed");
             1
         }
@@ -206,7 +206,7 @@ fn dial(replica: &Replica, port: u16, timeout_ms: u64) -> Result<OwnedFd, Error>
 }
 
 fn failed(error: &Error) -> Reply {
-    Reply::Failed { class: error.class(), error: Remote::from_error(error) }
+    Reply::Failed { class: error.class(), error: remote(error) }
 }
 
 impl Replica {

@@ -51,6 +51,7 @@ impl Replica {
             cgroup: cgroup_name,
             published: published.clone(),
             device: None,
+            memory: None,
         };
         // Written before runc makes anything: a sweep finds the cgroup by it.
         write_json(&self.paths.record(), &record)?;

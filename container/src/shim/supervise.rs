@@ -6,10 +6,11 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use rewarm_sys::pidfd::PidFd;
 
 use crate::error::{Context, Error};
-use crate::record::Cause;
+use crate::record::{Cause, Memory};
 use crate::shim::protocol::{self, ResidentRequest};
 use crate::shim::replica::Replica;
 use crate::shim::resident::{CONTROL_FD, FIRST_FD, FromShim, ToShim};
@@ -63,7 +64,7 @@ impl Resident {
         });
         let (listening, owner) = (resident.clone(), replica.clone());
         std::thread::spawn(move || {
-            let reason = listening.listen();
+            let reason = listening.listen(&owner);
             // The server dies first: the duplicates keep it from running on with pages missing until it is dead.
             if let Some(reason) = reason {
                 owner.doom(Cause::Resident(reason));
@@ -81,15 +82,20 @@ impl Resident {
     }
 
     /// Follows its messages to the end; gives the reason if the replica must die.
-    fn listen(&self) -> Option<String> {
+    fn listen(&self, replica: &Replica) -> Option<String> {
         loop {
             match protocol::receive(&self.control) {
                 Ok(Some((ToShim::Ready, _))) => self.change(|state| state.ready = true),
                 Ok(Some((ToShim::Hold, fds))) => self.change(|state| state.held.extend(fds)),
-                Ok(Some((ToShim::Done, _))) => self.change(|state| {
-                    state.done = true;
-                    state.held.clear();
-                }),
+                Ok(Some((ToShim::Done, _))) => {
+                    self.change(|state| {
+                        state.done = true;
+                        state.held.clear();
+                    });
+                    if let Err(error) = replica.set_memory(Memory::Present { since: Timestamp::now() }) {
+                        tracing::warn!(error = %error, "write down that memory is complete");
+                    }
+                }
                 Ok(Some((ToShim::Failed(reason), _))) => {
                     return Some(format!("the {} failed: {reason}", self.name));
                 }

@@ -178,6 +178,7 @@ fn a_disk_that_is_full_while_dumping() {
     make_room(&world);
     world.snapshot(&source, "v2", &[]);
     source.remove();
+    world.await_no_services();
     unmount(&world.state());
     let clones = world.restore("plain", "v2", server.port, &[]);
     server_answers_as_before(&clones[0], &server, &before);
@@ -216,6 +217,7 @@ fn a_disk_that_is_full_while_restoring() {
     let output = world.restore_call("plain", "v1", server.port, &[]).fails(1);
     output.says(&["No space left"]);
     assert!(rewarm_integration_tests::residue::processes(world.id()).is_empty());
+    world.await_no_services();
     unmount(&state);
     let clones = world.restore("plain", "v1", server.port, &[]);
     server_answers_as_before(&clones[0], &server, &before);

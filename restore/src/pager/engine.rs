@@ -1,7 +1,8 @@
 //! What the pager's threads share, and the threads that fill.
 //!
-//! Work is taken in this order: faults, the working set of an earlier restore, the background. One more thread takes
-//! faults only, so that a fault does not wait for a slow source that keeps all others busy.
+//! Work is taken in this order: faults, the working set of an earlier restore, the background. Of the threads one waits
+//! for content that has not arrived, the others take what is here, and one more takes faults only: a fault does not wait
+//! for a slow source that keeps all busy.
 
 use std::any::Any;
 use std::collections::VecDeque;
@@ -33,7 +34,10 @@ const RECORDED_WINDOW: u64 = 64 << 10;
 const FIRST: u64 = 64 << 10;
 
 /// How long an idle thread sleeps before it looks around by itself.
-const LOOK_AROUND: Duration = Duration::from_millis(20);
+const LOOK_AROUND: Duration = Duration::from_millis(5);
+
+/// Chunks that a thread looks at to find one that is here.
+const LOOK_AHEAD: usize = 64;
 
 /// Counters, all in bytes or numbers of faults.
 #[derive(Debug, Default)]
@@ -59,6 +63,17 @@ enum Job {
     Parts(Parts),
     Background(Parts),
     Stop,
+}
+
+/// What a thread takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Duty {
+    /// Everything, and waits for content that has not arrived.
+    All,
+    /// Everything, but of the working set and the background only what is here: so a fault finds a thread that is free.
+    Near,
+    /// Faults only.
+    Faults,
 }
 
 #[derive(Debug, Default)]
@@ -105,9 +120,13 @@ impl Engine {
         (0..=fillers)
             .map(|index| {
                 let engine = Arc::clone(self);
-                let faults_only = index == fillers;
+                let duty = match index {
+                    0 => Duty::All,
+                    index if index == fillers => Duty::Faults,
+                    _ => Duty::Near,
+                };
                 std::thread::Builder::new().name(format!("fill-{index}")).spawn(move || {
-                    let worked = catch_unwind(AssertUnwindSafe(|| engine.work(faults_only)));
+                    let worked = catch_unwind(AssertUnwindSafe(|| engine.work(duty)));
                     match worked {
                         Ok(Ok(())) => {}
                         Ok(Err(error)) => engine.fail(error),
@@ -217,7 +236,8 @@ impl Engine {
             Need::Content(offset) if self.source.is_near(space.task, offset) => {
                 self.fill_fault(space, fault, offset, Patience::Never)
             }
-            Need::Content(_) => {
+            Need::Content(offset) => {
+                self.source.want(space.task, offset);
                 self.queue().faults.push_back((Arc::clone(space), fault));
                 self.work.notify_all();
                 Ok(Need::Nothing)
@@ -250,9 +270,9 @@ impl Engine {
         }
     }
 
-    fn work(&self, faults_only: bool) -> Result<(), Error> {
+    fn work(&self, duty: Duty) -> Result<(), Error> {
         loop {
-            match self.next(faults_only) {
+            match self.next(duty) {
                 Job::Stop => return Ok(()),
                 Job::Fault(space, fault) => self.serve(&space, fault)?,
                 Job::Parts(job) => {
@@ -267,7 +287,7 @@ impl Engine {
         }
     }
 
-    fn next(&self, faults_only: bool) -> Job {
+    fn next(&self, duty: Duty) -> Job {
         let mut queue = self.queue();
         loop {
             if queue.stop {
@@ -276,12 +296,12 @@ impl Engine {
             if let Some((space, fault)) = queue.faults.pop_front() {
                 return Job::Fault(space, fault);
             }
-            if !faults_only {
-                if let Some(parts) = queue.first.pop_front() {
+            if duty != Duty::Faults {
+                if let Some(parts) = self.next_of_first(&mut queue.first, duty) {
                     return Job::Parts(parts);
                 }
                 if queue.background
-                    && let Some(parts) = self.next_in_background(&queue.spaces)
+                    && let Some(parts) = self.next_in_background(&queue.spaces, duty)
                 {
                     return Job::Background(parts);
                 }
@@ -291,18 +311,45 @@ impl Engine {
         }
     }
 
-    /// The next chunk in which something is pending and nobody is busy. Space after space, each in the order of its
-    /// stream, round again for what was left behind by a move.
-    fn next_in_background(&self, spaces: &[Arc<Space>]) -> Option<Parts> {
+    /// The next part of the working set; for who must not wait, of those that are here the first.
+    fn next_of_first(&self, first: &mut VecDeque<Parts>, duty: Duty) -> Option<Parts> {
+        if duty == Duty::All {
+            return first.pop_front();
+        }
+        let near = |parts: &Parts| self.source.is_near(parts.space.task, parts.chunk.start);
+        let index = first.iter().take(LOOK_AHEAD).position(near)?;
+        first.remove(index)
+    }
+
+    /// The next chunk in which something is pending and nobody is busy; one that is here, if there is any near. Space after
+    /// space, each in the order of its stream, round again for what was left behind by a move or had not arrived.
+    fn next_in_background(&self, spaces: &[Arc<Space>], duty: Duty) -> Option<Parts> {
         for space in spaces {
             let mut state = space.state();
-            let start = state.cursor;
-            let mut found = state.pending.next_in_stream(start);
-            if found.is_none() && start > 0 && !space.is_busy() {
-                found = state.pending.next_in_stream(0);
+            let (mut at, mut turns, mut waiting) = (state.cursor, 0, None);
+            let mut chosen = None;
+            for _ in 0..LOOK_AHEAD {
+                let Some(offset) = state.pending.next_in_stream(at) else {
+                    turns += 1;
+                    if turns > 1 || at == 0 {
+                        break;
+                    }
+                    at = 0;
+                    continue;
+                };
+                let chunk = self.source.chunk(space.task, offset);
+                at = chunk.end;
+                if space.is_busy_at(offset) {
+                    continue;
+                }
+                if self.source.is_near(space.task, offset) {
+                    chosen = Some(chunk);
+                    break;
+                }
+                waiting.get_or_insert(chunk);
             }
-            let Some(at) = found else { continue };
-            let chunk = self.source.chunk(space.task, at);
+            let chosen = chosen.or(waiting.filter(|_| duty == Duty::All));
+            let Some(chunk) = chosen else { continue };
             state.cursor = chunk.end;
             let parts = vec![chunk.clone()];
             return Some(Parts { space: Arc::clone(space), chunk, parts });

@@ -39,6 +39,11 @@ pub trait Source: Send + Sync {
         false
     }
 
+    /// A thread of the task waits for the chunk at `offset`: a hint to fetch it before others.
+    fn want(&self, task: u32, offset: u64) {
+        let _ = (task, offset);
+    }
+
     /// These parts are wanted first, in this order, and soon: a hint to fetch ahead.
     fn expect(&self, extents: &[Extent]) {
         let _ = extents;

@@ -159,9 +159,10 @@ impl Space {
         std::mem::take(&mut *self.left.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Whether any thread is busy here.
-    pub(super) fn is_busy(&self) -> bool {
-        !self.busy.lock().unwrap_or_else(PoisonError::into_inner).is_empty()
+    /// Whether a thread is busy with this place of the stream.
+    pub(super) fn is_busy_at(&self, offset: u64) -> bool {
+        let busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
+        busy.iter().any(|entry| entry.range.contains(&offset))
     }
 
     /// The place of the stream that a thread has been busy with for longer than `deadline`.

@@ -39,13 +39,21 @@ pub struct Fetched {
     pub requests: u64,
 }
 
-/// One request: a stretch of a pack and the chunks that are wanted from it.
+/// One request: a stretch of a pack and the chunks of a region that are wanted from it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Request {
+pub struct Request {
     pack: u32,
     range: Range<u64>,
     /// Numbers of chunks, by their offset in the pack. The same chunk may stand at several places of the stream.
     chunks: Vec<usize>,
+}
+
+impl Request {
+    /// The numbers of the chunks that it brings.
+    #[must_use]
+    pub fn chunks(&self) -> &[usize] {
+        &self.chunks
+    }
 }
 
 impl Boot {
@@ -79,11 +87,10 @@ impl Boot {
         let map = self.chunks(region).await?;
         let chosen =
             (0..map.len()).filter(|&n| wanted(map.get(n).expect("it is below the length"))).collect();
-        let requests = plan(map.refs(), chosen);
-        let job = Arc::new(Job { boot: self.inner.clone(), map, region, sink });
-        let cores = Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+        let requests = self.requests(region, chosen).await?;
+        let cores = Self::cores();
         let fetched = stream::iter(requests)
-            .map(|request| run(job.clone(), cores.clone(), request))
+            .map(|request| self.fetch_one(region, request, sink.clone(), cores.clone()))
             .buffer_unordered(parallel.max(1))
             .try_fold(Fetched::default(), |sum, one| async move {
                 Ok(Fetched {
@@ -94,6 +101,38 @@ impl Boot {
             })
             .await?;
         Ok(fetched)
+    }
+
+    /// Joins chunks of a region (by their numbers) that lie near each other to requests, in the order of the packs.
+    ///
+    /// # Errors
+    /// As [`Boot::chunks`].
+    ///
+    /// # Panics
+    /// If there is no such region or chunk.
+    pub async fn requests(&self, region: usize, chunks: Vec<usize>) -> Result<Vec<Request>> {
+        Ok(plan(self.chunks(region).await?.refs(), chunks))
+    }
+
+    /// As many permits as there are processors: what checks and decodes takes one. Shared by the requests of a fetch.
+    #[must_use]
+    pub fn cores() -> Arc<Semaphore> {
+        Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)))
+    }
+
+    /// Makes one request of a region and gives what it brings to `sink`.
+    ///
+    /// # Errors
+    /// As [`Boot::fetch`]. Chunks may have been put by then.
+    pub async fn fetch_one(
+        &self,
+        region: usize,
+        request: Request,
+        sink: Arc<dyn Sink>,
+        cores: Arc<Semaphore>,
+    ) -> Result<Fetched> {
+        let map = self.chunks(region).await?;
+        run(Arc::new(Job { boot: self.inner.clone(), map, region, sink }), cores, request).await
     }
 
     /// Fetches chunk number `n` of a region alone.

@@ -1,0 +1,266 @@
+//! The order in which one stream is fetched: what somebody waits for, what was said to come first, the rest.
+
+use std::collections::{HashSet, VecDeque};
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt, StreamExt};
+use rewarm_report::Class;
+use rewarm_store::{Boot, ChunkMap, Error, Fetched, Request, Sink};
+use rewarm_sys::shared::Writer;
+use tokio::sync::Semaphore;
+use tokio::sync::mpsc::UnboundedReceiver;
+
+use crate::error::Failure;
+use crate::layout::{BLOCK_BYTES, Layout};
+use crate::protocol::Extent;
+
+/// Requests to the store at the same time: at 8 MiB each they fill a connection of 10 Gbit/s over 200 ms.
+const PARALLEL: usize = 32;
+/// Requests for what somebody waits for may come on top of that.
+const PARALLEL_WANTED: usize = 32;
+/// Content that is joined to requests in one go: keeps the wanted order where it is not that of the packs.
+const BATCH_BYTES: u64 = 16 << 20;
+/// Wait before a failed request is made again; the store's own attempts with their backoff lie before it.
+const AGAIN: Duration = Duration::from_millis(300);
+
+/// What a fill is told while it runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Word {
+    /// Somebody waits for this block.
+    Want(u64),
+    /// Nobody waits any more.
+    Stop,
+}
+
+/// Chunks of one region and which of them are in place.
+struct Region {
+    chunks: Arc<ChunkMap>,
+    sink: Arc<Placing>,
+}
+
+/// Puts the chunks of one region where they belong, each once.
+struct Placing {
+    base: u64,
+    chunks: Arc<ChunkMap>,
+    writer: Arc<Writer>,
+    done: Vec<AtomicBool>,
+}
+
+impl Placing {
+    fn has(&self, chunk: usize) -> bool {
+        self.done[chunk].load(Ordering::Acquire)
+    }
+}
+
+impl Sink for Placing {
+    fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+        let chunk = self.chunks.at(offset).ok_or(io::ErrorKind::InvalidInput)?;
+        // Two requests may bring the same: one that was made in advance and one for who waits.
+        if self.done[chunk].swap(true, Ordering::AcqRel) {
+            return Ok(());
+        }
+        self.writer.put(self.base + offset, bytes)
+    }
+}
+
+type Running = FuturesUnordered<BoxFuture<'static, (usize, Request, Result<Fetched, Error>)>>;
+
+/// One stream that is being fetched.
+pub(crate) struct Fill {
+    boot: Boot,
+    layout: Layout,
+    regions: Vec<Region>,
+    queue: VecDeque<(usize, Request)>,
+    wanted: HashSet<u64>,
+    cores: Arc<Semaphore>,
+}
+
+impl Fill {
+    /// Plans the fetch of what is not in place yet, `first` before the rest.
+    pub(crate) async fn new(
+        boot: Boot,
+        layout: Layout,
+        writer: Writer,
+        first: &[Extent],
+    ) -> Result<Self, Failure> {
+        let writer = Arc::new(writer);
+        let mut regions = Vec::new();
+        for (index, &(base, _)) in layout.regions().iter().enumerate() {
+            let chunks = boot.chunks(index).await.map_err(|error| Failure::of_store(&error))?;
+            let has = |n| {
+                let chunk = chunks.get(n).expect("it is below the length");
+                AtomicBool::new(writer.has_all(base + chunk.offset, chunk.bytes.into()))
+            };
+            let done = (0..chunks.len()).map(has).collect();
+            let sink = Arc::new(Placing { base, chunks: chunks.clone(), writer: writer.clone(), done });
+            regions.push(Region { chunks, sink });
+        }
+        let (queue, wanted, cores) = (VecDeque::new(), HashSet::new(), Boot::cores());
+        let mut fill = Self { boot, layout, regions, queue, wanted, cores };
+        fill.plan(first).await?;
+        Ok(fill)
+    }
+
+    async fn plan(&mut self, first: &[Extent]) -> Result<(), Failure> {
+        let mut planned: Vec<Vec<bool>> =
+            self.regions.iter().map(|region| vec![false; region.chunks.len()]).collect();
+        let mut take = |region: usize, chunk: usize, sink: &Placing| {
+            !sink.has(chunk) && !std::mem::replace(&mut planned[region][chunk], true)
+        };
+        let mut order: Vec<(usize, usize)> = Vec::new();
+        for &(offset, bytes) in first {
+            for (region, chunk) in self.chunks_of(offset, bytes) {
+                if take(region, chunk, &self.regions[region].sink) {
+                    order.push((region, chunk));
+                }
+            }
+        }
+        self.enqueue(&order).await?;
+        for region in 0..self.regions.len() {
+            let sink = self.regions[region].sink.clone();
+            let rest = (0..self.regions[region].chunks.len()).filter(|&chunk| take(region, chunk, &sink));
+            let rest: Vec<usize> = rest.collect();
+            let requests = self.requests(region, rest).await?;
+            self.queue.extend(requests.into_iter().map(|request| (region, request)));
+        }
+        Ok(())
+    }
+
+    /// Joins chunks to requests; the order is kept from batch to batch.
+    async fn enqueue(&mut self, order: &[(usize, usize)]) -> Result<(), Failure> {
+        let mut batch: Vec<usize> = Vec::new();
+        let mut bytes = 0;
+        for (index, &(region, chunk)) in order.iter().enumerate() {
+            batch.push(chunk);
+            bytes += u64::from(self.regions[region].chunks.get(chunk).map_or(0, |chunk| chunk.bytes));
+            let last = order.get(index + 1).is_none_or(|(next, _)| *next != region);
+            if last || bytes >= BATCH_BYTES {
+                let requests = self.requests(region, std::mem::take(&mut batch)).await?;
+                self.queue.extend(requests.into_iter().map(|request| (region, request)));
+                bytes = 0;
+            }
+        }
+        Ok(())
+    }
+
+    async fn requests(&self, region: usize, chunks: Vec<usize>) -> Result<Vec<Request>, Failure> {
+        self.boot.requests(region, chunks).await.map_err(|error| Failure::of_store(&error))
+    }
+
+    /// The chunks that a part of the stream touches, with their regions.
+    fn chunks_of(&self, offset: u64, bytes: u64) -> Vec<(usize, usize)> {
+        let end = offset.saturating_add(bytes).min(self.layout.bytes());
+        let mut found = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let place = self.layout.locate(at).and_then(|(region, inside)| {
+                let chunks = &self.regions[region].chunks;
+                let number = chunks.at(inside)?;
+                Some((region, number, chunks.get(number)?))
+            });
+            match place {
+                Some((region, number, chunk)) => {
+                    found.push((region, number));
+                    at = self.layout.base(region) + chunk.offset + u64::from(chunk.bytes);
+                }
+                // The gap behind a region ends with its block.
+                None => at = (at / BLOCK_BYTES + 1) * BLOCK_BYTES,
+            }
+        }
+        found
+    }
+
+    /// Fetches all of it; gives the bytes that were read from the store. A store that fails is asked again until
+    /// nothing has arrived for `patience`.
+    pub(crate) async fn run(
+        mut self,
+        mut words: UnboundedReceiver<Word>,
+        patience: Duration,
+    ) -> Result<u64, Failure> {
+        let mut running = Running::new();
+        let (mut read_bytes, mut arrived) = (0, Instant::now());
+        loop {
+            while running.len() < PARALLEL
+                && let Some((region, request)) = self.queue.pop_front()
+            {
+                self.start(&mut running, region, request, Duration::ZERO);
+            }
+            if running.is_empty() {
+                return Ok(read_bytes);
+            }
+            tokio::select! {
+                biased;
+                word = words.recv() => match word {
+                    Some(Word::Want(block)) => self.want(block, &mut running).await?,
+                    Some(Word::Stop) | None => {
+                        let stopped = io::Error::other("nobody wants the stream any more");
+                        return Err(Failure::of(&stopped, Class::Failed));
+                    }
+                },
+                Some((region, request, outcome)) = running.next() => match outcome {
+                    Ok(fetched) => {
+                        read_bytes += fetched.read_bytes;
+                        arrived = Instant::now();
+                    }
+                    Err(error) if may_pass(&error) && arrived.elapsed() < patience => {
+                        tracing::info!(%error, "trying again");
+                        self.start(&mut running, region, request, AGAIN);
+                    }
+                    Err(error) => return Err(Failure::of_store(&error)),
+                },
+            }
+        }
+    }
+
+    fn start(&self, running: &mut Running, region: usize, request: Request, wait: Duration) {
+        let sink = self.regions[region].sink.clone();
+        if request.chunks().iter().all(|&chunk| sink.has(chunk)) {
+            return;
+        }
+        let (boot, cores) = (self.boot.clone(), self.cores.clone());
+        let work = async move {
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+            let outcome = boot.fetch_one(region, request.clone(), sink, cores).await;
+            (region, request, outcome)
+        };
+        running.push(tokio::spawn(work).map(|ended| ended.expect("fetching does not panic")).boxed());
+    }
+
+    /// Asks for the chunks of a block at once, even if a longer request that brings them is under way.
+    async fn want(&mut self, block: u64, running: &mut Running) -> Result<(), Failure> {
+        if !self.wanted.insert(block) {
+            return Ok(());
+        }
+        for (region, chunk) in self.chunks_of(block.saturating_mul(BLOCK_BYTES), BLOCK_BYTES) {
+            if self.regions[region].sink.has(chunk) {
+                continue;
+            }
+            for request in self.requests(region, vec![chunk]).await? {
+                if running.len() < PARALLEL + PARALLEL_WANTED {
+                    self.start(running, region, request, Duration::ZERO);
+                } else {
+                    self.queue.push_front((region, request));
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Whether asking again may help.
+fn may_pass(error: &Error) -> bool {
+    matches!(
+        error,
+        Error::Request { .. }
+            | Error::Unreachable { .. }
+            | Error::Denied { .. }
+            | Error::NoCredentials { .. }
+    )
+}

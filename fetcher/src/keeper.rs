@@ -1,0 +1,483 @@
+//! The keeper: takes requests from root, holds the memory of decoded streams, and has workers fetch them.
+
+use std::collections::HashSet;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rewarm_report::Class;
+use rewarm_store::Digest;
+use rewarm_sys::shared::Owner;
+use rewarm_sys::{confine, machine, process};
+
+use crate::USER;
+use crate::access::Access;
+use crate::cache::{self, Entry};
+use crate::client::{Status, StreamStatus};
+use crate::error::Failure;
+use crate::layout::{BLOCK_BYTES, Layout};
+use crate::protocol::{self, Extent, FromWorker, Reply, Request, ToWorker};
+use crate::start::{FOLDER_FD, SOCKET_FD};
+use crate::workers::{Worker, Workers};
+
+/// How often a worker may die without having brought a single block before the stream is given up.
+const DEATHS_MAX: u32 = 20;
+/// How often the keeper looks whether anybody still needs it.
+const LOOK_AROUND: Duration = Duration::from_millis(250);
+
+/// The hidden verb `fetcher`: serves until nobody has needed it for `idle`. Gives the exit code. No thread may have been
+/// started yet.
+#[must_use]
+pub fn main(limit: u64, idle: Duration) -> u8 {
+    match run(limit, idle) {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::error!(%error, "the fetcher failed");
+            1
+        }
+    }
+}
+
+fn run(limit: u64, idle: Duration) -> io::Result<()> {
+    let listener = UnixListener::from(process::take_inherited(SOCKET_FD)?);
+    // Absent where the kernel gives no huge pages to a tmpfs.
+    let folder = process::take_inherited(FOLDER_FD).ok();
+    confine::confine(USER, USER, Some(confine::READ_ANY_FILE))?;
+    let keeper = Arc::new(Keeper {
+        limit,
+        folder,
+        workers: Workers::default(),
+        inner: Mutex::default(),
+        changed: Condvar::new(),
+        clock: AtomicU64::new(1),
+    });
+    let accepting = keeper.clone();
+    std::thread::Builder::new().name("accept".to_owned()).spawn(move || accept(&accepting, &listener))?;
+    let mut needed = Instant::now();
+    while needed.elapsed() < idle {
+        std::thread::sleep(LOOK_AROUND.min(idle));
+        keeper.workers.end_idle();
+        if keeper.lock().clients > 0 {
+            needed = Instant::now();
+        }
+    }
+    Ok(())
+}
+
+fn accept(keeper: &Arc<Keeper>, listener: &UnixListener) {
+    for socket in listener.incoming() {
+        let Ok(socket) = socket else {
+            std::thread::sleep(Duration::from_millis(10));
+            continue;
+        };
+        keeper.lock().clients += 1;
+        let serving = keeper.clone();
+        let thread = std::thread::Builder::new().name("client".to_owned()).spawn(move || {
+            if matches!(confine::peer_is_root(&socket), Ok(true)) {
+                serving.serve(&socket);
+            }
+            serving.lock().clients -= 1;
+        });
+        if thread.is_err() {
+            keeper.lock().clients -= 1;
+        }
+    }
+}
+
+/// One decoded stream.
+#[derive(Debug)]
+struct Stream {
+    id: u64,
+    digest: Digest,
+    access: Access,
+    patience_ms: u64,
+    manifest: OwnedFd,
+    boot: OwnedFd,
+    regions: Vec<u64>,
+    owner: Owner,
+    state: Mutex<Filling>,
+    used: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct Filling {
+    /// Connections that hold a lease.
+    holders: usize,
+    begun: bool,
+    complete: bool,
+    failure: Option<Failure>,
+    /// Who fetches it, and the number of the fill there.
+    worker: Option<(Arc<Worker>, u64)>,
+    /// Bytes read from the store for it.
+    read_bytes: u64,
+}
+
+impl Stream {
+    fn state(&self) -> MutexGuard<'_, Filling> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Entry for Stream {
+    fn bytes(&self) -> u64 {
+        self.owner.content_bytes()
+    }
+
+    fn is_held(&self) -> bool {
+        self.state().holders > 0
+    }
+
+    fn used(&self) -> u64 {
+        self.used.load(Ordering::Relaxed)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    streams: Vec<Arc<Stream>>,
+    /// Digests whose stream is being made.
+    opening: HashSet<Digest>,
+    clients: usize,
+}
+
+struct Keeper {
+    limit: u64,
+    folder: Option<OwnedFd>,
+    workers: Workers,
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    clock: AtomicU64,
+}
+
+/// An answer and the files that go along.
+type Answer = (Reply, Vec<OwnedFd>);
+
+/// The stream that a connection holds, until it is dropped.
+struct Held<'a> {
+    keeper: &'a Keeper,
+    stream: Arc<Stream>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.keeper.let_go(&self.stream);
+    }
+}
+
+impl Keeper {
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn serve(self: &Arc<Self>, socket: &UnixStream) {
+        let mut held: Option<Held<'_>> = None;
+        loop {
+            let (request, fds) = match protocol::receive::<Request>(socket) {
+                Ok(Some(request)) => request,
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(%error, "request");
+                    return;
+                }
+            };
+            if let Request::Want { block } = request {
+                if let Some(held) = &held {
+                    want(&held.stream, block);
+                }
+                continue;
+            }
+            let (reply, files) = self
+                .answer(request, fds, &mut held)
+                .unwrap_or_else(|failure| (Reply::Failed(failure), Vec::new()));
+            let fds: Vec<BorrowedFd<'_>> = files.iter().map(AsFd::as_fd).collect();
+            if protocol::send(socket, &reply, &fds).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn answer<'a>(
+        self: &'a Arc<Self>,
+        request: Request,
+        fds: Vec<OwnedFd>,
+        held: &mut Option<Held<'a>>,
+    ) -> Result<Answer, Failure> {
+        let done = Ok((Reply::Done, Vec::new()));
+        match request {
+            Request::Hello { .. } => Ok((Reply::Hello { version: protocol::VERSION }, Vec::new())),
+            Request::Find { access, name, target } => self.find(&access, &name, &target),
+            Request::Open { access, digest, patience_ms } => {
+                let manifest = fds.into_iter().next().ok_or_else(|| nonsense("open without a manifest"))?;
+                let stream = self.open(access, digest, patience_ms, manifest)?;
+                let opened = opened(&stream);
+                *held = Some(Held { keeper: self, stream });
+                opened
+            }
+            Request::Join { stream } => {
+                let found = self.hold(|other| other.id == stream);
+                *held = Some(Held { keeper: self, stream: found.ok_or_else(|| nonsense("no such stream"))? });
+                done
+            }
+            Request::Begin { first } => {
+                let stream = &held.as_ref().ok_or_else(|| nonsense("no stream is open"))?.stream;
+                if !std::mem::replace(&mut stream.state().begun, true) {
+                    let (keeper, stream) = (self.clone(), stream.clone());
+                    let thread = std::thread::Builder::new().name("fill".to_owned());
+                    thread.spawn(move || keeper.fill(&stream, &first)).map_err(|error| system(&error))?;
+                }
+                done
+            }
+            Request::Why => match held.as_ref().and_then(|held| held.stream.state().failure.clone()) {
+                Some(failure) => Err(failure),
+                None => done,
+            },
+            Request::Trim { free_bytes } => {
+                self.trim(free_bytes);
+                done
+            }
+            Request::Status => Ok((Reply::Status(self.status()), Vec::new())),
+            Request::Want { .. } => done,
+        }
+    }
+
+    fn find(&self, access: &Access, name: &str, target: &str) -> Result<Answer, Failure> {
+        let question = |id| ToWorker::Find { id, name: name.to_owned(), target: target.to_owned() };
+        match self.ask(access, question, &[])? {
+            (FromWorker::Found { manifests, .. }, Some(file)) => Ok((Reply::Found { manifests }, vec![file])),
+            (FromWorker::Failed { failure, .. }, _) => Err(failure),
+            _ => Err(nonsense("a worker's answer")),
+        }
+    }
+
+    /// Asks the worker of a store, and the next one if it dies over the question.
+    fn ask(
+        &self,
+        access: &Access,
+        question: impl Fn(u64) -> ToWorker,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(FromWorker, Option<OwnedFd>), Failure> {
+        for _ in 0..DEATHS_MAX {
+            let worker = self.workers.of(access).map_err(|error| system(&error))?;
+            if let Some(answer) = worker.ask(&question, fds).wait() {
+                return Ok(answer);
+            }
+        }
+        Err(died())
+    }
+
+    /// A lease on the stream of a snapshot, made if there is none.
+    fn open(
+        &self,
+        access: Access,
+        digest: Digest,
+        patience_ms: u64,
+        manifest: OwnedFd,
+    ) -> Result<Arc<Stream>, Failure> {
+        let mut inner = self.lock();
+        loop {
+            if let Some(stream) = self.hold_in(&inner, |stream| stream.digest == digest) {
+                return Ok(stream);
+            }
+            if inner.opening.insert(digest) {
+                break;
+            }
+            inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+        }
+        drop(inner);
+        let made = self.make(access, digest, patience_ms, manifest);
+        let mut inner = self.lock();
+        inner.opening.remove(&digest);
+        self.changed.notify_all();
+        let stream = Arc::new(made?);
+        stream.state().holders = 1;
+        let gone = cache::make_room(&mut inner.streams, self.limit, stream.owner.content_bytes());
+        inner.streams.push(stream.clone());
+        drop(inner);
+        drop(gone);
+        Ok(stream)
+    }
+
+    fn make(
+        &self,
+        access: Access,
+        digest: Digest,
+        patience_ms: u64,
+        manifest: OwnedFd,
+    ) -> Result<Stream, Failure> {
+        let (regions, boot) =
+            match self.ask(&access, |id| ToWorker::Boot { id, digest }, &[manifest.as_fd()])? {
+                (FromWorker::Booted { regions, .. }, Some(boot)) => (regions, boot),
+                (FromWorker::Failed { failure, .. }, _) => return Err(failure),
+                _ => return Err(nonsense("a worker's answer")),
+            };
+        let layout = Layout::of(&regions).ok_or_else(|| nonsense("regions longer than any snapshot"))?;
+        let folder = self.folder.as_ref().map(AsFd::as_fd);
+        let owner = Owner::create(layout.bytes(), BLOCK_BYTES, folder).map_err(|error| system(&error))?;
+        let (id, used) = (self.tick(), AtomicU64::new(self.tick()));
+        let state = Mutex::default();
+        Ok(Stream { id, digest, access, patience_ms, manifest, boot, regions, owner, state, used })
+    }
+
+    fn tick(&self) -> u64 {
+        self.clock.fetch_add(1, Ordering::Relaxed)
+    }
+
+    fn hold(&self, which: impl Fn(&Stream) -> bool) -> Option<Arc<Stream>> {
+        self.hold_in(&self.lock(), which)
+    }
+
+    fn hold_in(&self, inner: &Inner, which: impl Fn(&Stream) -> bool) -> Option<Arc<Stream>> {
+        let stream = inner.streams.iter().find(|stream| which(stream) && stream.state().failure.is_none())?;
+        stream.state().holders += 1;
+        stream.used.store(self.tick(), Ordering::Relaxed);
+        Some(stream.clone())
+    }
+
+    /// A lease ends. What nobody holds stays as far as the limit goes, unless it is not complete.
+    fn let_go(&self, stream: &Arc<Stream>) {
+        let mut inner = self.lock();
+        let mut state = stream.state();
+        state.holders -= 1;
+        let (unheld, useless) = (state.holders == 0, !state.complete);
+        let worker = state.worker.clone();
+        drop(state);
+        if unheld && useless {
+            inner.streams.retain(|other| !Arc::ptr_eq(other, stream));
+            if let Some((worker, fill)) = worker {
+                worker.tell(&ToWorker::Stop { fill }, &[]);
+            }
+        }
+        let gone = cache::make_room(&mut inner.streams, self.limit, 0);
+        drop(inner);
+        drop(gone);
+    }
+
+    /// Drops streams that nobody holds until so much memory is free.
+    fn trim(&self, free_bytes: u64) {
+        loop {
+            let free = machine::free_bytes().unwrap_or(u64::MAX);
+            if free >= free_bytes {
+                return;
+            }
+            let mut inner = self.lock();
+            let total: u64 = inner.streams.iter().map(|stream| stream.bytes()).sum();
+            let limit = total.saturating_sub((free_bytes - free).max(1));
+            let gone = cache::make_room(&mut inner.streams, limit, 0);
+            drop(inner);
+            if gone.is_empty() {
+                return;
+            }
+        }
+    }
+
+    /// Has a stream fetched, by one worker after another if they die.
+    fn fill(&self, stream: &Arc<Stream>, first: &[Extent]) {
+        let mut deaths = 0;
+        loop {
+            let before = stream.owner.arrived_bytes();
+            let answer = match self.workers.of(&stream.access) {
+                Ok(worker) => self.fill_by(&worker, stream, first),
+                Err(error) => Some((FromWorker::Failed { id: 0, failure: system(&error) }, None)),
+            };
+            match answer {
+                Some((FromWorker::Filled { read_bytes, .. }, _)) => {
+                    let mut state = stream.state();
+                    state.complete = true;
+                    state.worker = None;
+                    state.read_bytes += read_bytes;
+                    return;
+                }
+                Some((FromWorker::Failed { failure, .. }, _)) => return self.give_up(stream, failure),
+                Some(_) => return self.give_up(stream, nonsense("a worker's answer")),
+                None if stream.state().holders == 0 => return,
+                None => {
+                    deaths = if stream.owner.arrived_bytes() > before { 1 } else { deaths + 1 };
+                    tracing::warn!(stream = stream.id, deaths, "a worker died; another one goes on");
+                    if deaths > DEATHS_MAX {
+                        return self.give_up(stream, died());
+                    }
+                }
+            }
+        }
+    }
+
+    fn fill_by(
+        &self,
+        worker: &Arc<Worker>,
+        stream: &Stream,
+        first: &[Extent],
+    ) -> Option<(FromWorker, Option<OwnedFd>)> {
+        let [content, table] = stream.owner.files();
+        let question = |id| ToWorker::Fill {
+            id,
+            digest: stream.digest,
+            first: first.to_vec(),
+            patience_ms: stream.patience_ms,
+        };
+        let asked = worker.ask(question, &[stream.manifest.as_fd(), stream.boot.as_fd(), content, table]);
+        stream.state().worker = Some((worker.clone(), asked.id));
+        asked.wait()
+    }
+
+    /// Nobody gets this stream any more, and who waits for it hears why.
+    fn give_up(&self, stream: &Arc<Stream>, failure: Failure) {
+        tracing::warn!(stream = stream.id, %failure, "a stream is given up");
+        stream.state().failure = Some(failure);
+        stream.owner.fail();
+        self.lock().streams.retain(|other| !Arc::ptr_eq(other, stream));
+    }
+
+    fn status(&self) -> Status {
+        let inner = self.lock();
+        let one = |stream: &Arc<Stream>| {
+            let state = stream.state();
+            StreamStatus {
+                digest: stream.digest.to_string(),
+                store: stream.access.shown().to_owned(),
+                bytes: stream.owner.content_bytes(),
+                arrived_bytes: stream.owner.arrived_bytes(),
+                read_bytes: state.read_bytes,
+                complete: state.complete,
+                holders: state.holders,
+            }
+        };
+        Status {
+            pid: std::process::id(),
+            limit_bytes: self.limit,
+            huge_pages: self.folder.is_some(),
+            streams: inner.streams.iter().map(one).collect(),
+        }
+    }
+}
+
+fn opened(stream: &Stream) -> Result<Answer, Failure> {
+    let copy = |fd: &OwnedFd| fd.try_clone();
+    let [content, table] = stream.owner.for_reading().map_err(|error| system(&error))?;
+    let boot = copy(&stream.boot).map_err(|error| system(&error))?;
+    let reply = Reply::Opened { stream: stream.id, regions: stream.regions.clone() };
+    Ok((reply, vec![boot, content, table]))
+}
+
+fn want(stream: &Stream, block: u64) {
+    let worker = stream.state().worker.clone();
+    if let Some((worker, fill)) = worker {
+        worker.tell(&ToWorker::Want { fill, block }, &[]);
+    }
+}
+
+fn system(error: &io::Error) -> Failure {
+    Failure::of(error, Class::Failed)
+}
+
+fn nonsense(what: &str) -> Failure {
+    Failure::of(&io::Error::other(format!("the fetcher cannot use {what}")), Class::Failed)
+}
+
+fn died() -> Failure {
+    let text =
+        "the processes that fetch from the store died again and again; see fetcher.log in the state folder";
+    Failure::of(&io::Error::other(text), Class::Failed)
+}

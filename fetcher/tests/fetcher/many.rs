@@ -1,0 +1,167 @@
+//! What is fetched once, for whom, and how long it stays.
+
+use std::time::Duration;
+
+use libtest_mimic::Trial;
+use rewarm_fetcher::{BLOCK_BYTES, Fetcher, Kind, Status};
+use rewarm_report::{Class, Classify};
+
+use crate::world::World;
+
+const LONG: Duration = Duration::from_secs(60);
+const REGIONS: &[u64] = &[3000, 1, 0, 700];
+
+pub(crate) fn trials() -> Vec<Trial> {
+    trials![
+        every_byte_arrives_and_a_second_restore_reads_nothing,
+        many_at_once_cost_one_download,
+        what_is_wanted_first_comes_first,
+        streams_that_nobody_holds_stay_up_to_the_limit,
+        memory_that_is_needed_is_given_back,
+        what_a_store_does_not_have_is_told_by_kind,
+        a_damaged_pack_is_told_to_who_waits,
+        a_fetcher_without_work_ends,
+    ]
+}
+
+fn status(world: &World) -> Status {
+    Fetcher::status(&world.state()).expect("it answers").expect("it runs")
+}
+
+fn every_byte_arrives_and_a_second_restore_reads_nothing() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 1, REGIONS);
+    let stream = world.open("one").expect("opened");
+    stream.begin(Vec::new()).expect("begun");
+    World::assert_content(&stream, 1, REGIONS);
+    World::await_that("the stream is complete", || status(&world).streams[0].complete);
+    let read = status(&world).streams[0].read_bytes;
+    assert!(read > 0);
+    drop(stream);
+    // The store is gone, and nobody needs it.
+    std::fs::rename(world.store().join("packs"), world.store().join("away")).expect("renamed");
+    let again = world.open("one").expect("opened");
+    again.begin(Vec::new()).expect("begun");
+    World::assert_content(&again, 1, REGIONS);
+    let streams = status(&world).streams;
+    assert_eq!((streams.len(), streams[0].read_bytes), (1, read));
+}
+
+fn many_at_once_cost_one_download() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 2, REGIONS);
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let stream = world.open("one").expect("opened");
+                stream.begin(Vec::new()).expect("begun");
+                World::assert_content(&stream, 2, REGIONS);
+            });
+        }
+    });
+    World::await_that("the stream is complete", || status(&world).streams.iter().all(|one| one.complete));
+    let streams = status(&world).streams;
+    let stored: u64 = REGIONS.iter().sum::<u64>() * 4096;
+    assert_eq!(streams.len(), 1);
+    assert!(streams[0].read_bytes <= stored + stored / 10, "{} read of {stored}", streams[0].read_bytes);
+}
+
+/// The last block is asked for first, over a store of which each pack is read on its own.
+fn what_is_wanted_first_comes_first() {
+    let world = World::new(1 << 30, LONG);
+    let regions = &[60_000];
+    world.publish("one", 3, regions);
+    let stream = world.open("one").expect("opened");
+    let last = (stream.layout().bytes() - 1) / BLOCK_BYTES;
+    stream.begin(vec![(last * BLOCK_BYTES, BLOCK_BYTES)]).expect("begun");
+    stream.wait(last, LONG).expect("it arrives");
+    let here = (0..last).filter(|block| stream.reader().has(*block)).count() as u64;
+    assert!(here < last, "all of it was here before what was wanted first");
+    World::assert_content(&stream, 3, regions);
+}
+
+fn streams_that_nobody_holds_stay_up_to_the_limit() {
+    let size = 2000 * 4096;
+    let world = World::new(2 * size + 2 * BLOCK_BYTES, LONG);
+    for (seed, name) in ["a", "b", "c"].into_iter().enumerate() {
+        world.publish(name, seed as u64, &[2000]);
+        let stream = world.open(name).expect("opened");
+        stream.begin(Vec::new()).expect("begun");
+        World::assert_content(&stream, seed as u64, &[2000]);
+        World::await_that("complete", || status(&world).streams.iter().all(|one| one.complete));
+        drop(stream);
+        World::await_that("let go", || status(&world).streams.iter().all(|one| one.holders == 0));
+    }
+    let kept = status(&world).streams;
+    assert_eq!(kept.len(), 2, "{kept:?}");
+    let first = world.find("a").expect("found").digest().to_string();
+    assert!(kept.iter().all(|one| one.digest != first), "the oldest is the one to go");
+    // A stream whose fetch was never finished is of no use to anybody.
+    let unfinished = world.open("a").expect("opened");
+    drop(unfinished);
+    World::await_that("dropped", || status(&world).streams.iter().all(|one| one.complete));
+}
+
+fn memory_that_is_needed_is_given_back() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 4, &[2000]);
+    let stream = world.open("one").expect("opened");
+    stream.begin(Vec::new()).expect("begun");
+    World::assert_content(&stream, 4, &[2000]);
+    World::await_that("complete", || status(&world).streams.iter().all(|one| one.complete));
+    world.fetcher().trim(u64::MAX).expect("trimmed");
+    assert_eq!(status(&world).streams.len(), 1, "it is held");
+    drop(stream);
+    World::await_that("let go", || status(&world).streams.iter().all(|one| one.holders == 0));
+    world.fetcher().trim(1).expect("trimmed");
+    assert_eq!(status(&world).streams.len(), 1, "a byte is free anyway");
+    world.fetcher().trim(u64::MAX).expect("trimmed");
+    assert!(status(&world).streams.is_empty());
+}
+
+fn what_a_store_does_not_have_is_told_by_kind() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 5, &[10]);
+    let error = world.find("absent").expect_err("absent");
+    assert_eq!((error.kind(), error.class()), (Kind::NotFound, Class::NotFound), "{error}");
+    assert_eq!(error.to_string(), format!("absent@v1 does not exist in {}", world.url()));
+    std::fs::rename(world.store(), world.store().with_extension("away")).expect("renamed");
+    let error = world.find("one").expect_err("the store is gone");
+    assert_eq!(error.class(), Class::NotFound, "{error}");
+}
+
+fn a_damaged_pack_is_told_to_who_waits() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 6, REGIONS);
+    let pack =
+        std::fs::read_dir(world.store().join("packs")).expect("packs").next().expect("one").expect("read");
+    let mut bytes = std::fs::read(pack.path()).expect("read");
+    let middle = bytes.len() / 2;
+    bytes[middle] ^= 1;
+    std::fs::write(pack.path(), bytes).expect("written");
+    let stream = world.open("one").expect("opened");
+    stream.begin(Vec::new()).expect("begun");
+    let blocks = stream.layout().bytes() / BLOCK_BYTES;
+    let errors: Vec<_> = (0..blocks).filter_map(|block| stream.wait(block, LONG).err()).collect();
+    assert!(!errors.is_empty(), "the damage was not found");
+    assert!(errors.iter().all(|error| error.class() == Class::Integrity), "{errors:?}");
+    assert!(errors[0].to_string().contains("is damaged"), "{}", errors[0]);
+    // Nobody gets this stream any more.
+    drop(stream);
+    assert!(status(&world).streams.is_empty());
+}
+
+fn a_fetcher_without_work_ends() {
+    let world = World::new(1 << 30, Duration::from_millis(200));
+    world.publish("one", 7, &[10]);
+    let stream = world.open("one").expect("opened");
+    std::thread::sleep(Duration::from_millis(600));
+    let keeper = world.keeper().expect("somebody holds a stream");
+    drop(stream);
+    World::await_that("the fetcher has ended", || world.keeper().is_none());
+    World::await_that("its process is gone", || {
+        !std::path::Path::new(&format!("/proc/{keeper}/exe")).exists()
+    });
+    // The next one who needs it starts it.
+    world.open("one").expect("opened");
+}

@@ -1,0 +1,154 @@
+//! A slow or broken way to a server: what comes back through it can be throttled, stalled and cut while it runs.
+
+use std::io::{self, Read, Write};
+use std::net::{Shutdown, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::Duration;
+
+/// Bytes that are passed on in one go.
+const PIECE: usize = 16 << 10;
+const POLL: Duration = Duration::from_millis(10);
+
+/// What goes wrong. Nothing does at first.
+#[derive(Debug, Default)]
+struct Wrong {
+    /// Bytes a second over all connections; 0 for as fast as it goes.
+    rate: AtomicU64,
+    stalled: AtomicBool,
+    /// A connection is cut when so many bytes have come back over it; 0 for never.
+    cut_after: AtomicU64,
+    /// Bytes that have come back.
+    passed: AtomicU64,
+    ended: AtomicBool,
+}
+
+/// A way to a port of this machine. Dropping it closes it.
+#[derive(Debug)]
+pub struct Slow {
+    port: u16,
+    wrong: Arc<Wrong>,
+}
+
+impl Slow {
+    /// A way to `port`, as fast as it goes.
+    ///
+    /// # Panics
+    ///
+    /// When no port can be had.
+    #[must_use]
+    pub fn to(port: u16) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        let own = listener.local_addr().expect("a port").port();
+        let wrong = Arc::new(Wrong::default());
+        let shared = wrong.clone();
+        std::thread::spawn(move || {
+            for client in listener.incoming().flatten() {
+                if shared.ended.load(Ordering::Relaxed) {
+                    return;
+                }
+                let shared = shared.clone();
+                std::thread::spawn(move || {
+                    // A connection that breaks is what clients have to live with.
+                    let _ = carry(&client, port, &shared);
+                });
+            }
+        });
+        Self { port: own, wrong }
+    }
+
+    /// The port of the near end.
+    #[must_use]
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Bytes a second over all connections; 0 for as fast as it goes.
+    pub fn throttle(&self, rate: u64) {
+        self.wrong.rate.store(rate, Ordering::Relaxed);
+    }
+
+    /// Whether nothing comes back any more, over connections that stay open.
+    pub fn stall(&self, stalled: bool) {
+        self.wrong.stalled.store(stalled, Ordering::Relaxed);
+    }
+
+    /// Cuts each connection when so many bytes have come back over it; 0 for never.
+    pub fn cut_after(&self, bytes: u64) {
+        self.wrong.cut_after.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that have come back.
+    #[must_use]
+    pub fn passed(&self) -> u64 {
+        self.wrong.passed.load(Ordering::Relaxed)
+    }
+}
+
+impl Drop for Slow {
+    fn drop(&mut self) {
+        self.wrong.ended.store(true, Ordering::Relaxed);
+        // Wakes the thread that waits for connections.
+        let _ = TcpStream::connect(("127.0.0.1", self.port));
+    }
+}
+
+fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
+    let server = TcpStream::connect(("127.0.0.1", port))?;
+    let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+    std::thread::spawn(move || {
+        let _ = io::copy(&mut from, &mut to);
+        let _ = to.shutdown(Shutdown::Write);
+    });
+    let (mut from, mut to) = (server, client);
+    let mut piece = vec![0; PIECE];
+    let mut carried = 0;
+    loop {
+        let count = from.read(&mut piece)?;
+        while wrong.stalled.load(Ordering::Relaxed) && !wrong.ended.load(Ordering::Relaxed) {
+            std::thread::sleep(POLL);
+        }
+        let rate = wrong.rate.load(Ordering::Relaxed);
+        if rate > 0 {
+            // One after another: the lock is the line that all share.
+            static LINE: std::sync::Mutex<()> = std::sync::Mutex::new(());
+            let _turn = LINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            std::thread::sleep(Duration::from_secs_f64(count as f64 / rate as f64));
+        }
+        carried += count as u64;
+        let limit = wrong.cut_after.load(Ordering::Relaxed);
+        if count == 0 || (limit > 0 && carried > limit) || wrong.ended.load(Ordering::Relaxed) {
+            let _ = to.shutdown(Shutdown::Both);
+            return from.shutdown(Shutdown::Both);
+        }
+        to.write_all(&piece[..count])?;
+        wrong.passed.fetch_add(count as u64, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_come_through_and_connections_are_cut() {
+        let server = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+        let port = server.local_addr().unwrap().port();
+        std::thread::spawn(move || {
+            for client in server.incoming().flatten() {
+                let _ = (&client).write_all(&[7; 100_000]);
+            }
+        });
+        let slow = Slow::to(port);
+        let fetch = || {
+            let mut all = Vec::new();
+            let _ = TcpStream::connect(("127.0.0.1", slow.port())).unwrap().read_to_end(&mut all);
+            all.len()
+        };
+        assert_eq!(fetch(), 100_000);
+        slow.cut_after(40_000);
+        let cut = fetch();
+        assert!(cut <= 60_000, "{cut} bytes");
+        assert!(slow.passed() >= 100_000);
+    }
+}

@@ -1,0 +1,267 @@
+//! Replicas that are ready before all of their memory is there, and what may happen to them until it is.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rewarm_integration_tests::checks::{Answers, answers, server_answers_as_before};
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Need, Replica, Slow, World, needs, residue};
+use serde_json::Value;
+
+use crate::{world, world_for};
+
+const MIB: u64 = 1 << 20;
+/// How long a killed replica may take to be told as such.
+const TOLD_MAX: Duration = Duration::from_secs(30);
+/// How long memory may take to be complete once nothing is slow any more.
+const PRESENT_MAX: Duration = Duration::from_secs(60);
+
+/// A world with a bucket behind a slow way, and a snapshot of a server with memory in it.
+fn far(server: &Server) -> Option<(World, Slow)> {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
+    Some(world(&needs)?.on_garage().behind()).inspect(|(world, _)| drop(snapshot_of(world, server)))
+}
+
+/// Takes a snapshot of a server, which is removed. What it answered.
+fn snapshot_of(world: &World, server: &Server) -> Answers {
+    let source = world.start(server.name, server);
+    let before = answers(&source, server);
+    world.snapshot(&source, "v1", &["--compression", "none"]);
+    source.remove();
+    before
+}
+
+/// The answers of a server that nobody has snapshotted are the same: its content is known.
+fn answers_of(world: &World, server: &Server) -> Answers {
+    let again = world.start("again", server);
+    let answers = answers(&again, server);
+    again.remove();
+    answers
+}
+
+fn lazily<'w>(world: &'w World, server: &Server, patience: &str) -> Replica<'w> {
+    let call = world.restore_call(server.name, "v1", server.port, &["--mode", "lazy"]);
+    let output = call.env("REWARM_STORE_PATIENCE", patience).ok();
+    Replica::of_restore(world, server.port, &output).remove(0)
+}
+
+fn entry(replica: &Replica<'_>) -> Value {
+    replica.entry().expect("it is listed")
+}
+
+fn await_present(world: &World, replica: &Replica<'_>) -> Value {
+    world.await_state("memory is complete", PRESENT_MAX, || entry(replica)["memory"] == "present");
+    entry(replica)
+}
+
+fn pagers(world: &World) -> Vec<i32> {
+    let all = residue::processes(world.id()).into_iter();
+    all.filter(|(_, command)| command.contains(" pager ")).map(|(pid, _)| pid).collect()
+}
+
+/// Waits until the replica was killed, and gives the reason.
+fn await_crash(world: &World, replica: &Replica<'_>) -> String {
+    world.await_state("the replica was killed", TOLD_MAX, || entry(replica)["status"] == "crashed");
+    let exit = entry(replica)["exit"].clone();
+    assert_eq!(exit["code"], 128 + Signal::SIGKILL as i32, "{exit}");
+    let list = world.rewarm().args(["ps", "--all"]).ok().stdout;
+    let reason = exit["reason"].as_str().expect("a reason").to_owned();
+    assert!(list.contains(&reason), "{reason:?} is missing in\n{list}");
+    assert_eq!(pagers(world), [] as [i32; 0]);
+    reason
+}
+
+#[test]
+fn a_replica_is_ready_before_its_memory_is_complete() {
+    let server = Server::memory_of(96);
+    let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
+    slow.throttle(24 * MIB);
+    let replica = lazily(&world, &server, "30s");
+    assert_eq!(entry(&replica)["memory"], "filling");
+    assert!(!pagers(&world).is_empty());
+    // All of it is read here, most of it before it has arrived by itself.
+    server_answers_as_before(&replica, &server, &before);
+    let present = await_present(&world, &replica);
+    assert!(present["present_ms"].as_i64().is_some_and(|ms| ms > 0), "{present}");
+    // Nothing is left of the filling: no process, and no userfaultfd in any.
+    world.await_state("the pager has ended", TOLD_MAX, || pagers(&world).is_empty());
+    for (pid, command) in residue::processes(world.id()) {
+        for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+            let target = std::fs::read_link(fd.path()).unwrap_or_default();
+            assert!(!target.to_string_lossy().contains("userfaultfd"), "{command} holds {target:?}");
+        }
+    }
+    server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_store_that_goes_away_ends_what_is_being_filled_with_the_reason() {
+    let server = Server::memory_of(96);
+    let Some((world, slow)) = far(&server) else { return };
+    slow.throttle(16 * MIB);
+    let replica = lazily(&world, &server, "2s");
+    // Every connection breaks at once, and so does every further one.
+    slow.cut_after(1);
+    let reason = await_crash(&world, &replica);
+    assert!(reason.contains(world.id()), "the store is not named: {reason}");
+    world.finish();
+}
+
+#[test]
+fn a_store_that_stalls_and_comes_back_costs_time_only() {
+    let server = Server::memory_of(64);
+    let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
+    slow.throttle(24 * MIB);
+    let replica = lazily(&world, &server, "60s");
+    slow.stall(true);
+    std::thread::sleep(Duration::from_secs(3));
+    assert_eq!(entry(&replica)["memory"], "filling");
+    slow.stall(false);
+    server_answers_as_before(&replica, &server, &before);
+    await_present(&world, &replica);
+    world.finish();
+}
+
+/// Every connection is cut after a part of what was asked for; what is left is asked for again.
+#[test]
+fn connections_that_break_again_and_again_cost_time_only() {
+    let server = Server::memory_of(48);
+    let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
+    slow.cut_after(11 * MIB);
+    let replica = lazily(&world, &server, "60s");
+    server_answers_as_before(&replica, &server, &before);
+    await_present(&world, &replica);
+    world.finish();
+}
+
+#[test]
+fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
+    let server = Server::memory_of(96);
+    let Some((world, slow)) = far(&server) else { return };
+    slow.throttle(16 * MIB);
+    let replica = lazily(&world, &server, "60s");
+    for (pid, _) in residue::services(world.id()) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    }
+    let reason = await_crash(&world, &replica);
+    assert!(reason.contains("is gone"), "{reason}");
+    // The next restore starts another one.
+    slow.throttle(0);
+    let again = world.restore(server.name, "v1", server.port, &["--name", &world.name("again")]);
+    server_answers_as_before(&again[0], &server, &answers_of(&world, &server));
+    world.finish();
+}
+
+#[test]
+fn a_killed_pager_ends_what_is_being_filled_with_the_reason() {
+    let server = Server::memory_of(96);
+    let Some((world, slow)) = far(&server) else { return };
+    slow.throttle(16 * MIB);
+    let replica = lazily(&world, &server, "60s");
+    for pid in pagers(&world) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    }
+    let reason = await_crash(&world, &replica);
+    assert!(reason.contains("pager"), "{reason}");
+    world.finish();
+}
+
+/// A restore whose fetcher is killed starts over once, with another one.
+#[test]
+fn a_keeper_killed_during_a_restore_is_replaced() {
+    let server = Server::memory_of(48);
+    let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
+    slow.throttle(16 * MIB);
+    let running = world.restore_call(server.name, "v1", server.port, &[]).spawn();
+    let began = Instant::now();
+    while slow.passed() < MIB {
+        assert!(began.elapsed() < TOLD_MAX, "nothing is fetched");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    for (pid, _) in residue::services(world.id()) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    }
+    slow.throttle(0);
+    let output = running.wait();
+    output.expect_code(0);
+    let clones = Replica::of_restore(&world, server.port, &output);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+fn children(parent: i32) -> Vec<i32> {
+    let threads = std::fs::read_dir(format!("/proc/{parent}/task")).into_iter().flatten().flatten();
+    let lists = threads.filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok());
+    lists.flat_map(|list| list.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect()
+}
+
+/// Memory changes in every way, forks included, while it is filled by workers that are killed over it.
+#[test]
+fn workers_killed_while_memory_is_filled_cost_time_only() {
+    let server = Server::memory();
+    let Some(world) = world_for(&server) else { return };
+    let before = snapshot_of(&world, &server);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut wait = 0;
+            while !stop.load(Ordering::Acquire) {
+                for (keeper, _) in residue::services(world.id()) {
+                    for worker in children(keeper) {
+                        // It may have ended by itself.
+                        let _ = kill(Pid::from_raw(worker), Signal::SIGKILL);
+                    }
+                }
+                wait = (wait + 37) % 200;
+                std::thread::sleep(Duration::from_millis(40 + wait));
+            }
+        });
+        for round in 0..3 {
+            let name = world.name(&format!("clone-{round}"));
+            let call = world.restore_call(
+                server.name,
+                "v1",
+                server.port,
+                &["--mode", "lazy", "--count", "2", "--name", &name],
+            );
+            let output = call.env("REWARM_CACHE_MEMORY", "0").ok();
+            for clone in Replica::of_restore(&world, server.port, &output) {
+                server_answers_as_before(&clone, &server, &before);
+                await_present(&world, &clone);
+                server_answers_as_before(&clone, &server, &before);
+                clone.remove();
+            }
+        }
+        stop.store(true, Ordering::Release);
+    });
+    world.finish();
+}
+
+#[test]
+fn eight_clones_cost_one_download() {
+    let server = Server::memory_of(32);
+    let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
+    let passed = slow.passed();
+    let one = world.restore(server.name, "v1", server.port, &["--name", &world.name("one")]);
+    let cost = slow.passed() - passed;
+    one[0].remove();
+    world.await_no_services();
+    let passed = slow.passed();
+    let flags = ["--count", "8", "--name", &world.name("eight")];
+    let eight = world.restore(server.name, "v1", server.port, &flags);
+    let together = slow.passed() - passed;
+    assert_eq!(eight.len(), 8);
+    assert!(together <= cost + cost / 10, "{together} bytes for eight, {cost} for one");
+    for clone in &eight {
+        server_answers_as_before(clone, &server, &before);
+    }
+    world.finish();
+}
