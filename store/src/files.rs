@@ -31,6 +31,11 @@ pub trait Files: fmt::Debug + Send + Sync {
     /// # Errors
     /// What the system says.
     fn list(&self, folder: &str) -> io::Result<Vec<(String, u64)>>;
+
+    /// The folder, where this process may work in it by itself.
+    fn folder(&self) -> Option<&std::path::Path> {
+        None
+    }
 }
 
 /// The files of a folder, opened by this process.
@@ -71,6 +76,10 @@ impl Files for Folder {
             }
         }
         Ok(found)
+    }
+
+    fn folder(&self) -> Option<&std::path::Path> {
+        Some(&self.0)
     }
 }
 

@@ -240,7 +240,7 @@ impl Objects {
 
     /// Removes files of uploads that a crash cut short and that are older than `age`. A bucket's own rules do that there.
     pub(crate) fn remove_half_written(&self, folder: &str, age: Duration) -> Result<()> {
-        let Some(root) = &self.folder else { return Ok(()) };
+        let Some(root) = self.files.as_ref().and_then(|files| files.folder()) else { return Ok(()) };
         // A folder that is not there holds none.
         let Ok(entries) = std::fs::read_dir(root.join(folder)) else { return Ok(()) };
         for entry in entries.flatten() {
