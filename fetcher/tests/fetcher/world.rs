@@ -173,10 +173,10 @@ pub(crate) fn content(seed: u64, region: usize, pages: u64) -> Vec<u8> {
     for page in 0..pages {
         // Every sixteenth page repeats one that came before: the same chunk at several places.
         let page = if page % 16 == 15 { page / 32 } else { page };
-        let mut numbers = Numbers::new(seed ^ (region as u64) << 48 ^ page);
+        let mut numbers = Numbers::new(seed ^ ((region as u64) << 48) ^ page);
         let random = page % 5 != 0;
         for word in 0..512_u64 {
-            bytes.extend(if random { numbers.next() } else { seed ^ page ^ word % 4 }.to_le_bytes());
+            bytes.extend(if random { numbers.next() } else { seed ^ page ^ (word % 4) }.to_le_bytes());
         }
     }
     bytes
