@@ -28,7 +28,6 @@ const GRAPH: &[(&str, &[&str])] = &[
     ),
     ("bench", &["probe", "report"]),
     ("snapshot", &["store", "criu", "container", "gpu", "probe", "sys", "report"]),
-    ("restore", &["store", "criu", "container", "gpu", "probe", "sys", "report"]),
     ("autoscaler", &["report"]),
     ("restore", &["fetcher", "store", "criu", "container", "gpu", "probe", "sys", "report"]),
     ("fetcher", &["store", "sys", "report"]),
