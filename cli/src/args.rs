@@ -226,6 +226,13 @@ pub(crate) struct Snapshot {
     /// Allow connections to the outside; they come back closed.
     #[arg(long)]
     pub(crate) tcp_close: bool,
+    /// Memory for what the frozen server has and the store has not taken yet, at least 16MiB; what finds no room waits, and
+    /// the server with it. Without it half of what is free, and at most 256MiB with --stop.
+    #[arg(long, value_name = "BYTES", value_parser = values::freeze_memory)]
+    pub(crate) freeze_memory: Option<u64>,
+    /// How long the server may be frozen; then the dump is given up and it goes on. Without it 5m, and 1h with --stop.
+    #[arg(long, value_name = "TIME", value_parser = values::duration)]
+    pub(crate) freeze_timeout: Option<Duration>,
 }
 
 #[derive(Debug, Args)]

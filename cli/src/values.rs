@@ -78,6 +78,16 @@ pub(crate) fn part(text: &str) -> Result<f64, String> {
     }
 }
 
+/// Memory for a frozen server's pages.
+pub(crate) fn freeze_memory(text: &str) -> Result<u64, String> {
+    match bytes(text)? {
+        given if given < rewarm_snapshot::ARENA_BYTES_MIN => {
+            Err(format!("expected at least {}MiB", rewarm_snapshot::ARENA_BYTES_MIN >> 20))
+        }
+        given => Ok(given),
+    }
+}
+
 /// A time: `30s`, `500ms`, `2m`.
 pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     humantime::parse_duration(text)
@@ -130,6 +140,8 @@ mod tests {
         assert!(key_value("=x").is_err() && key_value("x").is_err());
         assert_eq!(duration("1m 30s"), Ok(Duration::from_secs(90)));
         assert!(duration("30").is_err());
+        assert_eq!(freeze_memory("16MiB"), Ok(16 << 20));
+        assert_eq!(freeze_memory("15MiB"), Err("expected at least 16MiB".to_owned()));
         assert!(cpus("0").is_err() && cpus("nan").is_err());
     }
 }

@@ -91,6 +91,16 @@ impl Garage {
         .to_vec()
     }
 
+    /// What it says of the bucket: objects, unfinished uploads.
+    ///
+    /// # Panics
+    ///
+    /// When it does not answer.
+    #[must_use]
+    pub fn info(&self) -> String {
+        self.administer(&["bucket", "info", &self.bucket])
+    }
+
     /// The variables of a client that may read the bucket and not write it.
     ///
     /// # Panics

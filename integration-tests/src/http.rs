@@ -1,4 +1,4 @@
-//! A small HTTP/1.1 client: one request for each connection.
+//! A small HTTP/1.1 client: one request for each connection, or many over a [`Connection`].
 //!
 //! The tests look at a server from outside; a client library would hide what they look for (a connection that is reset,
 //! an answer that is cut short).
@@ -40,17 +40,56 @@ impl Response {
     }
 }
 
-/// Asks `http://127.0.0.1:{port}{path}`.
+/// Asks `http://127.0.0.1:{port}{path}` over a connection of its own.
 ///
 /// # Errors
 ///
 /// When the connection fails, or the answer is cut short or is not HTTP.
 pub fn request(port: u16, method: &str, path: &str, body: Option<&str>) -> io::Result<Response> {
+    exchange(&mut connect(port)?, "close", method, path, body)
+}
+
+/// A connection that is used for one request after another.
+#[derive(Debug)]
+pub struct Connection(TcpStream);
+
+impl Connection {
+    /// Connects to a port of this machine.
+    ///
+    /// # Errors
+    ///
+    /// When nobody listens there.
+    pub fn open(port: u16) -> io::Result<Self> {
+        connect(port).map(Self)
+    }
+
+    /// Asks for `path` with `GET`.
+    ///
+    /// # Errors
+    ///
+    /// As [`request`]; a connection that was closed meanwhile is one.
+    pub fn get(&mut self, path: &str) -> io::Result<Response> {
+        exchange(&mut self.0, "keep-alive", "GET", path, None)
+    }
+}
+
+fn connect(port: u16) -> io::Result<TcpStream> {
     let address = SocketAddr::from(([127, 0, 0, 1], port));
-    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    let stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n");
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+fn exchange(
+    stream: &mut TcpStream,
+    connection: &str,
+    method: &str,
+    path: &str,
+    body: Option<&str>,
+) -> io::Result<Response> {
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: {connection}\r\n");
     if let Some(body) = body {
         head += &format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
     }

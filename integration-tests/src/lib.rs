@@ -12,6 +12,7 @@ pub mod devices;
 pub mod fuzz;
 pub mod garage;
 pub mod http;
+pub mod load;
 pub mod needs;
 pub mod replica;
 pub mod residue;

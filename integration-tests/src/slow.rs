@@ -1,9 +1,9 @@
-//! A slow or broken way to a server: what comes back through it can be throttled, stalled and cut while it runs.
+//! A slow or broken way to a server: both directions can be throttled, and what comes back stalled and cut, while it runs.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 /// Bytes that are passed on in one go.
@@ -13,14 +13,27 @@ const POLL: Duration = Duration::from_millis(10);
 /// What goes wrong. Nothing does at first.
 #[derive(Debug, Default)]
 struct Wrong {
-    /// Bytes a second over all connections; 0 for as fast as it goes.
+    /// Bytes a second over all connections, there and back; 0 for as fast as it goes.
     rate: AtomicU64,
+    /// Who holds it passes; the others wait behind.
+    line: Mutex<()>,
     stalled: AtomicBool,
     /// A connection is cut when so many bytes have come back over it; 0 for never.
     cut_after: AtomicU64,
     /// Bytes that have come back.
     passed: AtomicU64,
     ended: AtomicBool,
+}
+
+impl Wrong {
+    /// Waits as long as so many bytes take.
+    fn wait_for(&self, bytes: usize) {
+        let rate = self.rate.load(Ordering::Relaxed);
+        if rate > 0 {
+            let _turn = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+            std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64));
+        }
+    }
 }
 
 /// A way to a port of this machine. Dropping it closes it.
@@ -63,7 +76,7 @@ impl Slow {
         self.port
     }
 
-    /// Bytes a second over all connections; 0 for as fast as it goes.
+    /// Bytes a second over all connections, there and back; 0 for as fast as it goes.
     pub fn throttle(&self, rate: u64) {
         self.wrong.rate.store(rate, Ordering::Relaxed);
     }
@@ -96,8 +109,15 @@ impl Drop for Slow {
 fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
     let server = TcpStream::connect(("127.0.0.1", port))?;
     let (mut from, mut to) = (client.try_clone()?, server.try_clone()?);
+    let shared = wrong.clone();
     std::thread::spawn(move || {
-        let _ = io::copy(&mut from, &mut to);
+        let mut piece = vec![0; PIECE];
+        while let Ok(count @ 1..) = from.read(&mut piece) {
+            shared.wait_for(count);
+            if to.write_all(&piece[..count]).is_err() {
+                break;
+            }
+        }
         let _ = to.shutdown(Shutdown::Write);
     });
     let (mut from, mut to) = (server, client);
@@ -108,13 +128,7 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
         while wrong.stalled.load(Ordering::Relaxed) && !wrong.ended.load(Ordering::Relaxed) {
             std::thread::sleep(POLL);
         }
-        let rate = wrong.rate.load(Ordering::Relaxed);
-        if rate > 0 {
-            // One after another: the lock is the line that all share.
-            static LINE: std::sync::Mutex<()> = std::sync::Mutex::new(());
-            let _turn = LINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            std::thread::sleep(Duration::from_secs_f64(count as f64 / rate as f64));
-        }
+        wrong.wait_for(count);
         carried += count as u64;
         let limit = wrong.cut_after.load(Ordering::Relaxed);
         if count == 0 || (limit > 0 && carried > limit) || wrong.ended.load(Ordering::Relaxed) {

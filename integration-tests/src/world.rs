@@ -159,6 +159,16 @@ impl World {
         (self, slow)
     }
 
+    /// What Garage says of the bucket: objects, unfinished uploads.
+    ///
+    /// # Panics
+    ///
+    /// When the store is no Garage, or it does not answer.
+    #[must_use]
+    pub fn bucket_info(&self) -> String {
+        self.garage.as_ref().expect("a world on Garage").info()
+    }
+
     /// Uses the folder `path` as the store.
     #[must_use]
     pub fn with_store(mut self, path: &Path) -> Self {

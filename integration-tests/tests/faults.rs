@@ -3,6 +3,7 @@
 mod contents;
 mod criu;
 mod filling;
+mod freeze;
 mod input;
 mod killed;
 mod machine;

@@ -1,100 +1,188 @@
-//! The memory that takes a server's pages while it is frozen.
+//! The memory that takes a server's pages and files while it is frozen.
 //!
-//! Page allocation is what limits a receiver (on the development machine 1.0 GiB/s into fresh memory against 4 GiB/s into memory that was
-//! touched before), so the expected amount is touched, in huge pages, before the freeze begins. Segments are separate
-//! mappings so that each goes back to the system as soon as its last byte is uploaded.
+//! Page allocation is what limits a receiver (on the development machine 1.0 GiB/s into fresh memory against 4 GiB/s into
+//! memory that was touched before; memory that the host of a virtual machine has taken back 0.2 GiB/s), so the expected amount
+//! is touched, in huge pages, before the freeze: the last of it while runc and CRIU start.
+//! An arena has a limit. Where a server has more, whoever fills waits until a segment comes back, which it does when
+//! the last user of its bytes drops them: that is how a store that is slower than CRIU makes CRIU wait.
 
 use std::io;
+use std::ops::{Deref, DerefMut};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use memmap2::{Advice, Mmap, MmapMut};
+use memmap2::{Advice, MmapMut};
 
-/// Bytes of a segment: large enough that mapping it costs nothing, small enough that memory is given back early.
-const SEGMENT_BYTES: usize = 64 << 20;
+/// Bytes of a segment: one huge page. Larger ones would be held longer by the last chunk that lies in them.
+pub(crate) const SEGMENT_BYTES: usize = 2 << 20;
 
-/// A place in the arena; never crosses a segment.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Extent {
-    /// Which segment.
-    pub(crate) segment: usize,
-    /// First byte in it.
-    pub(crate) start: usize,
-    /// Bytes.
-    pub(crate) bytes: usize,
+/// The least that an arena may have: a chunk that is not ended and a batch that is not full hold parts of five segments at
+/// most, one is being filled, and the others keep CRIU and the writer apart.
+pub const ARENA_BYTES_MIN: u64 = 16 << 20;
+
+/// Memory in segments, up to a limit. Clones are the same arena.
+#[derive(Clone)]
+pub(crate) struct Arena(Arc<Shared>);
+
+struct Shared {
+    segments_max: usize,
+    state: Mutex<State>,
+    /// A segment came back, or the arena was closed.
+    changed: Condvar,
 }
 
-/// Memory that is being filled, in order.
-pub(crate) struct Arena {
-    segments: Vec<MmapMut>,
-    /// The segment that is being filled, and how far.
-    current: usize,
-    used: usize,
-    bytes_max: u64,
+#[derive(Default)]
+struct State {
+    free: Vec<MmapMut>,
+    /// Segments that exist, free or in use.
+    made: usize,
+    /// Nobody fills any more: what comes back goes to the system.
+    closed: bool,
 }
 
-/// Memory that will not change any more.
-pub(crate) struct Filled {
-    segments: Vec<Bytes>,
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Counts a segment that somebody is about to make, unless there are `limit` already.
+    fn claim(&self, limit: usize) -> bool {
+        let mut state = self.lock();
+        let may = !state.closed && state.made < limit;
+        state.made += usize::from(may);
+        may
+    }
 }
 
 impl Arena {
-    /// Makes an arena, touches `expected` bytes of it, and lets it grow to `bytes_max` bytes.
-    pub(crate) fn touched(expected: u64, bytes_max: u64) -> io::Result<Self> {
-        let wanted = expected.min(bytes_max).div_ceil(SEGMENT_BYTES as u64);
-        let mut arena = Self { segments: Vec::new(), current: 0, used: 0, bytes_max };
-        for _ in 0..wanted {
-            let mut segment = arena.map()?;
-            // One byte a page is enough: the first of each huge page brings in the whole of it.
-            segment.iter_mut().step_by(4096).for_each(|byte| *byte = 0);
-            arena.segments.push(segment);
-        }
-        Ok(arena)
+    /// An arena of at most `bytes_max` bytes, and at least [`ARENA_BYTES_MIN`].
+    pub(crate) fn new(bytes_max: u64) -> Self {
+        let segments_max =
+            usize::try_from(bytes_max.max(ARENA_BYTES_MIN)).unwrap_or(usize::MAX) / SEGMENT_BYTES;
+        Self(Arc::new(Shared { segments_max, state: Mutex::default(), changed: Condvar::new() }))
     }
 
-    fn map(&self) -> io::Result<MmapMut> {
-        let segment = MmapMut::map_anon(SEGMENT_BYTES)?;
-        // Refused where the kernel has no transparent huge pages; the arena is only slower then.
-        let _ = segment.advise(Advice::HugePage);
-        Ok(segment)
-    }
-
-    /// Gives room for up to `bytes` bytes behind the last, at least one page, all in one segment.
-    pub(crate) fn room(&mut self, bytes: u64) -> io::Result<(Extent, &mut [u8])> {
-        if self.current < self.segments.len() && self.used == SEGMENT_BYTES {
-            self.current += 1;
-            self.used = 0;
-        }
-        if self.current == self.segments.len() {
-            let taken = (self.segments.len() * SEGMENT_BYTES) as u64;
-            if taken >= self.bytes_max {
-                return Err(io::Error::new(
-                    io::ErrorKind::OutOfMemory,
-                    format!("the server has more pages than the {} bytes set aside for them", self.bytes_max),
-                ));
+    /// Makes and touches segments until there are `bytes` of them. Blocks; meant for a thread of its own beside the one
+    /// that fills, which takes them as they come. Calls `nearly` once, when what is left will take no longer than
+    /// `margin`, judged by what was touched so far.
+    ///
+    /// One thread does it: two were not faster on the development machine.
+    pub(crate) fn touch(&self, bytes: u64, margin: Duration, nearly: impl FnOnce()) -> io::Result<()> {
+        let wanted = usize::try_from(bytes).unwrap_or(usize::MAX).div_ceil(SEGMENT_BYTES);
+        let wanted = wanted.min(self.0.segments_max);
+        let (began, mut nearly) = (Instant::now(), Some(nearly));
+        for done in 1.. {
+            if !self.0.claim(wanted) {
+                break;
             }
-            let segment = self.map()?;
-            self.segments.push(segment);
+            let mut map = map()?;
+            // One byte a page is enough: the first of each huge page brings in the whole of it.
+            map.iter_mut().step_by(4096).for_each(|byte| *byte = 0);
+            self.0.lock().free.push(map);
+            self.0.changed.notify_one();
+            let left = u32::try_from(wanted.saturating_sub(done)).unwrap_or(u32::MAX);
+            if began.elapsed() / u32::try_from(done).unwrap_or(u32::MAX) * left <= margin {
+                nearly.take().into_iter().for_each(|nearly| nearly());
+            }
         }
-        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).min(SEGMENT_BYTES - self.used);
-        let extent = Extent { segment: self.current, start: self.used, bytes };
-        self.used += bytes;
-        Ok((extent, &mut self.segments[extent.segment][extent.start..extent.start + bytes]))
+        nearly.take().into_iter().for_each(|nearly| nearly());
+        Ok(())
     }
 
-    /// Ends filling: the memory can be shared from here on.
-    pub(crate) fn finish(self) -> io::Result<Filled> {
-        let segments = self.segments.into_iter().map(|segment| {
-            let shared: Mmap = segment.make_read_only()?;
-            Ok(Bytes::from_owner(shared))
-        });
-        Ok(Filled { segments: segments.collect::<io::Result<_>>()? })
+    /// A segment to fill. Waits for one to come back while the arena has as many as it may.
+    ///
+    /// # Errors
+    /// `TimedOut` at the deadline, `Interrupted` when the arena is closed.
+    pub(crate) fn segment(&self, deadline: Instant) -> io::Result<Segment> {
+        let segment = |map| Segment { map: Some(map), home: self.0.clone() };
+        let mut state = self.0.lock();
+        loop {
+            if state.closed {
+                return Err(io::Error::new(io::ErrorKind::Interrupted, "the dump was given up"));
+            }
+            if let Some(map) = state.free.pop() {
+                return Ok(segment(map));
+            }
+            if state.made < self.0.segments_max {
+                state.made += 1;
+                drop(state);
+                return map().map(segment);
+            }
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                let bytes = self.0.segments_max * SEGMENT_BYTES;
+                let text = format!("the store did not take the first {} MiB in time", bytes >> 20);
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            state = self.0.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Ends filling: whoever waits for a segment fails, and memory goes back to the system as its last user drops it.
+    pub(crate) fn close(&self) {
+        let mut state = self.0.lock();
+        state.closed = true;
+        let free = std::mem::take(&mut state.free);
+        drop(state);
+        drop(free);
+        self.0.changed.notify_all();
     }
 }
 
-impl Filled {
-    /// The bytes of an extent; keeps its segment alive.
-    pub(crate) fn slice(&self, extent: Extent) -> Bytes {
-        self.segments[extent.segment].slice(extent.start..extent.start + extent.bytes)
+fn map() -> io::Result<MmapMut> {
+    let map = MmapMut::map_anon(SEGMENT_BYTES)?;
+    // Refused where the kernel has no transparent huge pages; the arena is only slower then.
+    let _ = map.advise(Advice::HugePage);
+    Ok(map)
+}
+
+/// Memory that is being filled. Dropped, or shared and dropped by everybody, it goes back to its arena.
+pub(crate) struct Segment {
+    map: Option<MmapMut>,
+    home: Arc<Shared>,
+}
+
+impl Segment {
+    /// Ends filling: the first `bytes` bytes can be shared from here on.
+    pub(crate) fn share(self, bytes: usize) -> Bytes {
+        Bytes::from_owner(self).slice(..bytes)
+    }
+
+    fn map(&self) -> &MmapMut {
+        self.map.as_ref().expect("there until it is dropped")
+    }
+}
+
+impl Deref for Segment {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        self.map()
+    }
+}
+
+impl DerefMut for Segment {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        self.map.as_mut().expect("there until it is dropped")
+    }
+}
+
+impl AsRef<[u8]> for Segment {
+    fn as_ref(&self) -> &[u8] {
+        self
+    }
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        let map = self.map.take();
+        let mut state = self.home.lock();
+        if !state.closed {
+            state.free.extend(map);
+            drop(state);
+            self.home.changed.notify_one();
+        }
     }
 }
 
@@ -102,26 +190,62 @@ impl Filled {
 mod tests {
     use super::*;
 
-    #[test]
-    fn room_never_crosses_a_segment_and_the_bytes_come_back() {
-        let mut arena = Arena::touched(0, 2 * SEGMENT_BYTES as u64).expect("memory");
-        let (first, bytes) = arena.room(SEGMENT_BYTES as u64 - 4096).expect("room");
-        bytes[0] = 7;
-        let (second, bytes) = arena.room(8192).expect("room");
-        assert_eq!((second.segment, second.bytes), (0, 4096));
-        bytes.fill(9);
-        let (third, _) = arena.room(4096).expect("room");
-        assert_eq!((third.segment, third.start), (1, 0));
-        let filled = arena.finish().expect("read only");
-        assert_eq!(filled.slice(first)[0], 7);
-        assert!(filled.slice(second).iter().all(|byte| *byte == 9));
+    fn soon() -> Instant {
+        Instant::now() + Duration::from_millis(30)
     }
 
     #[test]
-    fn an_arena_does_not_grow_beyond_its_limit() {
-        let mut arena = Arena::touched(SEGMENT_BYTES as u64, SEGMENT_BYTES as u64).expect("memory");
-        arena.room(SEGMENT_BYTES as u64).expect("room");
-        let error = arena.room(4096).expect_err("no more room");
-        assert_eq!(error.kind(), io::ErrorKind::OutOfMemory);
+    fn what_is_filled_can_be_shared_and_comes_back_when_all_have_dropped_it() {
+        let arena = Arena::new(0);
+        let mut held: Vec<Segment> = (0..ARENA_BYTES_MIN as usize / SEGMENT_BYTES)
+            .map(|_| arena.segment(soon()).expect("room"))
+            .collect();
+        assert_eq!(arena.segment(soon()).err().expect("full").kind(), io::ErrorKind::TimedOut);
+        let mut segment = held.pop().expect("some");
+        segment[..3].copy_from_slice(b"abc");
+        let bytes = segment.share(3);
+        let part = bytes.slice(1..);
+        drop(bytes);
+        assert_eq!(part, "bc");
+        assert!(arena.segment(soon()).is_err(), "a part still holds it");
+        drop(part);
+        arena.segment(soon()).expect("it came back");
+    }
+
+    #[test]
+    fn a_segment_that_comes_back_lets_a_waiting_thread_go() {
+        let arena = Arena::new(0);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let mut held: Vec<Segment> = (0..ARENA_BYTES_MIN as usize / SEGMENT_BYTES)
+            .map(|_| arena.segment(soon()).expect("room"))
+            .collect();
+        let other = arena.clone();
+        let waiting = std::thread::spawn(move || other.segment(deadline).map(drop));
+        std::thread::sleep(Duration::from_millis(20));
+        held.pop();
+        waiting.join().expect("no panic").expect("a segment");
+    }
+
+    #[test]
+    fn closing_lets_a_waiting_thread_fail() {
+        let arena = Arena::new(0);
+        let deadline = Instant::now() + Duration::from_secs(20);
+        let _held: Vec<Segment> = (0..ARENA_BYTES_MIN as usize / SEGMENT_BYTES)
+            .map(|_| arena.segment(soon()).expect("room"))
+            .collect();
+        let other = arena.clone();
+        let waiting = std::thread::spawn(move || other.segment(deadline).map(drop));
+        arena.close();
+        let error = waiting.join().expect("no panic").expect_err("closed");
+        assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+    }
+
+    #[test]
+    fn no_more_is_touched_than_the_limit() {
+        let arena = Arena::new(ARENA_BYTES_MIN);
+        let mut told = 0;
+        arena.touch(u64::MAX, Duration::ZERO, || told += 1).expect("memory");
+        assert_eq!(told, 1);
+        assert_eq!(arena.0.lock().free.len() * SEGMENT_BYTES, ARENA_BYTES_MIN as usize);
     }
 }

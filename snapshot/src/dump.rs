@@ -1,32 +1,46 @@
-//! The freeze: CRIU dumps into the receiver; delta and `/dev/shm` are copied before its end is voted for.
+//! The freeze: CRIU dumps into the receiver; delta and `/dev/shm` are copied before its end is voted for. What was received
+//! streams into the store from the first page on.
 
 use std::collections::BTreeMap;
 use std::io;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use rewarm_container::shim::DumpRequest;
+use rewarm_container::tree::Tree;
 use rewarm_criu::config::Config;
-use rewarm_criu::page_server;
+use rewarm_criu::page_server::{self, Fault};
 use rewarm_criu::stats::{self, DumpStats};
 use rewarm_report::Stage;
+use rewarm_store::Session;
+use tokio::sync::oneshot;
 
 use crate::arena::Arena;
-use crate::capture::{Captured, capture};
+use crate::budget::Budget;
+use crate::capture::{self, capture};
 use crate::error::Cause;
 use crate::pipeline::{Context, Replica, Request, blocking};
 use crate::preflight::Findings;
-use crate::receive::{Pages, Receiver};
+use crate::receive::{AtVote, Intake, Receiver};
+use crate::stream::Streamer;
 
-/// Beside what the server is known to have, so that it may grow until the freeze.
-const MARGIN_BYTES: u64 = 256 << 20;
+/// From the start of runc to the first page: at least so much, with CRIU's cache of kernel features.
+const START: Duration = Duration::from_millis(80);
+/// How much later than the receiver the shim gives a dump up: the receiver knows what it waited for.
+const SHIM_MARGIN: Duration = Duration::from_secs(2);
+/// How long a failed dump waits for the failure of the store that may be behind it.
+const STORE_MARGIN: Duration = Duration::from_millis(200);
 
-/// A frozen server, copied.
+/// A frozen server, received.
 pub(crate) struct Dumped {
-    pub(crate) pages: Pages,
-    pub(crate) upper: Captured,
-    pub(crate) shm: Captured,
+    /// Takes what was received into the store.
+    pub(crate) streamer: Streamer,
+    /// Bytes of pages that CRIU sent.
+    pub(crate) received_bytes: u64,
+    /// What the server wrote to its root file system.
+    pub(crate) upper: Tree,
     pub(crate) stats: DumpStats,
     /// When the server stood still, milliseconds since 1970.
     pub(crate) dumped_ms: u64,
@@ -34,41 +48,38 @@ pub(crate) struct Dumped {
     pub(crate) limits: BTreeMap<String, u64>,
 }
 
-impl Dumped {
-    pub(crate) fn received_bytes(&self) -> u64 {
-        self.pages.received_bytes()
-    }
-}
-
-/// What is copied inside the freeze: the upper layer and `/dev/shm`, and when that was.
-type Copied = Option<(Captured, Captured, SystemTime)>;
+/// What is copied inside the freeze, and when that was.
+type Copied = Option<(Tree, SystemTime)>;
 
 /// Dumps the replica. It goes on afterwards, or stays frozen if it was frozen before.
 pub(crate) async fn dump(
     replica: &Replica,
     findings: &Findings,
+    budget: Budget,
+    session: Arc<Session>,
     request: &Request,
     context: &Context,
 ) -> Result<Dumped, Cause> {
-    let budget = rewarm_sys::machine::free_bytes().map_err(Cause::io("look at free memory"))?;
-    let expected = findings.memory_bytes;
-    let touched =
-        tokio::task::spawn_blocking(move || Arena::touched(expected, (expected + MARGIN_BYTES).min(budget)));
-    let arena = touched
-        .await
-        .expect("touching memory does not panic")
-        .map_err(Cause::io("set memory aside for the server's pages"))?;
-    let copied = Arc::new(Mutex::new(Copied::default()));
-    let at_vote = copy_at_vote(replica, context, budget.saturating_sub(expected), copied.clone());
+    let arena = Arena::new(budget.arena);
+    let (batches, received) = channel();
+    let mut streamer = Streamer::start(session, received)?;
     let (ours, theirs) = UnixStream::pair().map_err(Cause::io("make a socket pair for CRIU's pages"))?;
     ours.set_read_timeout(Some(request.freeze_timeout)).map_err(Cause::io("set the deadline of the dump"))?;
-    let ended = HangUp(ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?);
+    let ended = HangUp {
+        socket: ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?,
+        arena: arena.clone(),
+    };
+    touch(&arena, budget.expected, replica).await;
+    let deadline = Instant::now() + request.freeze_timeout;
+    let copied = Arc::new(Mutex::new(Copied::default()));
+    let at_vote = copy_at_vote(replica, context, copied.clone());
+    let intake = Intake::new(arena, deadline, batches);
     let receiving = tokio::task::spawn_blocking(move || {
-        let mut receiver = Receiver::new(arena, at_vote);
-        let received = page_server::serve(&ours, &mut receiver);
+        let mut receiver = Receiver::new(intake, at_vote);
+        let result = page_server::serve(&ours, &mut receiver);
         // Whatever went wrong, CRIU must notice: a dump has no deadline of its own.
         let _ = ours.shutdown(std::net::Shutdown::Both);
-        (receiver, received)
+        (receiver.received_bytes(), receiver.take_failure(), result)
     });
     let asked = DumpRequest {
         criu: context.criu.clone(),
@@ -76,65 +87,95 @@ pub(crate) async fn dump(
         tcp_established: true,
         file_locks: true,
         real_ids: findings.owner.map(|owner| (owner.uid, owner.gid)),
-        timeout_ms: u64::try_from(request.freeze_timeout.as_millis()).unwrap_or(u64::MAX),
+        timeout_ms: u64::try_from((request.freeze_timeout + SHIM_MARGIN).as_millis()).unwrap_or(u64::MAX),
     };
     let client = replica.client.clone();
     let dumping = blocking(move || client.dump(asked, theirs)).await;
     drop(ended);
-    let (mut receiver, received) = receiving.await.expect("receiving does not panic");
-    if let Some(failure) = receiver.take_failure() {
-        return Err(Cause::Receive(failure));
+    let (received_bytes, failure, result) = receiving.await.expect("receiving does not panic");
+    if failure.is_some() || dumping.is_err() || result.is_err() {
+        let own = failed(failure, dumping.err(), result.err(), budget, request.freeze_timeout);
+        return Err(streamer.failure(STORE_MARGIN).await.unwrap_or(own));
     }
-    dumping.map_err(|error| explain(error, received.as_ref().err(), request.freeze_timeout))?;
-    received?;
-    let pages = receiver.finish().map_err(Cause::io("keep the server's pages"))?;
-    let trees = copied.lock().expect("no panic while copying").take();
-    let (upper, shm, dumped_at) = trees.expect("CRIU succeeded, so it asked for the vote");
+    let copied = copied.lock().expect("no panic while copying").take();
+    let (upper, dumped_at) = copied.expect("CRIU succeeded, so it asked for the vote");
     let stats = stats::dump(&replica.client.inside().dump_work())?;
     let since_1970 = dumped_at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let dumped_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
-    Ok(Dumped { pages, upper, shm, stats, dumped_ms, limits: findings.limits.clone() })
+    Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits: findings.limits.clone() })
 }
 
-/// Ends the receiver's connection when it is dropped: CRIU then fails the dump and lets the server go on. It is dropped
-/// too when the whole dump is given up in the middle.
-struct HangUp(UnixStream);
+/// Touches the memory that will be needed, up to the part that can be touched while runc and CRIU start.
+async fn touch(arena: &Arena, expected: u64, replica: &Replica) {
+    let (arena, shm) = (arena.clone(), replica.client.inside().shm());
+    let (nearly, is_nearly) = oneshot::channel::<()>();
+    let work = move || {
+        let touched = arena.touch(expected + capture::bytes(&shm), START, || drop(nearly));
+        if let Err(error) = touched {
+            tracing::debug!(%error, "memory for the server's pages is not there yet");
+        }
+    };
+    // Without the thread, or ahead of it, memory is made as pages come: only the freeze is longer.
+    if std::thread::Builder::new().name("snapshot-touch".to_owned()).spawn(work).is_ok() {
+        let _ = is_nearly.await;
+    }
+}
+
+/// Ends the receiver when it is dropped: CRIU then fails the dump and lets the server go on. It is dropped too when the
+/// whole dump is given up in the middle.
+struct HangUp {
+    socket: UnixStream,
+    arena: Arena,
+}
 
 impl Drop for HangUp {
     fn drop(&mut self) {
         // Ended already is as good.
-        let _ = self.0.shutdown(std::net::Shutdown::Both);
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
+        self.arena.close();
     }
 }
 
 /// The work of the vote: everything is frozen, so files have exactly the sizes that the images name.
-fn copy_at_vote(
-    replica: &Replica,
-    context: &Context,
-    mut budget: u64,
-    copied: Arc<Mutex<Copied>>,
-) -> Box<dyn FnOnce() -> io::Result<()> + Send> {
+fn copy_at_vote(replica: &Replica, context: &Context, copied: Arc<Mutex<Copied>>) -> AtVote {
     let inside = replica.client.inside();
     let clock = context.clock.clone();
-    Box::new(move || {
+    Box::new(move |intake| {
         clock.stage_blocking(Stage::Delta, || {
-            let upper = capture(&inside.upper(), &mut budget)?;
-            let shm = capture(&inside.shm(), &mut budget)?;
-            *copied.lock().expect("no panic while copying") = Some((upper, shm, SystemTime::now()));
+            let upper = capture("upper", &inside.upper(), intake)?;
+            capture("shm", &inside.shm(), intake)?;
+            *copied.lock().expect("no panic while copying") = Some((upper, SystemTime::now()));
             Ok(())
         })
     })
 }
 
-/// The receiver's own reason says more than CRIU's "broken pipe" after it, and CRIU's log more than runc.
-fn explain(error: rewarm_container::Error, received: Option<&rewarm_criu::Error>, limit: Duration) -> Cause {
-    match received {
-        Some(rewarm_criu::Error::PageServer(page_server::Fault::Deadline { .. })) => {
-            Cause::Deadline { seconds: limit.as_secs() }
+/// Why a dump failed. The receiver's own reason says more than CRIU's "broken pipe" after it, and CRIU's log more than
+/// runc.
+fn failed(
+    at_vote: Option<io::Error>,
+    dumping: Option<rewarm_container::Error>,
+    receiving: Option<rewarm_criu::Error>,
+    budget: Budget,
+    limit: Duration,
+) -> Cause {
+    let sink = match receiving {
+        Some(rewarm_criu::Error::PageServer(Fault::Deadline { .. })) => {
+            return Cause::Deadline { seconds: limit.as_secs() };
         }
-        _ => match error.log().and_then(|log| rewarm_criu::Error::of_log("dump", log)) {
+        Some(rewarm_criu::Error::PageServer(Fault::Sink { source, .. })) => Some(source),
+        Some(error) if dumping.is_none() => return Cause::Criu(error),
+        _ => None,
+    };
+    match (at_vote.or(sink), dumping) {
+        (Some(error), _) if error.kind() == io::ErrorKind::TimedOut => {
+            Cause::StoreBehind { seconds: limit.as_secs(), mib: budget.arena >> 20 }
+        }
+        (Some(error), _) => Cause::Receive(error),
+        (None, Some(error)) => match error.log().and_then(|log| rewarm_criu::Error::of_log("dump", log)) {
             Some(refused) => Cause::Criu(refused),
             None => Cause::Container(error),
         },
+        (None, None) => unreachable!("one of the three failed"),
     }
 }

@@ -62,6 +62,16 @@ pub enum Cause {
         /// The limit in seconds.
         seconds: u64,
     },
+    /// The store was slower than the server may be frozen, and memory was short.
+    #[error(
+        "the store did not take the frozen server's pages within {seconds} s, and only {mib} MiB of them find room in memory; the dump was given up; allow more memory (--freeze-memory) or time (--freeze-timeout)"
+    )]
+    StoreBehind {
+        /// The limit in seconds.
+        seconds: u64,
+        /// Memory for pages that wait for the store.
+        mib: u64,
+    },
     /// The receiver could not take the pages, or the files could not be copied inside the freeze.
     #[error("take the frozen server's memory and files")]
     Receive(#[source] io::Error),
@@ -121,6 +131,7 @@ impl Classify for Cause {
             Self::Interrupted { .. }
             | Self::ServerEnded
             | Self::Deadline { .. }
+            | Self::StoreBehind { .. }
             | Self::Receive(_)
             | Self::Io { .. } => Class::Failed,
             Self::Container(error) => error.class(),

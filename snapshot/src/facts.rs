@@ -31,7 +31,7 @@ pub(crate) async fn gather(
     let images = replica.client.inside().dump_images();
     // The server runs or is frozen: either way its files are seen as it sees them.
     let root = PathBuf::from(format!("/proc/{}/root", record.pid.unwrap_or_default()));
-    let carried = carried(&dumped.upper.tree);
+    let carried = carried(&dumped.upper);
     let host_files = tokio::task::spawn_blocking(move || host_files(&images, &root, &carried));
     Ok(Facts {
         kernel,

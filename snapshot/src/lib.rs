@@ -4,6 +4,7 @@
 //! afterwards, and the error says so.
 
 mod arena;
+mod budget;
 mod capture;
 mod dump;
 mod error;
@@ -12,8 +13,9 @@ mod pipeline;
 mod preflight;
 mod receive;
 mod skeleton;
-mod upload;
+mod stream;
 
+pub use arena::ARENA_BYTES_MIN;
 pub use error::{Cause, Error, Result};
 pub use pipeline::{Context, Outcome, Request, run};
 pub use preflight::{Obstacle, Owner};

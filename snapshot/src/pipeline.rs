@@ -11,10 +11,14 @@ use rewarm_probe::{Hook, Probe, Recorded};
 use rewarm_report::{Aftermath, Clock, Stage};
 use rewarm_store::{Compression, Published, Reference, Session, SessionOptions, SigningKey, Store, Target};
 
+use crate::budget::Budget;
 use crate::dump::Dumped;
 use crate::error::{Cause, Error, Result};
 use crate::preflight::{self, Findings, Rules};
-use crate::{dump, facts, skeleton, upload};
+use crate::{dump, facts, skeleton};
+
+/// How long a failed snapshot waits for its uploads to be aborted, once the server goes on.
+const ABORT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// What a user asks for.
 #[derive(Debug, Clone)]
@@ -43,6 +47,9 @@ pub struct Request {
     pub tcp_close: bool,
     /// How long the server may be frozen before the dump is given up.
     pub freeze_timeout: Duration,
+    /// Bytes of memory for what the frozen server has and the store has not taken; without it half of what is free, and
+    /// at most 256 MiB with `stop`. What finds no room waits, and the server with it.
+    pub freeze_memory: Option<u64>,
 }
 
 /// What the pipeline works with.
@@ -91,6 +98,7 @@ pub async fn run(
         context,
         warnings: Vec::new(),
         replica: None,
+        session: None,
         drained: false,
         stage: Stage::Preflight,
     };
@@ -121,6 +129,8 @@ struct Attempt {
     context: Context,
     warnings: Vec<String>,
     replica: Option<Replica>,
+    /// What is written so far. The streamer holds it too while it is at work.
+    session: Option<Arc<Session>>,
     /// The pre hook ran, so the post hook is due.
     drained: bool,
     /// The stage that began last.
@@ -130,15 +140,14 @@ struct Attempt {
 impl Attempt {
     async fn stages(&mut self) -> std::result::Result<Outcome, Cause> {
         let clock = self.context.clock.clone();
-        let (findings, session) = clock.stage(self.begin(Stage::Preflight), self.preflight()).await?;
+        let (findings, budget) = clock.stage(self.begin(Stage::Preflight), self.preflight()).await?;
         let recorded = clock.stage(self.begin(Stage::Record), self.record()).await?;
         clock.stage(self.begin(Stage::Drain), self.drain()).await?;
-        let dumped = clock.stage(self.begin(Stage::Dump), self.dump(&findings)).await?;
+        let dumped = clock.stage(self.begin(Stage::Dump), self.dump(&findings, budget)).await?;
         clock.stage(self.begin(Stage::Resume), self.resume()).await?;
-        let (frozen, received_bytes) = (dumped.stats.frozen, dumped.received_bytes());
-        let facts =
-            clock.stage(self.begin(Stage::Upload), self.upload(&session, dumped, recorded.as_ref())).await?;
-        let published = clock.stage(self.begin(Stage::Publish), self.publish(session, facts)).await?;
+        let (frozen, received_bytes) = (dumped.stats.frozen, dumped.received_bytes);
+        let facts = clock.stage(self.begin(Stage::Upload), self.upload(dumped, recorded.as_ref())).await?;
+        let published = clock.stage(self.begin(Stage::Publish), self.publish(facts)).await?;
         Ok(Outcome {
             reference: self.request.destination.clone(),
             published,
@@ -154,7 +163,7 @@ impl Attempt {
         stage
     }
 
-    async fn preflight(&mut self) -> std::result::Result<(Findings, Session), Cause> {
+    async fn preflight(&mut self) -> std::result::Result<(Findings, Budget), Cause> {
         let (state, name) = (self.context.state.clone(), self.request.name.clone());
         let client = Arc::new(blocking(move || Client::connect(&state, &name)).await?);
         let asked = client.clone();
@@ -173,12 +182,15 @@ impl Attempt {
             self.context.clock.progress().warning(warning);
         }
         self.warnings.append(&mut findings.warnings);
-        let session = self.open_store().await?;
-        Ok((findings, session))
+        let free = rewarm_sys::machine::free_bytes().map_err(Cause::io("look at free memory"))?;
+        let request = &self.request;
+        let budget = Budget::new(request.freeze_memory, request.stop, free, findings.memory_bytes);
+        self.session = Some(Arc::new(self.open_store(budget).await?));
+        Ok((findings, budget))
     }
 
     /// Before anything is frozen: a store that cannot be reached must cost the server nothing.
-    async fn open_store(&self) -> std::result::Result<Session, Cause> {
+    async fn open_store(&self, budget: Budget) -> std::result::Result<Session, Cause> {
         let destination = &self.request.destination;
         let store = Store::open(&destination.store).await?;
         let options = SessionOptions {
@@ -186,6 +198,8 @@ impl Attempt {
             rate: self.request.rate,
             destination: Some((destination.name.clone(), self.tag().to_owned())),
             sign: self.request.sign.clone(),
+            memory_bytes: Some(budget.writer),
+            copy_raw: budget.scarce,
         };
         Ok(store.begin(options).await?)
     }
@@ -204,13 +218,14 @@ impl Attempt {
         Ok(())
     }
 
-    async fn dump(&mut self, findings: &Findings) -> std::result::Result<Dumped, Cause> {
+    async fn dump(&mut self, findings: &Findings, budget: Budget) -> std::result::Result<Dumped, Cause> {
         let replica = self.replica.as_ref().expect("connected at the preflight");
+        let session = self.session.clone().expect("begun at the preflight");
         if self.request.stop {
             let client = replica.client.clone();
             blocking(move || client.freeze()).await?;
         }
-        dump::dump(replica, findings, &self.request, &self.context).await
+        dump::dump(replica, findings, budget, session, &self.request, &self.context).await
     }
 
     /// The server goes on; with `--stop` it stays frozen until the snapshot exists.
@@ -223,11 +238,11 @@ impl Attempt {
 
     async fn upload(
         &mut self,
-        session: &Session,
         dumped: Dumped,
         recorded: Option<&Recorded>,
     ) -> std::result::Result<rewarm_store::Facts, Cause> {
         let replica = self.replica.as_ref().expect("connected at the preflight");
+        let session = self.session.as_ref().expect("begun at the preflight");
         let closed = skeleton::store(session, replica, self.request.tcp_close).await?;
         if closed > 0 {
             tracing::debug!(closed, "connections will come back closed");
@@ -235,15 +250,13 @@ impl Attempt {
         let mut facts = facts::gather(replica, &dumped, &self.request, &self.context, recorded).await?;
         let client = replica.client.clone();
         blocking(move || client.release_dump()).await?;
-        facts.memory = upload::all(session, dumped, self.context.clock.progress().as_ref()).await?;
+        let progress = self.context.clock.progress().as_ref();
+        facts.memory = dumped.streamer.finish(dumped.received_bytes, progress).await?;
         Ok(facts)
     }
 
-    async fn publish(
-        &mut self,
-        session: Session,
-        facts: rewarm_store::Facts,
-    ) -> std::result::Result<Published, Cause> {
+    async fn publish(&mut self, facts: rewarm_store::Facts) -> std::result::Result<Published, Cause> {
+        let session = self.session.take().and_then(Arc::into_inner).expect("the streamer has ended");
         let published = session.publish(&self.request.destination.name, self.tag(), facts).await?;
         if self.request.stop {
             let client = self.replica.as_ref().expect("connected at the preflight").client.clone();
@@ -262,6 +275,10 @@ impl Attempt {
         }
         if !succeeded || !self.request.stop {
             self.post_hook().await;
+        }
+        if let Some(session) = self.session.take() {
+            // What cannot be aborted in time is referred to by nothing and stays for gc.
+            let _ = tokio::time::timeout(ABORT_TIMEOUT, session.abort()).await;
         }
         let replica = self.replica.as_ref().expect("matched above");
         let client = replica.client.clone();

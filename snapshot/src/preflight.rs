@@ -86,14 +86,6 @@ pub enum Obstacle {
         /// Whose that is.
         other: Owner,
     },
-    /// The server's memory does not fit into what is free.
-    #[error("the server has {server_bytes} bytes of memory to copy and {free_bytes} bytes are free")]
-    Memory {
-        /// Anonymous and shared bytes of all tasks.
-        server_bytes: u64,
-        /// What the system can give without pressure.
-        free_bytes: u64,
-    },
 }
 
 /// Whose a process is.
@@ -158,10 +150,6 @@ pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Ve
     }
     findings.warnings.extend(secrets(&tasks));
     connections(init, shim, rules, &sockets, &mut findings, &mut obstacles);
-    let free_bytes = rewarm_sys::machine::free_bytes().unwrap_or(0);
-    if findings.memory_bytes > free_bytes {
-        obstacles.push(Obstacle::Memory { server_bytes: findings.memory_bytes, free_bytes });
-    }
     if obstacles.is_empty() { Ok(findings) } else { Err(obstacles) }
 }
 

@@ -1,36 +1,121 @@
-//! Takes the pages that CRIU sends while the server is frozen, and casts the vote that ends the freeze.
+//! Takes what a frozen server has, pages from CRIU and files at the vote, into the arena, and hands it on in batches.
 //!
-//! Runs in a thread of its own. It does nothing that can wait: pages go into memory that was touched before, zero pages
-//! are looked for and chunks are cut after the server goes on.
+//! Runs in a thread of its own, the only one of this process that counts while the server is frozen. It looks at nothing:
+//! zero pages are looked for and chunks are cut behind it (`stream.rs`), by threads that stand back until the server goes
+//! on. The only thing that it can wait for, beside CRIU, is room in the arena.
 
 use std::io::{self, Read};
+use std::sync::mpsc::Sender;
+use std::time::Instant;
 
-use rewarm_criu::layout::{Layout, PAGE_BYTES, Run};
+use bytes::Bytes;
+use rewarm_container::tree::Tree;
+use rewarm_criu::layout::PAGE_BYTES;
 use rewarm_criu::page_server::{Flags, Object, PageSink};
+use rewarm_sys::priority::{self, Priority};
 
-use crate::arena::{Arena, Extent, Filled};
+use crate::arena::{Arena, SEGMENT_BYTES, Segment};
 
 /// What is done while everything is still frozen, after the last page and before CRIU learns the result.
-pub(crate) type AtVote = Box<dyn FnOnce() -> io::Result<()> + Send>;
+pub(crate) type AtVote = Box<dyn FnOnce(&mut Intake) -> io::Result<()> + Send>;
 
-/// Pages as CRIU sent them.
-struct Received {
-    object: Object,
-    runs: Vec<(u64, u64, Flags)>,
-    extents: Vec<Extent>,
+/// A part of what a server has. `Pages` and `Content` take their bytes from their batch, in order.
+#[derive(Debug)]
+pub(crate) enum Item {
+    /// The pages of an object begin; what came before has ended.
+    Object(Object),
+    /// Pages of the object.
+    Pages { vaddr: u64, pages: u64, flags: Flags },
+    /// The content of a tree begins; what came before has ended.
+    Tree { name: &'static str, meta: Vec<u8> },
+    /// So many bytes of it.
+    Content { bytes: u64 },
+}
+
+/// Items and the bytes that they take, all of one segment.
+#[derive(Debug)]
+pub(crate) struct Batch {
+    pub(crate) items: Vec<Item>,
+    pub(crate) bytes: Bytes,
+}
+
+/// Fills segments of the arena and sends them on.
+pub(crate) struct Intake {
+    arena: Arena,
+    deadline: Instant,
+    batches: Sender<Batch>,
+    segment: Option<Segment>,
+    used: usize,
+    items: Vec<Item>,
+    bytes: u64,
+}
+
+impl Intake {
+    /// Waits for room until `deadline` at most.
+    pub(crate) fn new(arena: Arena, deadline: Instant, batches: Sender<Batch>) -> Self {
+        Self { arena, deadline, batches, segment: None, used: 0, items: Vec::new(), bytes: 0 }
+    }
+
+    /// Takes the whole content of a tree from `data`.
+    pub(crate) fn tree(&mut self, name: &'static str, tree: &Tree, data: &mut dyn Read) -> io::Result<()> {
+        self.items.push(Item::Tree { name, meta: tree.encode() });
+        let mut left = tree.stream_bytes();
+        while left > 0 {
+            let bytes = self.fill(left, data)?;
+            self.items.push(Item::Content { bytes });
+            left -= bytes;
+        }
+        Ok(())
+    }
+
+    fn pages(&mut self, mut vaddr: u64, pages: u64, flags: Flags, data: &mut dyn Read) -> io::Result<()> {
+        let mut left = pages * PAGE_BYTES;
+        while left > 0 {
+            let bytes = self.fill(left, data)?;
+            self.items.push(Item::Pages { vaddr, pages: bytes / PAGE_BYTES, flags });
+            self.bytes += bytes;
+            vaddr += bytes;
+            left -= bytes;
+        }
+        Ok(())
+    }
+
+    /// Reads up to `bytes` bytes, as many as the segment has room for; whole pages.
+    fn fill(&mut self, bytes: u64, data: &mut dyn Read) -> io::Result<u64> {
+        if self.used == SEGMENT_BYTES {
+            self.flush()?;
+        }
+        let segment = match &mut self.segment {
+            Some(segment) => segment,
+            None => self.segment.insert(self.arena.segment(self.deadline)?),
+        };
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX).min(SEGMENT_BYTES - self.used);
+        data.read_exact(&mut segment[self.used..self.used + bytes])?;
+        self.used += bytes;
+        Ok(bytes as u64)
+    }
+
+    /// Sends on what there is.
+    fn flush(&mut self) -> io::Result<()> {
+        let bytes = self.segment.take().map_or_else(Bytes::new, |segment| segment.share(self.used));
+        self.used = 0;
+        let batch = Batch { items: std::mem::take(&mut self.items), bytes };
+        // Whoever takes batches ends early only by a failure, which is told in its own words.
+        self.batches.send(batch).map_err(|_| io::Error::from(io::ErrorKind::BrokenPipe))
+    }
 }
 
 /// The receiving side of one dump.
 pub(crate) struct Receiver {
-    arena: Arena,
-    objects: Vec<Received>,
+    intake: Intake,
+    frozen: bool,
     at_vote: Option<AtVote>,
     failure: Option<io::Error>,
 }
 
 impl Receiver {
-    pub(crate) fn new(arena: Arena, at_vote: AtVote) -> Self {
-        Self { arena, objects: Vec::new(), at_vote: Some(at_vote), failure: None }
+    pub(crate) fn new(intake: Intake, at_vote: AtVote) -> Self {
+        Self { intake, frozen: false, at_vote: Some(at_vote), failure: None }
     }
 
     /// Why the vote was against the dump, if it was.
@@ -38,40 +123,36 @@ impl Receiver {
         self.failure.take()
     }
 
-    /// The objects of the dump and the memory that holds their pages.
-    pub(crate) fn finish(self) -> io::Result<Pages> {
-        let memory = self.arena.finish()?;
-        Ok(Pages { memory, objects: self.objects })
+    /// Bytes of pages that CRIU sent.
+    pub(crate) fn received_bytes(&self) -> u64 {
+        self.intake.bytes
+    }
+
+    /// The first sign that everything is frozen: from here on only this thread and CRIU count.
+    fn begin(&mut self) {
+        if std::mem::replace(&mut self.frozen, true) {
+            return;
+        }
+        // Without it the freeze is longer, and that is all.
+        let _ = priority::set_all_threads(Priority::Idle);
+        let _ = priority::set_this_thread(Priority::Normal);
     }
 }
 
 impl PageSink for Receiver {
     fn open(&mut self, object: Object) -> io::Result<()> {
-        self.objects.push(Received { object, runs: Vec::new(), extents: Vec::new() });
+        self.begin();
+        self.intake.items.push(Item::Object(object));
         Ok(())
     }
 
     fn run(&mut self, vaddr: u64, pages: u64, flags: Flags, data: &mut dyn Read) -> io::Result<()> {
-        let received = self.objects.last_mut().expect("the protocol opens an object before its pages");
-        let mut left = pages * PAGE_BYTES;
-        while left > 0 {
-            let (extent, room) = self.arena.room(left)?;
-            data.read_exact(room)?;
-            left -= extent.bytes as u64;
-            match received.extents.last_mut() {
-                Some(last) if last.segment == extent.segment && last.start + last.bytes == extent.start => {
-                    last.bytes += extent.bytes;
-                }
-                _ => received.extents.push(extent),
-            }
-        }
-        received.runs.push((vaddr, pages, flags));
-        Ok(())
+        self.intake.pages(vaddr, pages, flags, data)
     }
 
     fn vote(&mut self) -> i32 {
         let Some(at_vote) = self.at_vote.take() else { return 1 };
-        match at_vote() {
+        match at_vote(&mut self.intake).and_then(|()| self.intake.flush()) {
             Ok(()) => 0,
             Err(error) => {
                 self.failure = Some(error);
@@ -81,106 +162,56 @@ impl PageSink for Receiver {
     }
 }
 
-/// All pages of a dump.
-pub(crate) struct Pages {
-    memory: Filled,
-    objects: Vec<Received>,
-}
-
-/// One object: its layout, and its pages that are not zero.
-pub(crate) struct ObjectPages {
-    pub(crate) object: Object,
-    pub(crate) layout: Layout,
-    pub(crate) content: Vec<bytes::Bytes>,
-}
-
-impl Pages {
-    /// Bytes that CRIU sent.
-    pub(crate) fn received_bytes(&self) -> u64 {
-        self.objects.iter().flat_map(|object| &object.runs).map(|(_, pages, _)| pages * PAGE_BYTES).sum()
-    }
-
-    /// Drops the zero pages of each object. Costs one pass over memory: the caller runs it where it may block.
-    pub(crate) fn without_zeros(self) -> Vec<ObjectPages> {
-        let memory = self.memory;
-        self.objects.into_iter().map(|received| split(&memory, received)).collect()
-    }
-}
-
-fn split(memory: &Filled, received: Received) -> ObjectPages {
-    let mut layout = Layout::new();
-    let mut content = Vec::new();
-    let mut extents = received.extents.into_iter().map(|extent| memory.slice(extent));
-    let mut current = bytes::Bytes::new();
-    for (mut vaddr, mut pages, flags) in received.runs {
-        while pages > 0 {
-            if current.is_empty() {
-                current = extents.next().expect("every run's bytes were received");
-            }
-            let here = pages.min(current.len() as u64 / PAGE_BYTES);
-            let zero = is_zero(&current[..PAGE_BYTES as usize]);
-            let alike = 1
-                + (1..here)
-                    .take_while(|page| {
-                        let start = (page * PAGE_BYTES) as usize;
-                        is_zero(&current[start..start + PAGE_BYTES as usize]) == zero
-                    })
-                    .count() as u64;
-            let bytes = current.split_to((alike * PAGE_BYTES) as usize);
-            layout.push(Run { vaddr, pages: alike, zero, lazy: flags.contains(Flags::LAZY) });
-            if !zero {
-                content.push(bytes);
-            }
-            vaddr += alike * PAGE_BYTES;
-            pages -= alike;
+impl Drop for Receiver {
+    fn drop(&mut self) {
+        if self.frozen {
+            let _ = priority::set_all_threads(Priority::Normal);
         }
     }
-    ObjectPages { object: received.object, layout, content }
-}
-
-/// Whether a page is all zero: it equals itself moved by one byte, which `memcmp` decides at memory speed.
-fn is_zero(page: &[u8]) -> bool {
-    page[0] == 0 && page[1..] == page[..page.len() - 1]
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::mpsc::channel;
+    use std::time::Duration;
 
-    const PAGE: usize = PAGE_BYTES as usize;
-
-    fn receiver(at_vote: AtVote) -> Receiver {
-        Receiver::new(Arena::touched(0, 1 << 30).expect("memory"), at_vote)
+    fn receiver(at_vote: AtVote) -> (Receiver, std::sync::mpsc::Receiver<Batch>) {
+        let (batches, received) = channel();
+        let deadline = Instant::now() + Duration::from_secs(20);
+        (Receiver::new(Intake::new(Arena::new(0), deadline, batches), at_vote), received)
     }
 
     #[test]
-    fn zero_pages_leave_the_stream_but_stay_in_the_layout() {
-        let mut receiver = receiver(Box::new(|| Ok(())));
+    fn a_run_longer_than_a_segment_goes_on_in_the_next_batch() {
+        let (mut receiver, batches) = receiver(Box::new(|_| Ok(())));
         receiver.open(Object::Task { pid: 1 }).expect("opened");
-        let mut data = vec![1u8; 2 * PAGE];
-        data.extend(vec![0u8; PAGE]);
-        let mut late = vec![0u8; PAGE];
-        late[PAGE - 1] = 5;
-        data.extend(&late);
-        receiver.run(0x10000, 4, Flags::LAZY | Flags::PRESENT, &mut data.as_slice()).expect("received");
+        let pages = (SEGMENT_BYTES as u64 / PAGE_BYTES) + 2;
+        let mut data = io::repeat(7).take(pages * PAGE_BYTES);
+        receiver.run(0x10000, pages, Flags::PRESENT, &mut data).expect("received");
         assert_eq!(receiver.vote(), 0);
-        let pages = receiver.finish().expect("finished");
-        assert_eq!(pages.received_bytes(), 4 * PAGE_BYTES);
-        let objects = pages.without_zeros();
-        let runs = objects[0].layout.runs();
-        assert_eq!(
-            runs.iter().map(|r| (r.pages, r.zero)).collect::<Vec<_>>(),
-            [(2, false), (1, true), (1, false)]
-        );
-        let bytes: Vec<u8> = objects[0].content.concat();
-        assert_eq!(bytes.len(), 3 * PAGE);
-        assert_eq!(bytes[3 * PAGE - 1], 5);
+        assert_eq!(receiver.received_bytes(), pages * PAGE_BYTES);
+        drop(receiver);
+        let batches: Vec<Batch> = batches.iter().collect();
+        assert_eq!(batches.iter().map(|batch| batch.bytes.len()).collect::<Vec<_>>(), [SEGMENT_BYTES, 8192]);
+        assert!(matches!(
+            batches[0].items[..],
+            [Item::Object(_), Item::Pages { vaddr: 0x10000, pages: 512, .. }]
+        ));
+        assert!(matches!(batches[1].items[..], [Item::Pages { vaddr: 0x21_0000, pages: 2, .. }]));
     }
 
     #[test]
     fn a_failure_at_the_vote_is_a_vote_against_the_dump_and_is_kept() {
-        let mut receiver = receiver(Box::new(|| Err(io::Error::other("disk full"))));
+        let (mut receiver, _batches) = receiver(Box::new(|_| Err(io::Error::other("disk full"))));
         assert_ne!(receiver.vote(), 0);
         assert_eq!(receiver.take_failure().expect("kept").to_string(), "disk full");
+    }
+
+    #[test]
+    fn nobody_who_takes_batches_is_a_vote_against_the_dump() {
+        let (mut receiver, batches) = receiver(Box::new(|_| Ok(())));
+        drop(batches);
+        assert_ne!(receiver.vote(), 0);
     }
 }

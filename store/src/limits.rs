@@ -63,6 +63,8 @@ pub(crate) const PART_BYTES: u64 = 8 * MIB;
 pub(crate) const PARTS_IN_FLIGHT: usize = 8;
 /// Content that a session holds at the same time: four packs that wait for the store and four that are made.
 pub(crate) const SESSION_MEMORY_BYTES: u64 = 256 * MIB;
+/// What a session needs at least: a pack that waits for the store, one that is made, and content on its way.
+pub(crate) const SESSION_MEMORY_BYTES_MIN: u64 = 2 * PACK_BYTES_TARGET + 8 * BATCH_BYTES;
 /// Content that is hashed and compressed in one go by a worker: hides the cost of handing it over.
 pub(crate) const BATCH_BYTES: u64 = MIB;
 /// Batches that may wait in order for the packer; memory is limited by [`SESSION_MEMORY_BYTES`].
@@ -116,6 +118,6 @@ pub(crate) const CLAIM_AGE_MAX: Duration = Duration::from_secs(60);
 const _: () = assert!(CHUNK_BYTES_MIN < CHUNK_BYTES_MEAN && CHUNK_BYTES_MEAN < CHUNK_BYTES_MAX);
 const _: () = assert!(CHUNK_BYTES_MAX <= CHUNK_BYTES_LIMIT);
 const _: () = assert!(PACK_BYTES_TARGET + CHUNK_BYTES_LIMIT < PACK_BYTES_LIMIT);
-const _: () = assert!(SESSION_MEMORY_BYTES >= 2 * PACK_BYTES_TARGET + 2 * BATCH_BYTES);
+const _: () = assert!(SESSION_MEMORY_BYTES >= SESSION_MEMORY_BYTES_MIN);
 const _: () = assert!(LEAF_CHUNKS_LIMIT * 64 <= LEAF_BYTES_LIMIT);
 const _: () = assert!(INLINE_LEAVES_BYTES + SKELETON_FILE_BYTES_LIMIT < BOOT_BYTES_LIMIT);

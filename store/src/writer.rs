@@ -31,7 +31,7 @@ use crate::format::manifest::{Facts, RegionKind};
 use crate::lease::{Announcement, Doing};
 use crate::limits::{
     BATCH_BYTES, BATCHES_QUEUED, CONTENT_BYTES_LIMIT, PAGE_BYTES, PARTS_IN_FLIGHT, REGIONS_LIMIT,
-    SESSION_MEMORY_BYTES, SKELETON_FILE_BYTES_LIMIT,
+    SESSION_MEMORY_BYTES, SESSION_MEMORY_BYTES_MIN, SKELETON_FILE_BYTES_LIMIT,
 };
 use crate::objects::Objects;
 use crate::signature::SigningKey;
@@ -55,6 +55,11 @@ pub struct SessionOptions {
     pub destination: Option<(Name, String)>,
     /// Signs the manifest.
     pub sign: Option<SigningKey>,
+    /// Bytes of content that may be held until the store has them: at most, and without it, 256 MiB; two packs at least.
+    pub memory_bytes: Option<u64>,
+    /// Copies content that is stored raw, so that what was pushed is let go as soon as it has been looked at. For callers
+    /// who would wait for their own buffers, which a pack holds until it is stored.
+    pub copy_raw: bool,
 }
 
 /// A snapshot that is being written. Dropped before it is published, it leaves nothing that anybody sees: uploads are
@@ -74,6 +79,7 @@ pub(crate) struct Shared {
     pub(crate) objects: Objects,
     pub(crate) compression: Compression,
     pub(crate) rate: u64,
+    pub(crate) copy_raw: bool,
     pub(crate) key: ChunkKey,
     pub(crate) sign: Option<SigningKey>,
     pub(crate) reuse: reuse::Reuse,
@@ -141,15 +147,19 @@ impl Store {
         let doomed = self.doomed_packs().await?;
         let reuse =
             reuse::Reuse::load(self, options.destination.as_ref().map(|(name, _)| name), &doomed).await?;
+        let memory = options.memory_bytes.map_or(SESSION_MEMORY_BYTES, |bytes| {
+            bytes.clamp(SESSION_MEMORY_BYTES_MIN, SESSION_MEMORY_BYTES)
+        });
         let shared = Arc::new(Shared {
             store: self.clone(),
             objects,
             compression: options.compression,
             rate: options.rate.unwrap_or_else(|| self.usual_rate()),
+            copy_raw: options.copy_raw,
             key: ChunkKey::public(),
             sign: options.sign,
             reuse,
-            memory: Arc::new(Semaphore::new((SESSION_MEMORY_BYTES / PAGE_BYTES) as usize)),
+            memory: Arc::new(Semaphore::new((memory / PAGE_BYTES) as usize)),
             sending: Arc::new(Semaphore::new(PARTS_IN_FLIGHT)),
             failure: OnceLock::new(),
             session: announcement.id(),
@@ -231,14 +241,12 @@ impl Session {
         published
     }
 
-    /// Ends the session as dropping it does, and waits until its uploads are aborted.
-    pub async fn abort(self) {
-        let planner = self.planner.clone();
+    /// Ends the session as dropping it does, and waits until its uploads are aborted. Whoever pushes meanwhile fails.
+    pub async fn abort(&self) {
         self.shared.fail(Error::Aborted);
         let announcement = self.shared.announcement.lock().expect("nothing panics while taking").take();
-        drop(self);
         let (reply, answer) = oneshot::channel();
-        if planner.send(planner::Step::Abort { reply }).await.is_ok() {
+        if self.planner.send(planner::Step::Abort { reply }).await.is_ok() {
             let _ = answer.await;
         }
         if let Some(announcement) = announcement {

@@ -11,6 +11,7 @@ pub mod machine;
 pub mod mount;
 pub mod netns;
 pub mod pidfd;
+pub mod priority;
 pub mod process;
 pub mod procmem;
 pub mod shared;

@@ -18,6 +18,8 @@ use crate::{env, programs, replicas};
 
 /// A server that is held longer has lost its users anyway.
 const FREEZE_TIMEOUT: Duration = Duration::from_secs(300);
+/// Nobody waits for a server that is to be stopped, but for ever is too long.
+const FREEZE_TIMEOUT_STOPPED: Duration = Duration::from_secs(3600);
 
 #[derive(Serialize)]
 struct Report {
@@ -25,6 +27,9 @@ struct Report {
     digest: String,
     #[serde(flatten)]
     totals: rewarm_store::Totals,
+    new_content_bytes: u64,
+    /// Part of the content that no older snapshot brought.
+    new_percent: f64,
     frozen_ms: f64,
     received_bytes: u64,
     probe_answers: usize,
@@ -65,7 +70,12 @@ fn request(args: &Snapshot, global: &Global) -> Result<Request, Cause> {
         compression: args.compression,
         rate: args.rate,
         tcp_close: args.tcp_close,
-        freeze_timeout: FREEZE_TIMEOUT,
+        freeze_timeout: args.freeze_timeout.unwrap_or(if args.stop {
+            FREEZE_TIMEOUT_STOPPED
+        } else {
+            FREEZE_TIMEOUT
+        }),
+        freeze_memory: args.freeze_memory,
     })
 }
 
@@ -100,7 +110,11 @@ async fn context(global: &Global, state: State, clock: Clock) -> Result<Context,
 }
 
 fn report(outcome: &Outcome, clock: &Clock) -> Report {
+    let published = &outcome.published;
+    let (new, all) = (published.new_content_bytes, published.totals.content_bytes);
     Report {
+        new_content_bytes: new,
+        new_percent: if all == 0 { 0.0 } else { new as f64 * 100.0 / all as f64 },
         reference: outcome.reference.to_string(),
         digest: outcome.published.digest.to_string(),
         totals: outcome.published.totals,
@@ -119,12 +133,14 @@ fn text(report: &Report) -> String {
         number => format!("{} recorded", count(number, "answer")),
     };
     format!(
-        "{reference}\n{digest}\n{memory} of memory and files, {stored} in the store, {new} of it new\nfrozen {frozen}, all in all {total}; {probe}\n\n{stages}",
+        "{reference}\n{digest}\n{content} of memory and files, {stored} in the store\nnew: {new} of {content} ({percent:.1} %), {new_stored} in the store\nfrozen {frozen}, all in all {total}; {probe}\n\n{stages}",
         reference = report.reference,
         digest = report.digest,
-        memory = bytes(report.totals.content_bytes),
+        content = bytes(report.totals.content_bytes),
         stored = bytes(report.totals.stored_bytes),
-        new = bytes(report.totals.new_bytes),
+        new = bytes(report.new_content_bytes),
+        percent = report.new_percent,
+        new_stored = bytes(report.totals.new_bytes),
         frozen = seconds(report.frozen_ms),
         total = seconds(report.total_ms),
         stages = render::stages(&report.stages),

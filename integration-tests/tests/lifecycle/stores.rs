@@ -84,6 +84,8 @@ fn what_the_store_has_is_not_uploaded_again() {
         report["new_bytes"].as_u64().unwrap_or_else(|| panic!("no new_bytes in {report}"))
     };
     assert!(new(&second) * 4 < new(&first), "{} bytes, then {}", new(&first), new(&second));
+    let percent = |report: &serde_json::Value| report["new_percent"].as_f64().expect("a part of the whole");
+    assert!(percent(&first) > 50.0 && percent(&second) < 25.0, "{first}\n{second}");
     world.finish();
 }
 

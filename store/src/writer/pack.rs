@@ -131,8 +131,14 @@ async fn upload(
     parts: mpsc::UnboundedReceiver<Part>,
     mut cancelled: watch::Receiver<bool>,
 ) -> Result<Outcome> {
-    let mut sending =
-        Sending { shared: &shared, path: &path, multipart: None, whole: Vec::new(), memory: Vec::new() };
+    let mut sending = Sending {
+        shared: &shared,
+        path: &path,
+        asked: None,
+        multipart: None,
+        whole: Vec::new(),
+        memory: Vec::new(),
+    };
     let result = tokio::select! {
         result = sending.all(parts) => result,
         _ = cancelled.wait_for(|cancelled| *cancelled) => Ok(Outcome::Aborted),
@@ -146,6 +152,8 @@ async fn upload(
 struct Sending<'a> {
     shared: &'a Shared,
     path: &'a Path,
+    /// A multipart upload that the store has not named yet. Giving up waits for its name, or it would stay for ever.
+    asked: Option<JoinHandle<object_store::Result<Box<dyn MultipartUpload>>>>,
     multipart: Option<Box<dyn MultipartUpload>>,
     whole: Vec<Bytes>,
     memory: Vec<OwnedSemaphorePermit>,
@@ -180,7 +188,11 @@ impl Sending<'_> {
     /// Sends a part in the background. False if the store takes no parts of this object.
     async fn send(&mut self, payload: PutPayload, tasks: &mut JoinSet<object_store::Result<()>>) -> bool {
         if self.multipart.is_none() {
-            match self.shared.objects.store().put_multipart(self.path).await {
+            let (objects, path) = (self.shared.objects.clone(), self.path.clone());
+            let asking = tokio::spawn(async move { objects.store().put_multipart(&path).await });
+            let answer = self.asked.insert(asking).await.expect("asking a store does not panic");
+            self.asked = None;
+            match answer {
                 Ok(multipart) => self.multipart = Some(multipart),
                 Err(error) => {
                     tracing::debug!(path = %self.path, %error, "no multipart upload");
@@ -214,6 +226,11 @@ impl Sending<'_> {
     }
 
     async fn abort(&mut self) {
+        if let Some(asked) = self.asked.take()
+            && let Ok(Ok(multipart)) = asked.await
+        {
+            self.multipart = Some(multipart);
+        }
         if let Some(mut multipart) = self.multipart.take()
             && let Err(error) = multipart.abort().await
         {

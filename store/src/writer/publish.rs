@@ -4,7 +4,7 @@
 //! condition, a claim comes first: whoever sees a claim that is not older than their own gives way, whoever sees an
 //! older one withdrawn or made good acts on that. Two can then not both believe that they have won.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -43,6 +43,8 @@ pub struct Published {
     pub digest: Digest,
     /// Number of the tag's index object that names it.
     pub number: u64,
+    /// Bytes of content that no older snapshot brought, before compression; a chunk that occurs twice counts once.
+    pub new_content_bytes: u64,
     /// Sums, as they stand in the manifest.
     #[serde(flatten)]
     pub totals: Totals,
@@ -97,6 +99,7 @@ pub(crate) async fn publish(
     assert_eq!(written.unfinished, 0, "regions that are begun and not finished");
     let objects = &shared.objects;
     let new_packs: u64 = written.packs.iter().map(|(_, bytes)| bytes).sum();
+    let new_content_bytes = new_content_bytes(&written);
     let index = Index::build(shared, &written);
     let packs = index.packs.clone();
     check_present(objects, packs.iter().filter(|(id, _)| !written.wrote(id))).await?;
@@ -146,7 +149,7 @@ pub(crate) async fn publish(
             if let Err(lapsed) = announcement.confirm().await {
                 still_whole(&shared.store, objects, &name, &tag, &digest, &packs, lapsed).await?;
             }
-            Ok(Published { digest, number, totals: manifest.totals })
+            Ok(Published { digest, number, new_content_bytes, totals: manifest.totals })
         }
         Err(error) => {
             // Only here is it certain that no tag names what was written.
@@ -203,6 +206,16 @@ fn region_totals(regions: &[WrittenRegion]) -> Vec<RegionTotals> {
 
 fn content_bytes(chunks: &[(ChunkId, Location)]) -> u64 {
     chunks.iter().map(|(_, location)| u64::from(location.raw)).sum()
+}
+
+fn new_content_bytes(written: &Written) -> u64 {
+    let own: HashSet<Uuid> = written.packs.iter().map(|(id, _)| *id).collect();
+    let chunks = written.regions.iter().flat_map(|region| &region.chunks);
+    let new: HashMap<(Uuid, u64), u64> = chunks
+        .filter(|(_, location)| own.contains(&location.pack))
+        .map(|(_, location)| ((location.pack, location.offset), u64::from(location.raw)))
+        .collect();
+    new.values().sum()
 }
 
 fn totals(regions: &[WrittenRegion], root: &Root) -> Totals {

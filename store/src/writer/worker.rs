@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
+use bytes::Bytes;
 use tokio::sync::oneshot;
 
 use crate::codec::{self, Codec};
@@ -90,6 +91,9 @@ fn hash(shared: &Shared, seen: &Mutex<HashSet<ChunkId>>, content: Content) -> Ha
 
 fn encode(shared: &Shared, mut content: Content) -> Encoded {
     let (codec, stored) = codec::encode(shared.compression, shared.rate, &content.parts);
+    if stored.is_none() && shared.copy_raw {
+        content.parts = vec![Bytes::from(content.parts.concat())];
+    }
     if let Some(stored) = stored {
         let pages = stored.len().div_ceil(PAGE_BYTES as usize);
         content.parts = vec![stored];

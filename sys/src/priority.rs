@@ -1,0 +1,106 @@
+//! Which threads of this process run while others want the processor.
+//!
+//! The kernel's idle class is meant, not a nice value: a thread of it is put off the processor at once when any other
+//! thread wakes up, where a nice one would first use up its slice.
+
+use std::io;
+
+/// How a thread is scheduled.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Priority {
+    /// As every thread is by default.
+    Normal,
+    /// Only where nobody else wants the processor. New threads of such a thread are like it.
+    Idle,
+}
+
+impl Priority {
+    fn policy(self) -> libc::c_int {
+        match self {
+            Self::Normal => libc::SCHED_OTHER,
+            Self::Idle => libc::SCHED_IDLE,
+        }
+    }
+}
+
+/// Sets the priority of the calling thread.
+///
+/// # Errors
+/// `EPERM` where the limits of this process forbid it.
+pub fn set_this_thread(priority: Priority) -> io::Result<()> {
+    set(0, priority)
+}
+
+/// Sets the priority of every thread of this process, those included that begin meanwhile.
+///
+/// # Errors
+/// `EPERM` where the limits of this process forbid it; some threads may be changed then.
+pub fn set_all_threads(priority: Priority) -> io::Result<()> {
+    loop {
+        let mut changed = false;
+        for entry in std::fs::read_dir("/proc/self/task")? {
+            let name = entry?.file_name();
+            let Some(thread) = name.to_str().and_then(|name| name.parse::<libc::pid_t>().ok()) else {
+                continue;
+            };
+            // SAFETY: plain call that only reads; the result is compared.
+            let policy = unsafe { libc::sched_getscheduler(thread) };
+            // A thread that has ended meanwhile (-1) needs nothing.
+            if policy == -1 || policy == priority.policy() {
+                continue;
+            }
+            match set(thread, priority) {
+                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                other => other?,
+            }
+            changed = true;
+        }
+        // A thread that was begun by one that was not changed yet is found by the next pass.
+        if !changed {
+            return Ok(());
+        }
+    }
+}
+
+fn set(thread: libc::pid_t, priority: Priority) -> io::Result<()> {
+    let parameter = libc::sched_param { sched_priority: 0 };
+    // SAFETY: the parameter lives across the call; both classes want priority 0.
+    let result = unsafe { libc::sched_setscheduler(thread, priority.policy(), &raw const parameter) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn own() -> libc::c_int {
+        // SAFETY: plain call that only reads.
+        unsafe { libc::sched_getscheduler(0) }
+    }
+
+    #[test]
+    fn a_thread_and_its_children_yield_until_all_are_set_back() {
+        set_this_thread(Priority::Idle).expect("a thread may always yield");
+        assert_eq!(own(), libc::SCHED_IDLE);
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let (go, may_go) = std::sync::mpsc::channel();
+        let child = std::thread::spawn(move || {
+            ready.send(own()).expect("the test waits");
+            may_go.recv().expect("the test sends");
+            own()
+        });
+        assert_eq!(is_ready.recv().expect("the child says it"), libc::SCHED_IDLE);
+        match set_all_threads(Priority::Normal) {
+            Ok(()) => {
+                go.send(()).expect("the child waits");
+                assert_eq!((child.join().expect("no panic"), own()), (libc::SCHED_OTHER, libc::SCHED_OTHER));
+            }
+            // Without the right to be nice to oneself again there is nothing to see.
+            Err(error) => {
+                assert_eq!(error.raw_os_error(), Some(libc::EPERM));
+                go.send(()).expect("the child waits");
+                child.join().expect("no panic");
+            }
+        }
+    }
+}
