@@ -87,6 +87,36 @@ fn diff_names_the_process_and_the_mapping_that_changed() {
     world.finish();
 }
 
+/// Memory that was stored in each codec comes back the same, and a wanted rate is taken.
+#[test]
+fn a_server_in_every_codec() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    let calls: [(&str, &[&str]); 4] = [
+        ("planes", &["--compression", "planes"]),
+        ("zstd", &["--compression", "zstd:3"]),
+        ("none", &["--compression", "none"]),
+        ("rate", &["--rate", "100MB"]),
+    ];
+    // A store for each: chunks that are there are not written again in another codec.
+    for (tag, flags) in calls {
+        let store = world.root().join(tag).to_string_lossy().into_owned();
+        let reference = format!("{store}/plain@{tag}");
+        world.rewarm().args(["snapshot", source.name(), &reference]).args(flags).ok();
+        world.rewarm().args(["verify", &reference]).ok();
+        let clone = world.name(tag);
+        let port = format!("0:{}", server.port);
+        let output =
+            world.rewarm_json().args(["restore", &reference, "--name", &clone, "--publish", &port]).ok();
+        let clones = rewarm_integration_tests::Replica::of_restore(&world, server.port, &output);
+        server_answers_as_before(&clones[0], &server, &before);
+        clones[0].remove();
+    }
+    world.finish();
+}
+
 fn copy_and_collect(world: &World, elsewhere: &str) {
     let server = Server::plain();
     let source = world.start("plain", &server);
