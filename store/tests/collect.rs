@@ -428,6 +428,52 @@ async fn a_session_whose_announcement_is_gone_does_not_publish() {
     assert!(world.is_gone("v1").await);
 }
 
+/// A machine that was stopped at whichever request, for so long that gc took its session for dead and has run twice: the
+/// snapshot fails, or it is whole.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_session_is_taken_for_dead_at_every_request() {
+    let (mut failed, mut published) = (0, 0);
+    for pause in 0.. {
+        let world = World::new();
+        world.write("old", 1).await;
+        world.remove("old").await;
+        let faults = Arc::new(Faults::default());
+        let objects = Arc::new(FaultyStore::new(world.objects.clone(), faults.clone()));
+        let store = Store::from_objects(objects, "slow");
+        let slow = World { store, objects: world.objects.clone(), faults: faults.clone() };
+        faults.pause_at(pause);
+        let writing = tokio::spawn(async move {
+            let session = slow.session("new", 2).await;
+            publish(session, "new").await
+        });
+        let stopped = tokio::select! {
+            () = faults.paused() => true,
+            () = async { while !writing.is_finished() { tokio::time::sleep(Duration::from_millis(1)).await } } => false,
+        };
+        for path in world.paths("sessions").await {
+            world.objects.delete(&Path::from(path)).await.unwrap();
+        }
+        world.collect(NOW).await;
+        world.collect(NOW).await;
+        faults.go_on();
+        match writing.await.unwrap() {
+            Ok(_) => {
+                published += 1;
+                world.verify("new").await;
+            }
+            Err(error) => {
+                failed += 1;
+                assert!(matches!(error, Error::Lapsed { .. } | Error::Damaged { .. }), "{pause}: {error:?}");
+                assert!(world.is_gone("new").await, "{pause}: a tag is left of {error:?}");
+            }
+        }
+        if !stopped {
+            break;
+        }
+    }
+    assert!(failed > 5 && published > 2, "{failed} failed, {published} were published");
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn sessions_take_their_announcements_back() {
     let world = World::new();

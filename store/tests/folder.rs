@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use rewarm_report::{Class, Classify};
 use rewarm_store::{
-    Damage, Digest, Error, Facts, Name, Reference, RegionKind, SessionOptions, Sink, Store, Target,
+    Collect, Damage, Digest, Error, Facts, Name, Reference, RegionKind, SessionOptions, Sink, Store, Target,
 };
 
 #[path = "contract/content.rs"]
@@ -47,6 +47,25 @@ async fn read(folder: &Path) -> rewarm_store::Result<()> {
 fn only_pack(folder: &Path) -> PathBuf {
     let mut packs = std::fs::read_dir(folder.join("packs")).unwrap();
     packs.next().expect("one pack").unwrap().path()
+}
+
+/// A crash in the middle of an upload leaves a file that no listing shows.
+#[tokio::test(flavor = "multi_thread")]
+async fn gc_removes_half_written_files_that_are_old() {
+    let folder = tempfile::tempdir().unwrap();
+    write(folder.path(), 2).await.unwrap();
+    let [old, young] = ["old#1", "young#2"].map(|name| folder.path().join("packs").join(name));
+    for (path, age) in [(&old, 3600), (&young, 0)] {
+        let file = std::fs::File::create(path).unwrap();
+        file.set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(age)).unwrap();
+    }
+    let store = Store::open(&folder.path().to_str().unwrap().parse().unwrap()).await.unwrap();
+    let grace = std::time::Duration::ZERO;
+    let dry = store.collect(Collect { grace, dry_run: true }).await.unwrap();
+    assert!(old.exists() && dry.alive.objects > 3, "{dry:?}");
+    store.collect(Collect { grace, dry_run: false }).await.unwrap();
+    assert!(!old.exists() && young.exists());
+    read(folder.path()).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread")]
