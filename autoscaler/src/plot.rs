@@ -13,6 +13,8 @@ use crate::error::{Error, Result};
 use crate::simulate::Outcome;
 
 const PANEL: (u32, u32) = (640, 420);
+/// What is below this is not drawn: the differences that matter lie above it.
+const PERCENT_MIN: f64 = 90.0;
 const FONT: &str = "sans-serif";
 /// Told apart also by those who do not see all colours (Okabe and Ito).
 const COLOURS: [RGBColor; 7] = [
@@ -68,7 +70,7 @@ fn draw_panel(
     let cost_max =
         panel.outcomes.iter().map(|outcome| outcome.replica_seconds_per_request).fold(0.0, f64::max);
     let share_min = panel.outcomes.iter().map(percent).fold(100.0, f64::min);
-    let low = (share_min - 1.0).floor().clamp(0.0, 98.0);
+    let low = (share_min - 1.0).floor().clamp(PERCENT_MIN, 98.0);
     let mut chart = ChartBuilder::on(area)
         .caption(panel.title, (FONT, 16))
         .margin(12)
@@ -88,7 +90,7 @@ fn draw_panel(
         let points: Vec<(f64, f64)> = panel
             .outcomes
             .iter()
-            .filter(|outcome| family_of(&outcome.name) == family)
+            .filter(|outcome| family_of(&outcome.name) == family && percent(outcome) >= low)
             .map(|outcome| (outcome.replica_seconds_per_request, percent(outcome)))
             .collect();
         draw_family(&mut chart, family, points, COLOURS[index % COLOURS.len()])?;

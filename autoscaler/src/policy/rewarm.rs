@@ -7,8 +7,8 @@
 //!   Those whose last moment is now are compared with the slots that become free in time: by answers that are expected, by
 //!   replicas on their way, by every faster tier. Only what is missing is started. A backlog that drains by itself
 //!   starts nothing.
-//! - *ahead*: where no warm replica is left, restores are begun as soon as the requests there are exceed the slots: they are
-//!   too slow for those who wait, but load that has come tends to stay.
+//! - *ahead*: where no warm replica is left and restores are late, they are begun as soon as there are more requests than slots:
+//!   too late for those who wait, but load that has come tends to stay.
 //! - *spill*: replicas beyond those that the requests in flight would fill get only requests that have waited for a
 //!   while; all others wait for a slot in the full ones. What is there only for the overflow becomes idle, and goes.
 //! - *floor*, *burst*, *keep*: where every start is slower than the target wait, only replicas that are there already
@@ -175,9 +175,10 @@ impl Rewarm {
         (starts > 0.0).then_some(Shortfall { due: due as u32, served, within_s, starts: starts as u32 })
     }
 
-    /// Restores that the requests there are call for, where nothing faster is left.
+    /// Restores that the requests there are call for, where nothing is left that would be in time.
     fn ahead(&self, view: &View<'_>) -> Option<Decision> {
-        if !self.settings.ahead || view.held.is_empty() || view.pool.count(State::Warm) > 0 {
+        let in_time = view.start.restore <= view.limits.target_wait.as_secs_f64();
+        if !self.settings.ahead || in_time || view.held.is_empty() || view.pool.count(State::Warm) > 0 {
             return None;
         }
         let requests = f64::from(view.requests());
@@ -282,9 +283,9 @@ impl Policy for Rewarm {
         if view.held.is_empty() && view.pool.active() == 0 {
             return None;
         }
-        // Between the looks: the moments at which a held request may go to any replica, or is to be helped by a wake.
+        // Between the looks: the moments at which a held request may go to any replica, or is to be helped by a start.
         let target_s = view.limits.target_wait.as_secs_f64() * self.settings.patience;
-        let last_call_s = target_s - view.start.wake - self.settings.margin.as_secs_f64();
+        let last_call_s = target_s - next_start(view) - self.settings.margin.as_secs_f64();
         let last_call = Duration::from_secs_f64(last_call_s.max(0.0));
         let moments = [self.spill_age(view), last_call].map(|age| next_to_reach(view, age));
         Some(moments.into_iter().flatten().fold(view.now.next_multiple_of(TICK), Moment::min))
@@ -405,6 +406,12 @@ mod tests {
     fn restores_are_begun_when_no_warm_one_is_left() {
         let decision = decide(&mut policy(), &pool(0, &[4]), &[1.0], 1.0, FAST);
         assert_eq!((decision.wanted, decision.reason), (2, Reason::Ahead { requests: 5, replicas: 2 }));
+    }
+
+    #[test]
+    fn restores_that_are_in_time_are_not_begun_ahead() {
+        let quick = StartSeconds { wake: 0.5, restore: 0.5 };
+        assert_eq!(decide(&mut policy(), &pool(0, &[4]), &[1.0], 1.0, quick).wanted, 1);
     }
 
     #[test]
