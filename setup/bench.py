@@ -17,6 +17,8 @@ from demo import Failed, Rewarm, find, mib
 from stock import Stock
 
 PORT = 8000
+# Between two snapshots of the same running server.
+REQUESTS_BETWEEN = 100
 
 
 class Server:
@@ -91,6 +93,7 @@ class Bench:
             *("run", server.name, "--port", PORT, "--publish", f"127.0.0.1:0:{PORT}"),
             *("--ready", f"http://127.0.0.1:{PORT}/healthz", "--", *server.command),
         )
+        self.started = output
         answer = server.first_answer(output)
         figures.add("cold", time.monotonic() - began)
         figures.add("resident", resident_bytes(output["pid"]))
@@ -103,6 +106,10 @@ class Bench:
         figures.add("snapshot", took)
         figures.add("frozen", output["frozen_ms"] / 1000)
         figures.add("stored", output["stored_bytes"])
+        for _ in range(REQUESTS_BETWEEN):
+            server.first_answer(self.started)
+        again, _ = self.rewarm("snapshot", server.name, f"{reference}@again")
+        figures.add("again", again["new_bytes"])
         # The questions of the probe are no part of what the stock arm does.
         self.rewarm("snapshot", server.name, f"{reference}@probed", "--probe", server.probe)
         self.remove(server)
@@ -180,6 +187,11 @@ def rows(server, figures):
         ("frozen, Rewarm", figures.seconds("frozen"), f"{ratio('frozen', 'stock frozen')} times the next line"),
         ("frozen, CRIU with images in a folder", figures.seconds("stock frozen"), ""),
         ("in the store", mib(median("stored")), f"{ratio('stored', 'resident')} of {mib(median('resident'))} resident"),
+        (
+            f"new in the store, second snapshot after {REQUESTS_BETWEEN} requests",
+            mib(median("again")),
+            f"{ratio('again', 'stored')} of the first",
+        ),
         ("quick verbs", quick, ""),
     ]
 
