@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use rewarm_store::{Boot, Digest, Reference, Snapshot, Store, Target, Trust};
+use rewarm_store::{Boot, Digest, Reference, Snapshot, Store, Target, Trust, WorkingSet};
 use rewarm_sys::shared::{Missing, Reader};
 use serde::{Deserialize, Serialize};
 
@@ -125,7 +125,7 @@ impl Fetcher {
             patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
         };
         let (reply, files) = connection.ask(REQUEST, &request, &[manifest.as_fd()])?;
-        let (Reply::Opened { stream, regions }, Ok([boot, content, table])) =
+        let (Reply::Opened { stream, regions, working_set }, Ok([boot, content, table])) =
             (&reply, <[OwnedFd; 3]>::try_from(files))
         else {
             return Err(unexpected(REQUEST, &reply));
@@ -140,9 +140,11 @@ impl Fetcher {
         Ok(Stream {
             fetcher: self.clone(),
             id: *stream,
+            digest: found.object.digest,
             lease: Lease { connection: Arc::new(connection) },
             boot,
             layout,
+            working_set: working_set.clone(),
             reader,
             files,
         })
@@ -185,9 +187,11 @@ impl Fetcher {
 pub struct Stream {
     fetcher: Fetcher,
     id: u64,
+    digest: Digest,
     lease: Lease,
     boot: Vec<u8>,
     layout: Layout,
+    working_set: Option<WorkingSet>,
     reader: Reader,
     files: [OwnedFd; 2],
 }
@@ -206,10 +210,30 @@ impl Stream {
         Err(Error::Protocol { request: "open a snapshot", answer: "regions that are not its own".to_owned() })
     }
 
+    /// Digest of the snapshot's manifest.
+    #[must_use]
+    pub fn digest(&self) -> Digest {
+        self.digest
+    }
+
     /// Where its regions lie.
     #[must_use]
     pub fn layout(&self) -> &Layout {
         &self.layout
+    }
+
+    /// What earlier restores touched first, if that is known.
+    #[must_use]
+    pub fn working_set(&self) -> Option<&WorkingSet> {
+        self.working_set.as_ref()
+    }
+
+    /// Tells what a restore touched first, for the next ones. `save`: have it written into the store too.
+    ///
+    /// # Errors
+    /// If it cannot be written.
+    pub fn remember(&self, set: WorkingSet, save: bool) -> Result<()> {
+        self.lease.connection.done("remember a working set", &Request::Remember { set, save })
     }
 
     /// Its content as it arrives.

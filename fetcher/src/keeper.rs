@@ -9,7 +9,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use rewarm_report::Class;
-use rewarm_store::Digest;
+use rewarm_store::{Digest, WorkingSet};
 use rewarm_sys::shared::Owner;
 use rewarm_sys::{confine, machine, process};
 
@@ -97,6 +97,7 @@ struct Stream {
     manifest: OwnedFd,
     boot: OwnedFd,
     regions: Vec<u64>,
+    working_set: Mutex<Option<WorkingSet>>,
     owner: Owner,
     state: Mutex<Filling>,
     used: AtomicU64,
@@ -230,6 +231,20 @@ impl Keeper {
                 }
                 done
             }
+            Request::Remember { set, save } => {
+                let stream = &held.as_ref().ok_or_else(|| nonsense("no stream is open"))?.stream;
+                if save {
+                    let question = |id| ToWorker::Save { id, digest: stream.digest, set: set.clone() };
+                    if let (FromWorker::Failed { failure, .. }, _) =
+                        self.ask(&stream.access, question, &[])?
+                    {
+                        return Err(failure);
+                    }
+                }
+                let next = WorkingSet { number: set.number + 1, ..set };
+                *stream.working_set.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
+                done
+            }
             Request::Why => match held.as_ref().and_then(|held| held.stream.state().failure.clone()) {
                 Some(failure) => Err(failure),
                 None => done,
@@ -307,9 +322,9 @@ impl Keeper {
         patience_ms: u64,
         manifest: OwnedFd,
     ) -> Result<Stream, Failure> {
-        let (regions, boot) =
+        let (regions, working_set, boot) =
             match self.ask(&access, |id| ToWorker::Boot { id, digest }, &[manifest.as_fd()])? {
-                (FromWorker::Booted { regions, .. }, Some(boot)) => (regions, boot),
+                (FromWorker::Booted { regions, working_set, .. }, Some(boot)) => (regions, working_set, boot),
                 (FromWorker::Failed { failure, .. }, _) => return Err(failure),
                 _ => return Err(nonsense("a worker's answer")),
             };
@@ -318,7 +333,20 @@ impl Keeper {
         let owner = Owner::create(layout.bytes(), BLOCK_BYTES, folder).map_err(|error| system(&error))?;
         let (id, used) = (self.tick(), AtomicU64::new(self.tick()));
         let state = Mutex::default();
-        Ok(Stream { id, digest, access, patience_ms, manifest, boot, regions, owner, state, used })
+        let working_set = Mutex::new(working_set);
+        Ok(Stream {
+            id,
+            digest,
+            access,
+            patience_ms,
+            manifest,
+            boot,
+            regions,
+            working_set,
+            owner,
+            state,
+            used,
+        })
     }
 
     fn tick(&self) -> u64 {
@@ -457,7 +485,8 @@ fn opened(stream: &Stream) -> Result<Answer, Failure> {
     let copy = |fd: &OwnedFd| fd.try_clone();
     let [content, table] = stream.owner.for_reading().map_err(|error| system(&error))?;
     let boot = copy(&stream.boot).map_err(|error| system(&error))?;
-    let reply = Reply::Opened { stream: stream.id, regions: stream.regions.clone() };
+    let working_set = stream.working_set.lock().unwrap_or_else(PoisonError::into_inner).clone();
+    let reply = Reply::Opened { stream: stream.id, regions: stream.regions.clone(), working_set };
     Ok((reply, vec![boot, content, table]))
 }
 

@@ -8,7 +8,7 @@ use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 
-use rewarm_store::Digest;
+use rewarm_store::{Digest, WorkingSet};
 use rewarm_sys::fdpass;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -58,6 +58,11 @@ pub(crate) enum Request {
     Want {
         block: u64,
     },
+    /// What a restore touched first. `save`: write it into the store too.
+    Remember {
+        set: WorkingSet,
+        save: bool,
+    },
     /// Why was the stream given up?
     Why,
     /// Drop streams that nobody holds until so many bytes of memory are free.
@@ -83,6 +88,7 @@ pub(crate) enum Reply {
     Opened {
         stream: u64,
         regions: Vec<u64>,
+        working_set: Option<WorkingSet>,
     },
     Status(Status),
     Failed(Failure),
@@ -98,6 +104,8 @@ pub(crate) enum ToWorker {
     Find { id: u64, name: String, target: String },
     /// Answered by [`FromWorker::Booted`]. File: the manifest object.
     Boot { id: u64, digest: Digest },
+    /// Answered by [`FromWorker::Saved`].
+    Save { id: u64, digest: Digest, set: WorkingSet },
     /// Answered by [`FromWorker::Filled`]. Files: manifest object, boot object, content, table.
     Fill { id: u64, digest: Digest, first: Vec<Extent>, patience_ms: u64 },
     /// Somebody waits for this block of the stream that the fill with this id fetches.

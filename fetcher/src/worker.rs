@@ -166,6 +166,18 @@ impl Worker {
                     worker.answer(id, booted);
                 });
             }
+            ToWorker::Save { id, digest, set } => {
+                let worker = self.clone();
+                runtime.spawn(async move {
+                    let saved = match worker.store().await {
+                        Ok(store) => {
+                            store.put_working_set(&digest, &set).await.map_err(|e| Failure::of_store(&e))
+                        }
+                        Err(failure) => Err(failure),
+                    };
+                    worker.answer(id, saved.map(|_| (FromWorker::Saved { id }, None)));
+                });
+            }
             ToWorker::Fill { id, digest, first, patience_ms } => {
                 let worker = self.clone();
                 let (words, hear) = unbounded_channel();
@@ -245,11 +257,18 @@ impl Worker {
     ) -> Result<(FromWorker, Option<OwnedFd>), Failure> {
         let failure = |error| Failure::of_store(&error);
         let snapshot = self.snapshot(digest, fds.first()).await?;
-        let bytes = snapshot.boot_bytes().await.map_err(failure)?;
+        let store = self.store().await?;
+        let (bytes, set) = tokio::join!(snapshot.boot_bytes(), store.working_set(&digest));
+        // Without it a restore is slower, that is all.
+        let working_set = set.unwrap_or_else(|error| {
+            tracing::warn!(%error, "the working set cannot be read");
+            None
+        });
+        let bytes = bytes.map_err(failure)?;
         let boot = snapshot.decode_boot(&bytes).await.map_err(failure)?;
         let regions = boot.regions().iter().map(|region| region.bytes).collect();
         let file = memory_file(&bytes).map_err(|error| Failure::of(&error, Class::Failed))?;
-        Ok((FromWorker::Booted { id, regions }, Some(file)))
+        Ok((FromWorker::Booted { id, regions, working_set }, Some(file)))
     }
 
     async fn fill(

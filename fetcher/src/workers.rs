@@ -114,6 +114,7 @@ impl Worker {
             }
             FromWorker::Found { id, .. }
             | FromWorker::Booted { id, .. }
+            | FromWorker::Saved { id }
             | FromWorker::Filled { id, .. }
             | FromWorker::Failed { id, .. } => {
                 *lock(&self.used) = Instant::now();

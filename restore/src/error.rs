@@ -85,6 +85,9 @@ pub enum Cause {
     /// The container or its shim.
     #[error(transparent)]
     Container(#[from] rewarm_container::Error),
+    /// The working set could not be written into a folder.
+    #[error(transparent)]
+    Recording(rewarm_store::Error),
     /// CRIU or its images.
     #[error(transparent)]
     Criu(#[from] rewarm_criu::Error),
@@ -147,6 +150,7 @@ impl Classify for Cause {
             Self::Container(error) => error.class(),
             Self::Criu(error) => error.class(),
             Self::Fetcher(error) => error.class(),
+            Self::Recording(error) => error.class(),
             Self::Probe(error) => error.class(),
         }
     }

@@ -10,7 +10,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rewarm_container::tree::Applier;
 use rewarm_criu::image::pagemap::{self, Pagemap};
@@ -22,6 +22,7 @@ use crate::blueprint::{Blueprint, Place};
 use crate::error::Cause;
 use crate::lazy::Lazy;
 use crate::pages::{PagesImage, Reads};
+use crate::pipeline::Mode;
 use crate::replica::Replica;
 
 /// How long one block may take to arrive. The fetcher gives a store up long before.
@@ -32,9 +33,10 @@ const THREADS_MAX: usize = 4;
 
 /// What the fetcher brings and where it goes.
 pub(crate) struct Fetching {
-    /// What pagers are told; absent if CRIU reads everything itself.
-    pub(crate) lazy: Option<Arc<Lazy>>,
+    /// What pagers are told.
+    pub(crate) lazy: Arc<Lazy>,
     pub(crate) stream: Arc<Stream>,
+    began: Instant,
     progress: Arc<dyn Progress>,
 }
 
@@ -46,12 +48,12 @@ trait Destination: Send + Sync {
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 }
 
-/// Begins the fetch and puts all that CRIU insists on into place. With `Reads::All` that is everything. Blocks.
+/// Begins the fetch and puts all that CRIU insists on into place. Blocks.
 pub(crate) fn begin(
     replicas: &[Arc<Replica>],
     blueprint: &Blueprint,
     stream: Arc<Stream>,
-    reads: Reads,
+    mode: Mode,
     progress: &Arc<dyn Progress>,
 ) -> Result<Fetching, Cause> {
     let images: Vec<_> = replicas.iter().map(|replica| replica.client.inside().images()).collect();
@@ -63,12 +65,7 @@ pub(crate) fn begin(
                 .map_err(Cause::io(format!("write {}", path.display())))?;
         }
     }
-    let lazy = match (reads, images.first()) {
-        (Reads::NotLazy, Some(directory)) => {
-            Some(Arc::new(Lazy::plan(blueprint, directory, stream.clone())?))
-        }
-        _ => None,
-    };
+    let lazy = Arc::new(Lazy::plan(blueprint, &images, stream.clone(), mode == Mode::Eager)?);
     let trees = trees(replicas, blueprint)?;
     let mut places: Vec<(usize, Arc<dyn Destination>)> = Vec::new();
     places.extend(trees.iter().map(|(region, tree)| (*region, tree.clone() as _)));
@@ -79,13 +76,13 @@ pub(crate) fn begin(
     }
     for object in &blueprint.objects {
         // Shared memory is never filled later: CRIU has no userfaultfd for it.
-        let later = lazy.is_some() && matches!(object.object, Object::Task { .. });
+        let later = matches!(object.object, Object::Task { .. });
         let image = PagesImage::plan(&object.layout, if later { Reads::NotLazy } else { Reads::All });
         let files = images.iter().map(|at| pages_file(at, object.object, object.pages_id, &image));
         let files = files.collect::<Result<_, _>>()?;
         places.push((object.region, Arc::new(Pages { image, files })));
     }
-    let fetching = Fetching { lazy, stream, progress: progress.clone() };
+    let fetching = Fetching { lazy, stream, began: Instant::now(), progress: progress.clone() };
     fetching.copy(&places)?;
     drop(places);
     for (_, tree) in trees {
@@ -114,6 +111,13 @@ impl Fetching {
                 }
             }
         }
+        // What is touched before the probe has ended comes next.
+        let layout = self.stream.layout();
+        let known = self.stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
+        first.extend(known.iter().filter_map(|&(region, offset, bytes)| {
+            let (base, _) = layout.regions().get(region as usize)?;
+            Some((base.saturating_add(offset), bytes))
+        }));
         self.stream.begin(first)?;
         let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
         let work = || {
@@ -150,6 +154,14 @@ impl Fetching {
     fn tell(&self) {
         let total = self.stream.layout().content_bytes();
         self.progress.bytes(Stage::Fetch, self.stream.reader().arrived_bytes().min(total), Some(total));
+    }
+
+    /// How long what is missing will take at the rate seen so far.
+    pub(crate) fn remaining(&self) -> Duration {
+        let total = self.stream.layout().content_bytes();
+        let arrived = self.stream.reader().arrived_bytes().min(total);
+        let rate = arrived as f64 / self.began.elapsed().as_secs_f64().max(0.001);
+        Duration::try_from_secs_f64((total - arrived) as f64 / rate.max(1.0)).unwrap_or(Duration::MAX)
     }
 
     /// Waits until all of the stream has arrived. Blocks.

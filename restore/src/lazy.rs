@@ -7,17 +7,18 @@
 use std::fs::File;
 use std::io::{Seek, Write};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rewarm_criu::image::mm::{self, Vma};
 use rewarm_criu::page_server::Object;
+use rewarm_criu::patch;
 use rewarm_fetcher::{Lease, Stream};
 use serde::{Deserialize, Serialize};
 
 use crate::blueprint::{Blueprint, ObjectRegion};
 use crate::error::Cause;
-use crate::pager::{AtFork, Mapping, Run};
+use crate::pager::{AtFork, Extent, Mapping, Plan, Run};
 
 const PROT_WRITE: u32 = 2;
 const MADV_DONTFORK: u64 = 1 << 10;
@@ -28,6 +29,10 @@ const MADV_WIPEONFORK: u64 = 1 << 18;
 pub(crate) struct Orders {
     /// The tasks whose memory it fills.
     pub(crate) tasks: Vec<TaskOrders>,
+    /// Fill the tree while it is stopped, and let it go on afterwards.
+    pub(crate) eager: bool,
+    /// What to fill first: pid inside its pid namespace, offset and length in the task's content.
+    pub(crate) first: Vec<(u32, u64, u64)>,
 }
 
 /// The memory of one task.
@@ -46,7 +51,7 @@ pub(crate) struct TaskOrders {
 }
 
 impl TaskOrders {
-    pub(crate) fn mappings(&self) -> Vec<Mapping> {
+    fn mappings(&self) -> Vec<Mapping> {
         let at_fork = |kind| match kind {
             1 => AtFork::Wiped,
             2 => AtFork::Absent,
@@ -61,7 +66,14 @@ impl TaskOrders {
         self.mappings.iter().map(mapping).collect()
     }
 
-    pub(crate) fn runs(&self) -> Vec<Run> {
+    /// Mappings and runs joined and checked.
+    pub(crate) fn plan(&self) -> Result<Plan, Cause> {
+        Plan::new(self.mappings(), &self.runs(), self.bytes).map_err(|defect| Cause::Inconsistent {
+            what: format!("the memory of task {}: {defect}", self.pid),
+        })
+    }
+
+    fn runs(&self) -> Vec<Run> {
         self.runs.iter().map(|&(vaddr, bytes, offset)| Run { vaddr, bytes, offset }).collect()
     }
 }
@@ -70,18 +82,48 @@ impl TaskOrders {
 pub(crate) struct Lazy {
     stream: Arc<Stream>,
     orders: OwnedFd,
+    /// Whether the tree is filled while it is stopped.
+    pub(crate) eager: bool,
+    /// The tasks' pids and their regions.
+    regions: Vec<(u32, u32)>,
 }
 
 impl Lazy {
-    /// Plans the filling of a snapshot's tasks. `images` holds their `mm` images already.
-    pub(crate) fn plan(blueprint: &Blueprint, images: &Path, stream: Arc<Stream>) -> Result<Self, Cause> {
+    /// Plans the filling of a snapshot's tasks. The images of all replicas hold their `mm` images already; where memory
+    /// is filled before it is used, mappings that are worth it are marked for huge pages there.
+    pub(crate) fn plan(
+        blueprint: &Blueprint,
+        images: &[PathBuf],
+        stream: Arc<Stream>,
+        eager: bool,
+    ) -> Result<Self, Cause> {
         let mut tasks = Vec::new();
+        let mut regions = Vec::new();
         for object in &blueprint.objects {
-            let Object::Task { pid } = object.object else { continue };
-            tasks.push(orders(object, pid, stream.layout().base(object.region), images)?);
+            let (Object::Task { pid }, Some(first)) = (object.object, images.first()) else { continue };
+            let task = orders(object, pid, stream.layout().base(object.region), first)?;
+            if eager {
+                let huge = task.plan()?.huge();
+                for directory in images {
+                    patch::advise_huge_pages(directory, pid, &huge)?;
+                }
+            }
+            regions
+                .push((pid, u32::try_from(object.region).expect("the store limits the number of regions")));
+            tasks.push(task);
         }
-        let orders = memory_file(&Orders { tasks }).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { stream, orders })
+        let pid = |region| regions.iter().find(|(_, own)| *own == region).map(|(pid, _)| *pid);
+        let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
+        let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
+        let orders = Orders { first: first.collect(), tasks, eager };
+        let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
+        Ok(Self { stream, orders, eager, regions })
+    }
+
+    /// What was touched, by region.
+    pub(crate) fn by_region(&self, touched: &[Extent]) -> Vec<(u32, u64, u64)> {
+        let region = |task| self.regions.iter().find(|(pid, _)| *pid == task).map(|(_, region)| *region);
+        touched.iter().filter_map(|part| Some((region(part.task)?, part.offset, part.length))).collect()
     }
 
     /// What keeps the stream in memory for one pager when this command has ended.

@@ -14,6 +14,7 @@ pub mod mappings;
 pub mod pager;
 mod pages;
 mod pipeline;
+mod recording;
 mod replica;
 pub mod resident;
 mod verdict;

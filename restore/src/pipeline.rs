@@ -10,7 +10,7 @@ use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_fetcher::{Access, Fetcher, Found, Stream};
 use rewarm_probe::{Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
-use rewarm_store::{Boot, Facts, Manifest, Reference, Target, Trust};
+use rewarm_store::{Boot, Facts, Manifest, Reference, Store, Target, Trust, WorkingSet};
 use uuid::Uuid;
 
 use crate::begun::{Begun, Ground, unless_interrupted};
@@ -19,7 +19,7 @@ use crate::error::{Cause, Error, Result};
 use crate::fetch::{self, Fetching};
 use crate::lazy::Lazy;
 use crate::machine::{HostView, here};
-use crate::pages::Reads;
+use crate::recording::{self, Recorder};
 use crate::replica::Replica;
 use crate::verdict::{Reason, memory_reasons, reasons};
 
@@ -61,13 +61,33 @@ pub struct Request {
 /// When a replica's memory is filled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// While the server runs already; the replica is ready when all of the snapshot is on this machine.
+    /// By what is known: see [`Mode::choose`]. Lazily, the replica is ready when all of the snapshot has arrived, unless
+    /// that takes long.
     #[default]
     Auto,
     /// While the server runs already, also after the replica is ready; what is touched comes first.
     Lazy,
-    /// Before the server runs, by CRIU itself.
+    /// Before the server runs.
     Eager,
+}
+
+/// From this part of a snapshot on a working set counts as dense: nearly all will be wanted before the first answer.
+const DENSE: f64 = 0.5;
+/// A ready replica waits for the rest of its snapshot if that arrives within this time. What is shorter than any
+/// person notices is worth never having to be killed for a store that fails.
+const WAIT_FOR_REST: Duration = Duration::from_secs(3);
+
+impl Mode {
+    /// What `auto` means. Filling before the server runs is twice as fast as filling while it does, and nobody faults; it
+    /// pays where nearly all is touched anyway and nothing has to be waited for.
+    #[must_use]
+    pub fn choose(self, content_bytes: u64, arrived_bytes: u64, working_set_bytes: Option<u64>) -> Self {
+        let dense = working_set_bytes.is_some_and(|bytes| bytes as f64 >= content_bytes as f64 * DENSE);
+        match self {
+            Self::Auto if dense && arrived_bytes >= content_bytes => Self::Eager,
+            chosen => chosen,
+        }
+    }
 }
 
 /// What the pipeline works with.
@@ -188,14 +208,15 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
         open(&admitted, context),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
-    let reads = if request.mode == Mode::Eager { Reads::All } else { Reads::NotLazy };
-    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, reads, context)).await;
+    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, request.mode, context)).await;
     let rest = Rest::start(fetched);
-    let finishing = names.iter().zip(laid_out).map(|(name, replica)| {
+    let finishing = names.iter().zip(laid_out).enumerate().map(|(number, (name, replica))| {
         let (admitted, rest) = (&admitted, &rest);
+        // All of them touch the same: one recording is enough.
+        let speaks = number == 0;
         async move {
             let result = match replica {
-                Ok(replica) => finish(&replica, request, context, admitted, rest).await,
+                Ok(replica) => finish(&replica, request, context, admitted, rest, speaks).await,
                 Err(cause) => Err((Stage::Sandbox, cause)),
             };
             match result {
@@ -214,8 +235,7 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
 
 /// The content that follows while replicas are restored, and how its fetch ended.
 struct Rest {
-    stream: Option<Arc<Stream>>,
-    lazy: Option<Arc<Lazy>>,
+    fetching: Option<Arc<Fetching>>,
     /// Why not even what CRIU insists on has arrived: nothing must be begun with it.
     failed: Option<Arc<Cause>>,
     done: futures::future::Shared<futures::future::BoxFuture<'static, std::result::Result<(), Arc<Cause>>>>,
@@ -223,10 +243,8 @@ struct Rest {
 
 impl Rest {
     fn start(fetched: std::result::Result<Option<Fetching>, Cause>) -> Self {
-        let begun = fetched.map_err(Arc::new);
-        let fetching = begun.as_ref().ok().and_then(Option::as_ref);
-        let stream = fetching.map(|fetching| fetching.stream.clone());
-        let lazy = fetching.and_then(|fetching| fetching.lazy.clone());
+        let begun = fetched.map(|fetching| fetching.map(Arc::new)).map_err(Arc::new);
+        let fetching = begun.as_ref().ok().cloned().flatten();
         let failed = begun.as_ref().err().cloned();
         // A thread of its own: it must go on whoever waits for it.
         let task = tokio::task::spawn_blocking(move || match begun? {
@@ -234,7 +252,17 @@ impl Rest {
             None => Ok(()),
         });
         let done = task.map(|ended| ended.expect("fetching does not panic")).boxed().shared();
-        Self { stream, lazy, failed, done }
+        Self { fetching, failed, done }
+    }
+
+    /// Waits until everything has arrived, unless the mode or the time that it would take says otherwise.
+    async fn enough(&self, mode: Mode) -> std::result::Result<(), (Stage, Cause)> {
+        let soon = |fetching: &Arc<Fetching>| fetching.remaining() <= WAIT_FOR_REST;
+        match mode {
+            Mode::Lazy => Ok(()),
+            Mode::Auto if !self.fetching.as_ref().is_none_or(soon) => Ok(()),
+            Mode::Auto | Mode::Eager => self.all().await,
+        }
     }
 
     /// Waits until everything has arrived.
@@ -244,7 +272,7 @@ impl Rest {
 
     /// Where the fetcher is lost, that is why; what followed from it is not.
     fn or_lost(&self, (stage, cause): (Stage, Cause)) -> (Stage, Cause) {
-        let lost = self.stream.as_ref().and_then(|stream| stream.lost());
+        let lost = self.fetching.as_ref().and_then(|fetching| fetching.stream.lost());
         lost.map_or((stage, cause), |error| (Stage::Fetch, error.into()))
     }
 
@@ -264,22 +292,30 @@ async fn finish(
     context: &Context,
     admitted: &Arc<Admitted>,
     rest: &Rest,
+    speaks: bool,
 ) -> std::result::Result<Restored, (Stage, Cause)> {
     let clock = &context.clock;
     let steps = async {
         if let Some(cause) = &rest.failed {
             return Err((Stage::Fetch, cause.shared()));
         }
-        let pid = at(clock, Stage::Skeleton, restore(replica, context, admitted, rest.lazy.clone())).await?;
+        let fetching = rest.fetching.as_ref().expect("somebody is alive, so it has begun").clone();
+        let lazy = fetching.lazy.clone();
+        let restored = restore(replica, context, admitted, lazy.clone());
+        let (pid, recorder) = at(clock, Stage::Skeleton, restored).await?;
         at(clock, Stage::Identity, replica.hook(admitted.post.as_ref(), request.hook_timeout)).await?;
         let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
         let answers = at(clock, Stage::Replay, replica.replay(recorded)).await?;
         at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
-        if request.mode != Mode::Lazy {
-            rest.all().await?;
-        }
+        let touched = blocking(move || Ok(recorder.stop())).await.map_err(|cause| (Stage::Ready, cause))?;
+        rest.enough(request.mode).await?;
         commit(replica).await.map_err(|cause| (Stage::Ready, cause))?;
-        Ok(replica.restored(pid, clock.elapsed(), answers))
+        let ready_after = clock.elapsed();
+        if speaks && let Err(cause) = remember(request, &fetching, &lazy.by_region(&touched)).await {
+            let why = cause.shared();
+            clock.progress().warning(&format!("what was touched first could not be written down: {why}"));
+        }
+        Ok(replica.restored(pid, ready_after, answers))
     };
     let result = tokio::select! {
         // What the store did says more than what its consequences look like.
@@ -297,11 +333,29 @@ async fn restore(
     replica: &Replica,
     context: &Context,
     admitted: &Admitted,
-    lazy: Option<Arc<Lazy>>,
-) -> std::result::Result<u32, Cause> {
+    lazy: Arc<Lazy>,
+) -> std::result::Result<(u32, Recorder), Cause> {
     let (client, record) = (replica.client.clone(), replica.record.clone());
     let (criu, facts) = (context.criu.clone(), admitted.manifest.facts.clone());
-    blocking(move || Replica::over(client, record).restore(criu, &facts, lazy.as_deref())).await
+    blocking(move || Replica::over(client, record).restore(criu, &facts, &lazy)).await
+}
+
+/// Keeps what was touched for later restores, if it says anything new. A folder is written by this process: the fetcher
+/// can only read it.
+async fn remember(
+    request: &Request,
+    fetching: &Arc<Fetching>,
+    touched: &[(u32, u64, u64)],
+) -> std::result::Result<(), Cause> {
+    let stream = fetching.stream.clone();
+    let Some(set) = recording::next(stream.working_set(), touched) else { return Ok(()) };
+    let url = &request.source.store;
+    let is_folder = url.folder().is_some();
+    if is_folder {
+        let store = Store::open(url).await.map_err(Cause::Recording)?;
+        store.put_working_set(&stream.digest(), &set).await.map_err(Cause::Recording)?;
+    }
+    blocking(move || Ok(stream.remember(set, !is_folder)?)).await
 }
 
 /// Waits until the replica is ready.
@@ -456,7 +510,7 @@ async fn open(
 async fn fetch(
     opened: std::result::Result<(Arc<Stream>, Boot), Cause>,
     replicas: Vec<Arc<Replica>>,
-    reads: Reads,
+    mode: Mode,
     context: &Context,
 ) -> std::result::Result<Option<Fetching>, Cause> {
     let (stream, boot) = opened?;
@@ -465,7 +519,9 @@ async fn fetch(
     }
     let blueprint = Blueprint::of(&boot)?;
     let progress = context.clock.progress().clone();
-    blocking(move || fetch::begin(&replicas, &blueprint, stream, reads, &progress).map(Some)).await
+    let known = stream.working_set().map(WorkingSet::bytes);
+    let mode = mode.choose(stream.layout().content_bytes(), stream.reader().arrived_bytes(), known);
+    blocking(move || fetch::begin(&replicas, &blueprint, stream, mode, &progress).map(Some)).await
 }
 
 /// The snapshot cannot be used at all: all replicas start cold, or none.
@@ -528,4 +584,19 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::result::Result<T, Cause> + Send + 'static,
 ) -> std::result::Result<T, Cause> {
     tokio::task::spawn_blocking(work).await.expect("calls to the shim do not panic")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_fills_before_the_server_runs_only_what_is_here_and_wanted_as_a_whole() {
+        assert_eq!(Mode::Auto.choose(100, 100, Some(80)), Mode::Eager);
+        assert_eq!(Mode::Auto.choose(100, 99, Some(80)), Mode::Auto, "something has to be waited for");
+        assert_eq!(Mode::Auto.choose(100, 100, Some(10)), Mode::Auto, "most is not touched");
+        assert_eq!(Mode::Auto.choose(100, 100, None), Mode::Auto, "nothing is known");
+        assert_eq!(Mode::Lazy.choose(100, 100, Some(100)), Mode::Lazy);
+        assert_eq!(Mode::Eager.choose(100, 0, None), Mode::Eager);
+    }
 }

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use rewarm_container::cgroup::Cgroup;
 use rewarm_container::dial::Inside;
 use rewarm_container::shim::{Client, Prepare, ResidentRequest, RestoreRequest};
-use rewarm_container::{Name, Net, Origin, Record, Spec};
+use rewarm_container::{Memory, Name, Net, Origin, Record, Spec, Status};
 use rewarm_criu::admission::check_bundle;
 use rewarm_criu::config::Config;
 use rewarm_criu::patch;
@@ -19,9 +19,13 @@ use crate::begun::{Begun, Ground};
 use crate::error::Cause;
 use crate::lazy::Lazy;
 use crate::pipeline::Restored;
+use crate::recording::Recorder;
 
 /// Beside what the bytes need at a slow 100 MB/s.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);
+
+/// How often is looked whether memory is complete.
+const FILLED_POLL: Duration = Duration::from_millis(3);
 
 /// A replica that is being made.
 pub(crate) struct Replica {
@@ -55,8 +59,14 @@ impl Replica {
         Self { inside: Inside::new(client.clone()), client, record }
     }
 
-    /// Compares the images with the bundle, then lets CRIU restore them.
-    pub(crate) fn restore(&self, criu: PathBuf, facts: &Facts, lazy: Option<&Lazy>) -> Result<u32, Cause> {
+    /// Compares the images with the bundle, then lets CRIU restore them. Gives the process number of the init, and what
+    /// records its working set. Where memory is filled before the server runs, it is complete and the server runs.
+    pub(crate) fn restore(
+        &self,
+        criu: PathBuf,
+        facts: &Facts,
+        lazy: &Lazy,
+    ) -> Result<(u32, Recorder), Cause> {
         let inside = self.client.inside();
         if let Some(passed) = facts.dumped_ms.and_then(since) {
             patch::forward_alarms(&inside.images(), passed)?;
@@ -67,27 +77,42 @@ impl Replica {
             return Err(Cause::Inadmissible { violations });
         }
         let timeout = RESTORE_TIMEOUT + Duration::from_millis(facts.memory.logical_bytes / 100_000);
+        let config = if lazy.eager { Config::restore().leave_stopped() } else { Config::restore() };
         let request = RestoreRequest {
             criu,
-            config: Config::restore().to_string(),
+            config: config.to_string(),
             tcp_established: true,
             file_locks: true,
-            lazy_pages: lazy.is_some(),
+            lazy_pages: true,
             images_attached: false,
-            residents: lazy.map(|_| self.pager()).transpose()?.into_iter().collect(),
+            residents: vec![self.pager()?],
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
         };
         // The pager has a lease of its own: this command may end while memory is still being filled.
-        let lease = lazy.map(Lazy::lease).transpose()?;
-        let mut files: Vec<_> = lazy.iter().flat_map(|lazy| lazy.files()).collect();
-        files.extend(lease.as_ref().map(AsFd::as_fd));
-        self.client.restore(request, &files).map_err(|error| {
+        let lease = lazy.lease()?;
+        let (recorder, line) = Recorder::new()?;
+        let mut files = lazy.files().to_vec();
+        files.extend([lease.as_fd(), line.as_fd()]);
+        let pid = self.client.restore(request, &files).map_err(|error| {
             // CRIU's log says more than runc, and is there only as long as the replica.
             match error.log().and_then(|log| rewarm_criu::Error::of_log("restore", log)) {
                 Some(refused) => Cause::Criu(refused),
                 None => Cause::Container(error),
             }
-        })
+        })?;
+        if lazy.eager {
+            self.wait_filled();
+        }
+        Ok((pid, recorder))
+    }
+
+    /// Waits until memory is complete, or the replica is lost, which is told by what comes next.
+    fn wait_filled(&self) {
+        let filling =
+            |record: Record| record.status == Status::Starting && record.memory == Some(Memory::Filling);
+        while self.client.status().is_ok_and(filling) {
+            std::thread::sleep(FILLED_POLL);
+        }
     }
 
     /// The process that fills the replica's memory while it runs: a child of its shim.
@@ -99,7 +124,7 @@ impl Replica {
             name: "pager".to_owned(),
             program: None,
             args: vec!["pager".to_owned(), text(&work), text(cgroup.processes_dir())],
-            fds: 4,
+            fds: 5,
             ready_timeout_ms: 10_000,
         })
     }

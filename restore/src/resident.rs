@@ -9,7 +9,7 @@
 //! server itself.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Read};
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::os::unix::fs::FileExt;
@@ -18,21 +18,25 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rewarm_container::shim::resident::{Control, ToShim};
+use rewarm_container::shim::resident::{Control, FromShim, ToShim};
 use rewarm_criu::lazy_pages::Listener;
 use rewarm_fetcher::Lease;
 use rewarm_report::{Class, Classify};
+use rewarm_sys::fdpass;
 use rewarm_sys::guard::Guard;
 use rewarm_sys::shared::Reader;
 
 use crate::fetch::BLOCK_WITHIN;
 use crate::lazy::{Orders, TaskOrders};
 use crate::pager::{
-    self, Config, Heard, Holder, Mode, Plan, Report, Source, SourceError, Task, Tasks, WorkingSet,
+    self, Command, Config, Extent, Heard, Holder, Mode, Report, Source, SourceError, Task, Tasks, WorkingSet,
 };
+use crate::recording::REPORT_BYTES_MAX;
 
 /// How long CRIU may take to connect, and again between two of its messages.
 const CRIU_WITHIN: Duration = Duration::from_secs(120);
+/// How long the command may take to read what was recorded.
+const COMMAND_WITHIN: Duration = Duration::from_secs(10);
 /// More threads than this do not fill faster: they meet in the kernel's lock of one address space.
 const THREADS_MAX: usize = 8;
 
@@ -51,7 +55,7 @@ pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
         }
     };
     match start(&control, work, cgroup) {
-        Ok(holder) => relay(&control, holder),
+        Ok(pager) => relay(&control, pager),
         Err(error) => {
             let _ = control.tell(&ToShim::Failed(format!("start the pager: {error}")), &[]);
             1
@@ -59,33 +63,51 @@ pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
     }
 }
 
+/// The pager that runs in a thread of this process.
+struct Started {
+    holder: Holder,
+    /// The line to the command, which wants to know what was touched.
+    command: UnixStream,
+    tasks: Tasks,
+    eager: bool,
+}
+
 /// Starts the pager in a thread of its own and tells the shim that CRIU may begin.
-fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Holder> {
+fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Started> {
     let orders: Orders = serde_json::from_slice(&whole(&File::from(Control::given(0)?))?)?;
     let stream = Reader::open(Control::given(1)?, Control::given(2)?)?;
     let lease = Lease::over(Control::given(3)?);
+    let command = UnixStream::from(Control::given(4)?);
+    command.set_write_timeout(Some(COMMAND_WITHIN))?;
     let plan = |task: &TaskOrders| {
-        let plan = Plan::new(task.mappings(), &task.runs(), task.bytes).map_err(io::Error::other)?;
+        let plan = task.plan().map_err(io::Error::other)?;
         Ok(Task { pid: task.pid, plan: Arc::new(plan) })
     };
     let tasks = orders.tasks.iter().map(plan).collect::<io::Result<Vec<_>>>()?;
+    let first = orders.first.iter().map(|&(task, offset, length)| Extent { task, offset, length });
+    let cgroup = Tasks::Cgroup(cgroup);
     let config = Config {
-        mode: Mode::Lazy,
+        // The background waits until the command has seen what is touched, or is gone.
+        mode: if orders.eager { Mode::Eager } else { Mode::LazyWhenTold },
         threads: std::thread::available_parallelism().map_or(2, usize::from).min(THREADS_MAX),
-        record: false,
-        working_set: WorkingSet::default(),
-        tasks: Tasks::Cgroup(cgroup),
+        record: !orders.eager,
+        working_set: WorkingSet { extents: first.collect() },
+        tasks: cgroup.clone(),
         criu_within: CRIU_WITHIN,
         chunk_within: BLOCK_WITHIN,
     };
     let listener = Listener::bind(work).map_err(io::Error::other)?;
     let (shim_end, pager_end) = UnixStream::pair()?;
+    let eager = orders.eager;
     let source = Arc::new(Stream { stream, lease, tasks: orders.tasks });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
-    watch(control, &holder)?;
+    watch(control, &holder, eager)?;
+    if !eager {
+        obey(&command, &holder)?;
+    }
     control.tell(&ToShim::Ready, &[])?;
-    Ok(holder)
+    Ok(Started { holder, command, tasks: cgroup, eager })
 }
 
 /// The content of a file. Read by offset: all clones of a restore share the one position of the descriptor.
@@ -96,29 +118,60 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server.
-fn watch(control: &Control, holder: &Holder) -> io::Result<()> {
+/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server. An eager fill begins when
+/// the shim says that the tree is restored, which is stopped then.
+fn watch(control: &Control, holder: &Holder, eager: bool) -> io::Result<()> {
     let listening = control.duplicate()?;
     let socket = holder.control().try_clone()?;
     std::thread::spawn(move || {
-        while let Ok(Some(_)) = listening.next() {}
+        while let Ok(Some((FromShim::Restored { .. }, _))) = listening.next() {
+            if eager {
+                // A pager that is gone has been heard of already.
+                let _ = tell(&socket, Command::Fill);
+            }
+        }
         let _ = socket.shutdown(std::net::Shutdown::Both);
     });
     Ok(())
 }
 
-fn relay(control: &Control, mut holder: Holder) -> u8 {
+/// When the command says so, or ends, recording ends and all the rest is filled.
+fn obey(command: &UnixStream, holder: &Holder) -> io::Result<()> {
+    let (mut hear, socket) = (command.try_clone()?, holder.control().try_clone()?);
+    std::thread::spawn(move || {
+        let mut word = [0];
+        // One word or none: both mean the same.
+        let _ = hear.read(&mut word);
+        let _ = tell(&socket, Command::StopRecording);
+        let _ = tell(&socket, Command::Fill);
+    });
+    Ok(())
+}
+
+fn tell(pager: &UnixStream, command: Command) -> io::Result<()> {
+    fdpass::send(pager, &[command.byte()], &[])
+}
+
+fn relay(control: &Control, mut pager: Started) -> u8 {
     loop {
-        match holder.hear() {
+        match pager.holder.hear() {
             Heard::Report(Report::Held { id, .. }) => {
-                let held = holder.duplicate(id).map(AsFd::as_fd);
+                let held = pager.holder.duplicate(id).map(AsFd::as_fd);
                 if control.tell(&ToShim::Hold, held.as_slice()).is_err() {
                     // The shim is gone; `watch` has told the pager. Wait for it to have killed the server.
                     continue;
                 }
             }
+            Heard::Report(Report::Recorded { set }) => {
+                let report = serde_json::to_vec(&set).unwrap_or_default();
+                // A command that has ended does not want it any more.
+                let _ = fdpass::send_frame(&pager.command, &report, REPORT_BYTES_MAX, &[]);
+            }
             Heard::Report(_) => {}
             Heard::Done(_) => {
+                if pager.eager {
+                    pager.tasks.resume();
+                }
                 let _ = control.tell(&ToShim::Done, &[]);
                 return 0;
             }
@@ -127,7 +180,7 @@ fn relay(control: &Control, mut holder: Holder) -> u8 {
                 let told = control.tell(&ToShim::Failed(reason), &[]);
                 // The duplicates stay open until the shim has killed the server and then us.
                 while told.is_ok() && matches!(control.next(), Ok(Some(_))) {}
-                drop(holder);
+                drop(pager.holder);
                 // Time for the pager's own kill, where the shim died first.
                 std::thread::sleep(Duration::from_secs(5));
                 return 1;

@@ -6,6 +6,7 @@
 //! boots/HEX                      root of the index and skeleton files
 //! manifests/HEX                  one snapshot; refers to a boot object by digest and length
 //! tags/NAME/TAG/000000001.json   which manifests a tag means; the highest number counts
+//! working-sets/HEX/000000001.json   what restores of the manifest HEX touched first; the highest number counts
 //! ```
 //!
 //! HEX is the BLAKE3 digest of the object, so an object with such a name never changes. `docs/snapshot-format.md`
@@ -22,6 +23,7 @@ pub mod manifest;
 pub(crate) mod pack;
 pub mod tag;
 pub(crate) mod wire;
+pub(crate) mod working_set;
 
 use object_store::path::Path;
 use uuid::Uuid;
@@ -62,6 +64,19 @@ pub(crate) fn tag_path(name: &Name, tag: &str, number: u64) -> Path {
 /// Claims on the next number of a tag, in stores that know no conditional write.
 pub(crate) fn claim_folder(name: &Name, tag: &str) -> Path {
     Path::from(format!("claims/{name}/{tag}"))
+}
+
+pub(crate) fn working_set_folder(manifest: &Digest) -> Path {
+    Path::from(format!("working-sets/{}", manifest.hex()))
+}
+
+pub(crate) fn working_set_path(manifest: &Digest, number: u64) -> Path {
+    Path::from(format!("working-sets/{}/{number:0TAG_DIGITS$}.json", manifest.hex()))
+}
+
+/// The number that an object's name in a row stands for.
+pub(crate) fn row_number(file_name: &str) -> Option<u64> {
+    tag_number(file_name)
 }
 
 /// The number that an object's name in a tag's folder stands for.

@@ -25,6 +25,7 @@ mod remove;
 mod signature;
 mod store;
 mod url;
+mod working_sets;
 mod writer;
 
 pub use codec::Compression;
@@ -38,6 +39,7 @@ pub use format::manifest::{
     Cpu, Facts, Hooks, HostFile, Manifest, Memory, RegionKind, Seal, SharedMemory, Signature, TaskMemory,
     Totals,
 };
+pub use format::working_set::WorkingSet;
 pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
 pub use reader::{

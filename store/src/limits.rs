@@ -41,6 +41,10 @@ pub(crate) const PACKS_LIMIT: u64 = 1 << 20;
 pub(crate) const CONTENT_BYTES_LIMIT: u64 = 1 << 46;
 /// Longest file of the skeleton. What is longer is a region.
 pub const SKELETON_FILE_BYTES_LIMIT: u64 = 64 * MIB;
+/// Most extents of a working set: at 64 KiB each they are 12 GiB of scattered pages.
+pub(crate) const EXTENTS_LIMIT: usize = 200_000;
+/// Longest working set: its extents at 40 digits each.
+pub(crate) const WORKING_SET_BYTES_LIMIT: u64 = 16 * MIB;
 /// Most variants under one tag.
 pub(crate) const VARIANTS_LIMIT: usize = 256;
 

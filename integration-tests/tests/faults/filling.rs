@@ -265,3 +265,138 @@ fn eight_clones_cost_one_download() {
     }
     world.finish();
 }
+
+/// A probe that touches a part of the memory.
+fn probe(world: &World) -> String {
+    let path = world.files().join("probe.toml");
+    let text = "port = 8000\n\n[[request]]\npath = \"/touch?pages=64\"\ncompare = \"status\"\n";
+    std::fs::write(&path, text).expect("our own folder");
+    path.display().to_string()
+}
+
+/// The working sets that lie in a folder, by their file names, with the bytes that each names.
+fn working_sets(world: &World) -> Vec<(String, u64)> {
+    let rows = std::fs::read_dir(world.store_folder().join("working-sets")).into_iter().flatten().flatten();
+    let files = rows.flat_map(|row| std::fs::read_dir(row.path()).into_iter().flatten().flatten());
+    let read = |file: std::fs::DirEntry| {
+        let text = std::fs::read_to_string(file.path()).expect("a working set");
+        let json: Value = serde_json::from_str(&text).expect("JSON");
+        let extents = json["extents"].as_array().expect("a list");
+        let bytes = extents.iter().map(|extent| extent[2].as_u64().expect("a length")).sum();
+        (file.file_name().to_string_lossy().into_owned(), bytes)
+    };
+    let mut found: Vec<_> = files.map(read).collect();
+    found.sort();
+    found
+}
+
+#[test]
+fn the_first_restore_records_what_is_touched_and_later_ones_know() {
+    let server = Server::memory_of(96);
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start(server.name, &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--probe", &probe(&world)]);
+    source.remove();
+    let clones = world.restore(server.name, "v1", server.port, &["--count", "2", "--mode", "lazy"]);
+    for clone in &clones {
+        server_answers_as_before(clone, &server, &before);
+    }
+    let first = working_sets(&world);
+    let [(name, bytes)] = &first[..] else { panic!("one of the two writes one: {first:?}") };
+    assert_eq!(name, "000000001.json");
+    assert!((MIB / 4..48 * MIB).contains(bytes), "{bytes} bytes were touched");
+    // Whether the fetcher still has it or reads it again: it is good enough not to be written again.
+    for wait in [false, true] {
+        if wait {
+            world.await_no_services();
+        }
+        let name = world.name("again");
+        let again = world.restore(server.name, "v1", server.port, &["--name", &name, "--mode", "lazy"]);
+        server_answers_as_before(&again[0], &server, &before);
+        again[0].remove();
+        assert_eq!(working_sets(&world), first);
+    }
+    // One that names too little is written anew, the damaged and the old one beside it.
+    let row = std::fs::read_dir(world.store_folder().join("working-sets")).expect("a folder");
+    let row = row.flatten().next().expect("a row").path();
+    let text = std::fs::read_to_string(row.join("000000001.json")).expect("a working set");
+    let mut json: Value = serde_json::from_str(&text).expect("JSON");
+    json["extents"] = serde_json::json!([[0, 0, 4096], [77, 0, 4096], [0, u64::MAX - 10, 4096]]);
+    std::fs::write(row.join("000000002.json"), json.to_string()).expect("our own folder");
+    world.await_no_services();
+    let again =
+        world.restore(server.name, "v1", server.port, &["--name", &world.name("third"), "--mode", "lazy"]);
+    server_answers_as_before(&again[0], &server, &before);
+    assert_eq!(working_sets(&world).last().map(|(name, _)| name.as_str()), Some("000000003.json"));
+    std::fs::write(row.join("000000004.json"), "{").expect("our own folder");
+    world.await_no_services();
+    let again =
+        world.restore(server.name, "v1", server.port, &["--name", &world.name("fourth"), "--mode", "lazy"]);
+    server_answers_as_before(&again[0], &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_store_that_can_only_be_read_costs_a_warning() {
+    let server = Server::memory_of(16);
+    let Some(world) = world_for(&server) else { return };
+    let folder = world.root().join("read-only");
+    std::fs::create_dir(&folder).expect("our own folder");
+    let mount = |options: &[&str]| {
+        let status = std::process::Command::new("mount").args(options).arg(&folder).status();
+        assert!(status.expect("mount is part of the base system").success(), "{options:?}");
+    };
+    mount(&["-t", "tmpfs", "-o", "size=256m", "tmpfs"]);
+    let world = world.with_store(&folder);
+    let before = snapshot_of(&world, &server);
+    mount(&["-o", "remount,ro"]);
+    let output = world.restore_call(server.name, "v1", server.port, &[]).ok();
+    output.says(&["could not be written down", "Read-only"]);
+    let clones = Replica::of_restore(&world, server.port, &output);
+    server_answers_as_before(&clones[0], &server, &before);
+    clones[0].remove();
+    world.await_no_services();
+    let status = std::process::Command::new("umount").arg(&folder).status();
+    assert!(status.expect("umount is part of the base system").success());
+    world.finish();
+}
+
+/// Memory of every kind, two processes, and threads that change it: all of it in place before any of them runs.
+#[test]
+fn an_eager_restore_is_complete_before_the_server_runs() {
+    let server = Server::memory();
+    let Some(world) = world_for(&server) else { return };
+    let before = snapshot_of(&world, &server);
+    let clones = world.restore(server.name, "v1", server.port, &["--mode", "eager", "--count", "2"]);
+    for clone in &clones {
+        assert_eq!(entry(clone)["memory"], "present");
+        server_answers_as_before(clone, &server, &before);
+    }
+    assert_eq!(pagers(&world), [] as [i32; 0]);
+    // From what an eager one holds a snapshot can be taken again.
+    world.snapshot(&clones[0], "v2", &[]);
+    world.finish();
+}
+
+/// An eager restore from a store that fails leaves nothing, and says why.
+#[test]
+fn an_eager_restore_that_cannot_be_completed_leaves_nothing() {
+    let server = Server::memory_of(96);
+    let Some((world, slow)) = far(&server) else { return };
+    let traces = world.traces();
+    slow.throttle(16 * MIB);
+    let call = world.restore_call(server.name, "v1", server.port, &["--mode", "eager"]);
+    let running = call.env("REWARM_STORE_PATIENCE", "1s").spawn();
+    let (began, passed) = (Instant::now(), slow.passed());
+    while slow.passed() < passed + 4 * MIB {
+        assert!(began.elapsed() < TOLD_MAX, "nothing is fetched");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    slow.cut_after(1);
+    let output = running.wait();
+    output.expect_code(1);
+    output.says(&[world.id()]);
+    rewarm_integration_tests::checks::no_residue(&world, &traces);
+    world.finish();
+}

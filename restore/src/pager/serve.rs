@@ -409,6 +409,11 @@ impl Pager {
         if let Some(error) = self.engine.take_failure() {
             return Err(error);
         }
+        // All may be in place before anybody asked for what was touched.
+        let set = self.engine.stop_recording();
+        if !set.extents.is_empty() {
+            self.report(&Report::Recorded { set }, None)?;
+        }
         let counters = &self.engine.counters;
         let finished = self.finished.unwrap_or(self.connected);
         let micros = |time: Duration| u64::try_from(time.as_micros()).unwrap_or(u64::MAX);

@@ -28,6 +28,14 @@ impl Tasks {
         self.all().into_iter().find(|&pid| inner_pid(pid) == Some(task))
     }
 
+    /// Lets every stopped process go on.
+    pub fn resume(&self) {
+        for pid in self.all() {
+            // One that has ended meanwhile needs nothing.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
+        }
+    }
+
     /// Kills every process and waits until all are gone. Returns those that are not.
     ///
     /// They are stopped before the first is killed, so that none forks in between or sees another one die.
