@@ -190,14 +190,15 @@ def own_userfaultfd():
         memory = mmap.mmap(-1, PAGE, flags=PRIVATE)
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         fcntl.ioctl(descriptor, UFFDIO_REGISTER, struct.pack("QQQQ", address, PAGE, 1, 0))
-        seen = []
-        thread = threading.Thread(target=lambda: seen.append(ctypes.string_at(address, 1)))
+        seen = ctypes.create_string_buffer(b"x", 1)
+        # By a call that lets other Python threads run while it waits.
+        thread = threading.Thread(target=calls.libc.memcpy, args=(seen, ctypes.c_void_p(address), ctypes.c_size_t(1)))
         thread.start()
         message = os.read(descriptor, 32)
         expect("event of the own userfaultfd", message[0], 0x12)
         fcntl.ioctl(descriptor, UFFDIO_ZEROPAGE, struct.pack("QQQq", address, PAGE, 0, 0))
         thread.join(5)
-        expect("what the waiting thread read", seen, [b"\0"])
+        expect("what the waiting thread read", seen.raw, b"\0")
     finally:
         os.close(descriptor)
     return True

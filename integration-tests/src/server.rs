@@ -131,6 +131,13 @@ impl Server {
         Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
+    /// Memory that is awkward in every way: a reservation of 16 GiB, tens of thousands of mappings, one that grows
+    /// downwards, locked pages, an orphan, processes and a userfaultfd of its own made while it is filled.
+    #[must_use]
+    pub fn edges() -> Self {
+        Self::python("edges", "edges.py", &["--mappings", "20000"])
+    }
+
     /// Private memory of `mib` MiB that does not compress, by a digest of all of it.
     #[must_use]
     pub fn memory_of(mib: u32) -> Self {

@@ -400,3 +400,24 @@ fn an_eager_restore_that_cannot_be_completed_leaves_nothing() {
     rewarm_integration_tests::checks::no_residue(&world, &traces);
     world.finish();
 }
+
+/// Whatever a program may do to its memory, while it is being filled and after.
+#[test]
+fn awkward_memory_comes_back_in_every_mode() {
+    let server = Server::edges();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start(server.name, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    for mode in ["lazy", "eager", "auto"] {
+        let flags = ["--mode", mode, "--name", &world.name(mode)];
+        let clone = world.restore(server.name, "v1", server.port, &flags).remove(0);
+        for _ in 0..3 {
+            let _ = answers(&clone, &server);
+        }
+        await_present(&world, &clone);
+        let _ = answers(&clone, &server);
+        clone.remove();
+    }
+    world.finish();
+}
