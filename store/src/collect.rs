@@ -27,7 +27,7 @@ use uuid::Uuid;
 
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
-use crate::format::{boot_path, index_path, manifest_path, pack_path, tag_path};
+use crate::format::{boot_path, index_path, manifest_path, pack_path, tag_path, working_set_folder};
 use crate::lease::{Announcement, AtWork, Doing};
 use crate::limits::{CLAIM_AGE_MAX, CLOCK_GRAIN, LEASE};
 use crate::objects::{Dated, Objects};
@@ -37,7 +37,7 @@ use crate::store::Store;
 /// Where tombstones lie.
 const TOMBSTONES: &str = "tombstones";
 /// Folders of objects that tags lead to.
-const FOLDERS: [&str; 5] = ["packs", "indexes", "boots", "manifests", "tags"];
+const FOLDERS: [&str; 6] = ["packs", "indexes", "boots", "manifests", "tags", "working-sets"];
 /// Requests at the same time.
 const REQUESTS: usize = 16;
 
@@ -181,6 +181,11 @@ impl Look {
             alive.insert(path);
             manifests.extend(index.variants.iter().map(|variant| variant.manifest));
         }
+        // A working set lives as long as its manifest.
+        let rows: HashSet<String> =
+            manifests.iter().map(|digest| working_set_folder(digest).to_string()).collect();
+        let in_row = |path: &Path| path.as_ref().rsplit_once('/').is_some_and(|(row, _)| rows.contains(row));
+        alive.extend(all.iter().map(|object| &object.path).filter(|path| in_row(path)).cloned());
         let needs: Vec<Vec<(Path, u64)>> = stream::iter(manifests)
             .map(|digest| async move {
                 // A tag that leads to nothing is damage: what it needs is not known.

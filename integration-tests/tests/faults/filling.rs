@@ -317,6 +317,11 @@ fn the_first_restore_records_what_is_touched_and_later_ones_know() {
         again[0].remove();
         assert_eq!(working_sets(&world), first);
     }
+    // Garbage is collected around it.
+    for _ in 0..2 {
+        world.rewarm().args(["gc", world.store(), "--grace", "0s"]).ok();
+    }
+    assert_eq!(working_sets(&world), first);
     // One that names too little is written anew, the damaged and the old one beside it.
     let row = std::fs::read_dir(world.store_folder().join("working-sets")).expect("a folder");
     let row = row.flatten().next().expect("a row").path();
