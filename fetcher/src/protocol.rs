@@ -131,6 +131,10 @@ pub(crate) enum FromWorker {
     Booted {
         id: u64,
         regions: Vec<u64>,
+        working_set: Option<WorkingSet>,
+    },
+    Saved {
+        id: u64,
     },
     Filled {
         id: u64,
