@@ -78,7 +78,7 @@ fn a_replica_is_ready_before_its_memory_is_complete() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
-    slow.throttle(24 * MIB);
+    slow.throttle(6 * MIB);
     let replica = lazily(&world, &server, "30s");
     assert_eq!(entry(&replica)["memory"], "filling");
     assert!(!pagers(&world).is_empty());
@@ -102,7 +102,7 @@ fn a_replica_is_ready_before_its_memory_is_complete() {
 fn a_store_that_goes_away_ends_what_is_being_filled_with_the_reason() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
-    slow.throttle(16 * MIB);
+    slow.throttle(4 * MIB);
     let replica = lazily(&world, &server, "2s");
     // Every connection breaks at once, and so does every further one.
     slow.cut_after(1);
@@ -116,7 +116,7 @@ fn a_store_that_stalls_and_comes_back_costs_time_only() {
     let server = Server::memory_of(64);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
-    slow.throttle(24 * MIB);
+    slow.throttle(6 * MIB);
     let replica = lazily(&world, &server, "60s");
     slow.stall(true);
     std::thread::sleep(Duration::from_secs(3));
@@ -144,7 +144,7 @@ fn connections_that_break_again_and_again_cost_time_only() {
 fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
-    slow.throttle(16 * MIB);
+    slow.throttle(4 * MIB);
     let replica = lazily(&world, &server, "60s");
     for (pid, _) in residue::services(world.id()) {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
@@ -162,7 +162,7 @@ fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
 fn a_killed_pager_ends_what_is_being_filled_with_the_reason() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
-    slow.throttle(16 * MIB);
+    slow.throttle(4 * MIB);
     let replica = lazily(&world, &server, "60s");
     for pid in pagers(&world) {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
@@ -178,7 +178,7 @@ fn a_keeper_killed_during_a_restore_is_replaced() {
     let server = Server::memory_of(48);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
-    slow.throttle(16 * MIB);
+    slow.throttle(4 * MIB);
     let running = world.restore_call(server.name, "v1", server.port, &[]).spawn();
     let began = Instant::now();
     while slow.passed() < MIB {
@@ -390,7 +390,7 @@ fn an_eager_restore_that_cannot_be_completed_leaves_nothing() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
     let traces = world.traces();
-    slow.throttle(16 * MIB);
+    slow.throttle(4 * MIB);
     let call = world.restore_call(server.name, "v1", server.port, &["--mode", "eager"]);
     let running = call.env("REWARM_STORE_PATIENCE", "1s").spawn();
     let (began, passed) = (Instant::now(), slow.passed());
