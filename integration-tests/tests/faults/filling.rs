@@ -144,6 +144,7 @@ fn connections_that_break_again_and_again_cost_time_only() {
 fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
     slow.throttle(4 * MIB);
     let replica = lazily(&world, &server, "60s");
     for (pid, _) in residue::services(world.id()) {
@@ -154,7 +155,7 @@ fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
     // The next restore starts another one.
     slow.throttle(0);
     let again = world.restore(server.name, "v1", server.port, &["--name", &world.name("again")]);
-    server_answers_as_before(&again[0], &server, &answers_of(&world, &server));
+    server_answers_as_before(&again[0], &server, &before);
     world.finish();
 }
 
