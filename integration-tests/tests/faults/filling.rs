@@ -116,11 +116,12 @@ fn a_store_that_stalls_and_comes_back_costs_time_only() {
     let server = Server::memory_of(64);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
-    slow.throttle(6 * MIB);
+    slow.throttle(2 * MIB);
     let replica = lazily(&world, &server, "60s");
     slow.stall(true);
     std::thread::sleep(Duration::from_secs(3));
     assert_eq!(entry(&replica)["memory"], "filling");
+    slow.throttle(0);
     slow.stall(false);
     server_answers_as_before(&replica, &server, &before);
     await_present(&world, &replica);
