@@ -658,6 +658,9 @@ pub(crate) struct Pager {
     /// A folder whose cgroup.procs lists the server's processes.
     #[arg(value_name = "CGROUP")]
     pub(crate) cgroup: PathBuf,
+    /// A stopped server stays stopped when its memory is complete.
+    #[arg(long)]
+    pub(crate) held: bool,
 }
 
 #[derive(Debug, Args)]

@@ -132,6 +132,12 @@ pub enum Error {
     /// The device plane.
     #[error(transparent)]
     Device(Box<rewarm_gpu::Failure>),
+    /// Device state that cannot be carried; the server was restored before this was said, or is killed.
+    #[error(transparent)]
+    Carry(Box<rewarm_gpu::carried::CarryError>),
+    /// Device memory of a restored server that did not come back.
+    #[error("bring device memory back: {0}")]
+    Begin(Box<rewarm_gpu::Cause>),
     /// The shim does not speak our protocol, or vanished in the middle of a message.
     #[error("shim of {name}: {reason}")]
     Protocol {
@@ -235,6 +241,10 @@ impl Classify for Error {
             Self::Refused(_) => Class::Incompatible,
             Self::Tree { .. } => Class::Integrity,
             Self::Device(failure) => failure.class(),
+            Self::Carry(error) if matches!(**error, rewarm_gpu::carried::CarryError::Leftover { .. }) => {
+                Class::Incompatible
+            }
+            Self::Carry(_) | Self::Begin(_) => Class::Failed,
             Self::Shim { class, .. } => *class,
             Self::NameInUse { .. }
             | Self::NotRunning { .. }
@@ -248,6 +258,12 @@ impl Classify for Error {
             | Self::Order { .. }
             | Self::Protocol { .. } => Class::Failed,
         }
+    }
+}
+
+impl From<rewarm_gpu::carried::CarryError> for Error {
+    fn from(error: rewarm_gpu::carried::CarryError) -> Self {
+        Self::Carry(Box::new(error))
     }
 }
 

@@ -39,7 +39,8 @@ mod supervise;
 pub use client::{Client, RunningExec};
 pub use paths::Paths;
 pub use protocol::{
-    DumpRequest, ExecOutput, ExecRequest, Paused, Prepare, Prepared, ResidentRequest, RestoreRequest, Woken,
+    DeviceRequest, DumpRequest, ExecOutput, ExecRequest, Paused, Prepare, Prepared, ResidentRequest,
+    RestoreRequest, Woken,
 };
 pub use server::main;
 

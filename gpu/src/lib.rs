@@ -3,9 +3,10 @@
 //! [`helper`] is that process, the only one that loads the driver ([`driver`]); [`client`] starts it, asks it over
 //! [`wire`] and replaces it when a call hangs. [`order`] is what snapshot, restore, pause and wake use: all processes of a
 //! server go from running ([`states`]) to checkpointed and back, in the only order that works, and after a failure it is
-//! known what is true. [`topology`] maps devices to those of another machine. [`ranges`] finds the driver's copies of
+//! known what is true. [`carried`] is what a snapshot keeps of it. [`topology`] maps devices to those of another machine. [`ranges`] finds the driver's copies of
 //! device memory.
 
+pub mod carried;
 pub mod client;
 pub mod driver;
 pub mod helper;

@@ -254,6 +254,20 @@ pub fn resume(
     })
 }
 
+/// Lets a restored group go whose tasks stand stopped and whose device memory lies in its host memory; `thaw` of the group
+/// has to continue them. Should this process die meanwhile, all of them die with it.
+///
+/// # Errors
+/// [`Cause`]; the group must then be killed.
+pub fn begin(
+    helper: &mut Helper,
+    group: &dyn Group,
+    processes: Vec<Process>,
+    pairs: &[Pair],
+) -> Result<Resumed, Cause> {
+    Work { helper, group, hold: Hold::new(true), processes }.resume(pairs)
+}
+
 /// One suspend or resume.
 struct Work<'a> {
     helper: &'a mut Helper,

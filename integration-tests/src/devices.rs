@@ -1,6 +1,8 @@
 //! Simulated GPUs for a world: their memory, the library that plays the driver, and the file that says what goes wrong.
 //!
-//! A replica gets the folder of all of it as [`INSIDE`]. It is none of the world's, which must not find mounts in its own.
+//! A replica gets driver and workload in [`INSIDE`] and each GPU in a folder of [`INSIDE_DEVICES`], by a mount of its own: a
+//! mount below another would be one that no configuration names. All of it lies outside of the world's folder, in which the
+//! world must not find mounts.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,8 +15,10 @@ use tempfile::TempDir;
 use crate::command::Rewarm;
 use crate::server::{PORT, Question, Server};
 
-/// Where a replica finds driver, devices and workload.
+/// Where a replica finds driver and workload.
 pub const INSIDE: &str = "/srv/gpu";
+/// Where it finds the GPUs.
+pub const INSIDE_DEVICES: &str = "/srv/gpu-devices";
 const MIB: u64 = 1 << 20;
 
 /// GPUs of one world.
@@ -32,14 +36,14 @@ impl Devices {
     #[must_use]
     pub fn new(workload: &Path, sizes: &[u64]) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
-        for part in ["lib", "devices"] {
+        for part in ["inside", "inside/lib", "devices"] {
             fs::create_dir(folder.path().join(part)).expect("a folder");
         }
         let program = std::env::current_exe().expect("this program");
         // Cargo builds it beside the test program.
         let built = program.with_file_name("librewarm_gpu_sim.so");
-        fs::copy(built, folder.path().join("lib/libcuda.so.1")).expect("the simulated driver");
-        fs::copy(workload, folder.path().join("workload")).expect("the workload");
+        fs::copy(built, folder.path().join("inside/lib/libcuda.so.1")).expect("the simulated driver");
+        fs::copy(workload, folder.path().join("inside/workload")).expect("the workload");
         let mut devices = Self { folder, mounts: Vec::new() };
         for (index, mib) in sizes.iter().enumerate() {
             devices.add(index, *mib);
@@ -94,7 +98,7 @@ impl Devices {
     /// A call whose replica finds these GPUs.
     #[must_use]
     pub fn seen_by(&self, call: Rewarm) -> Rewarm {
-        call.env("REWARM_LIBCUDA", self.path("lib/libcuda.so.1"))
+        call.env("REWARM_LIBCUDA", self.path("inside/lib/libcuda.so.1"))
             .env(DEVICES_ENV, self.path("devices"))
             .env(CONTROL_ENV, self.path("control"))
     }
@@ -112,7 +116,7 @@ impl Devices {
             port: PORT,
             ready: format!("http://127.0.0.1:{PORT}/health"),
             env: self.env(),
-            mounts: vec![self.mount()],
+            mounts: self.binds(),
             needs: Vec::new(),
             questions: vec![
                 Question::post("/generate", &serde_json::json!("a prompt")),
@@ -126,19 +130,22 @@ impl Devices {
     pub fn python_server(&self) -> Server {
         let mut server = Server::cuda(&format!("{INSIDE}/lib/libcuda.so.1"));
         server.env = self.env();
-        server.mounts.push(self.mount());
+        server.mounts.extend(self.binds());
         server
     }
 
     fn env(&self) -> Vec<(String, String)> {
         // A container has no device nodes of the host's but those that it is given.
-        [(DEVICES_ENV, format!("{INSIDE}/devices")), (NODES_ENV, String::new())]
+        [(DEVICES_ENV, INSIDE_DEVICES.to_owned()), (NODES_ENV, String::new())]
             .map(|(name, value)| (name.to_owned(), value))
             .into()
     }
 
-    fn mount(&self) -> String {
-        format!("{}:{INSIDE}", self.folder.path().display())
+    fn binds(&self) -> Vec<String> {
+        let inside = format!("{}:{INSIDE}:ro", self.path("inside").display());
+        let devices = self.mounts.iter().enumerate();
+        let devices = devices.map(|(index, device)| format!("{}:{INSIDE_DEVICES}/{index}", device.display()));
+        std::iter::once(inside).chain(devices).collect()
     }
 }
 

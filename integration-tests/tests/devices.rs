@@ -1,6 +1,7 @@
 //! Servers with device memory, against the simulated driver.
 
 mod pause;
+mod snapshot;
 
 use std::path::Path;
 

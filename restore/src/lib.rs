@@ -6,6 +6,7 @@
 mod begun;
 mod blueprint;
 pub mod cold;
+mod device;
 mod error;
 mod fetch;
 mod lazy;

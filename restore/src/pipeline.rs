@@ -15,6 +15,7 @@ use uuid::Uuid;
 
 use crate::begun::{Begun, Ground, unless_interrupted};
 use crate::blueprint::Blueprint;
+use crate::device::{self, Plan};
 use crate::error::{Cause, Error, Result};
 use crate::fetch::{self, Fetching};
 use crate::lazy::Lazy;
@@ -156,6 +157,7 @@ struct Admitted {
     spec: Spec,
     recorded: Option<Recorded>,
     post: Option<Hook>,
+    device: Option<Plan>,
 }
 
 /// Restores replicas side by side; each lives or fails for itself. Where the fetcher is lost before any of them serves,
@@ -208,7 +210,9 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
         open(&admitted, context),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
-    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, request.mode, context)).await;
+    // The driver pins its copies of device memory: a page that is not there would be an error and not a fault.
+    let mode = if admitted.device.is_some() { Mode::Eager } else { request.mode };
+    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, mode, context)).await;
     let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).enumerate().map(|(number, (name, replica))| {
         let (admitted, rest) = (&admitted, &rest);
@@ -337,7 +341,8 @@ async fn restore(
 ) -> std::result::Result<(u32, Recorder), Cause> {
     let (client, record) = (replica.client.clone(), replica.record.clone());
     let (criu, facts) = (context.criu.clone(), admitted.manifest.facts.clone());
-    blocking(move || Replica::over(client, record).restore(criu, &facts, &lazy)).await
+    let device = admitted.device.clone();
+    blocking(move || Replica::over(client, record).restore(criu, &facts, &lazy, device)).await
 }
 
 /// Keeps what was touched for later restores, if it says anything new. A folder is written by this process: the fetcher
@@ -388,15 +393,20 @@ async fn admit(
         let spec = spec(request, manifest).map_err(early)?;
         let (facts, asked, known) = (manifest.facts.clone(), spec.clone(), machine.clone());
         let (count, fetcher) = (request.count, context.fetcher.clone());
+        let program = context.program.clone();
         let verdict = blocking(move || {
             let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
             reasons.extend(memory(&facts, asked.memory_bytes, count, &fetcher)?);
             reasons.extend(missing_sources(&asked));
-            Ok(reasons)
+            let device = device::plan(&facts, &program).unwrap_or_else(|more| {
+                reasons.extend(more);
+                None
+            });
+            Ok((reasons, device))
         });
-        let reasons = verdict.await.map_err(early)?;
+        let (reasons, device) = verdict.await.map_err(early)?;
         if reasons.is_empty() {
-            return admitted(request, access, found, spec).map_err(early);
+            return admitted(request, access, found, spec, device).map_err(early);
         }
         refusal.get_or_insert((Cause::Incompatible { reasons }, Some(Box::new(spec))));
     }
@@ -432,12 +442,13 @@ fn admitted(
     access: Access,
     found: Found,
     spec: Spec,
+    device: Option<Plan>,
 ) -> std::result::Result<Admitted, Cause> {
     let manifest = found.snapshot.manifest().clone();
     let recorded = manifest.facts.probe.clone().map(Recorded::from_json).transpose()?;
     let post = manifest.facts.hooks.post.as_deref().map(str::parse::<Hook>).transpose()?;
     let digest = Reference { target: Target::Digest(found.digest()), ..request.source.clone() };
-    Ok(Admitted { source: digest.to_string(), manifest, access, found, spec, recorded, post })
+    Ok(Admitted { source: digest.to_string(), manifest, access, found, spec, recorded, post, device })
 }
 
 fn missing_sources(spec: &Spec) -> Vec<Reason> {

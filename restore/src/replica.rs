@@ -7,7 +7,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rewarm_container::cgroup::Cgroup;
 use rewarm_container::dial::Inside;
-use rewarm_container::shim::{Client, Prepare, ResidentRequest, RestoreRequest};
+use rewarm_container::shim::{Client, DeviceRequest, Prepare, ResidentRequest, RestoreRequest};
 use rewarm_container::{Memory, Name, Net, Origin, Record, Spec, Status};
 use rewarm_criu::admission::check_bundle;
 use rewarm_criu::config::Config;
@@ -16,6 +16,7 @@ use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
 use rewarm_store::Facts;
 
 use crate::begun::{Begun, Ground};
+use crate::device::Plan;
 use crate::error::Cause;
 use crate::lazy::Lazy;
 use crate::pipeline::Restored;
@@ -66,6 +67,7 @@ impl Replica {
         criu: PathBuf,
         facts: &Facts,
         lazy: &Lazy,
+        device: Option<Plan>,
     ) -> Result<(u32, Recorder), Cause> {
         let inside = self.client.inside();
         if let Some(passed) = facts.dumped_ms.and_then(since) {
@@ -85,8 +87,9 @@ impl Replica {
             file_locks: true,
             lazy_pages: true,
             images_attached: false,
-            residents: vec![self.pager()?],
+            residents: vec![self.pager(device.is_some())?],
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+            device: device.map(|Plan { carried, pairs }| DeviceRequest { carried, pairs }),
         };
         // The pager has a lease of its own: this command may end while memory is still being filled.
         let lease = lazy.lease()?;
@@ -115,15 +118,18 @@ impl Replica {
         }
     }
 
-    /// The process that fills the replica's memory while it runs: a child of its shim.
-    fn pager(&self) -> Result<ResidentRequest, Cause> {
+    /// The process that fills the replica's memory: a child of its shim. `held`: it leaves a stopped server stopped, and the
+    /// shim lets it go on when device memory is in its place.
+    fn pager(&self, held: bool) -> Result<ResidentRequest, Cause> {
         let work = self.client.paths().work();
         let cgroup = Cgroup::open(&self.record.cgroup)?;
         let text = |path: &std::path::Path| path.display().to_string();
+        let mut args = vec!["pager".to_owned(), text(&work), text(cgroup.processes_dir())];
+        args.extend(held.then(|| "--held".to_owned()));
         Ok(ResidentRequest {
             name: "pager".to_owned(),
             program: None,
-            args: vec!["pager".to_owned(), text(&work), text(cgroup.processes_dir())],
+            args,
             fds: 5,
             ready_timeout_ms: 10_000,
         })

@@ -41,9 +41,10 @@ const COMMAND_WITHIN: Duration = Duration::from_secs(10);
 const THREADS_MAX: usize = 8;
 
 /// Runs the pager; what it is told comes in descriptors. `work` is CRIU's work directory, `cgroup` a folder with the
-/// server's `cgroup.procs`. Gives the exit code.
+/// server's `cgroup.procs`; `held`: a server that came back stopped stays so when its memory is complete, since somebody
+/// else lets it go on. Gives the exit code.
 #[must_use]
-pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
+pub fn main(work: &Path, cgroup: PathBuf, held: bool) -> u8 {
     let Ok(control) = Control::inherited() else { return 1 };
     // Shares this process's descriptors and outlives it: until the shim has killed the server, a killed pager leaves it
     // waiting, a child that it has just forked included.
@@ -54,7 +55,7 @@ pub fn main(work: &Path, cgroup: PathBuf) -> u8 {
             return 1;
         }
     };
-    match start(&control, work, cgroup) {
+    match start(&control, work, cgroup, held) {
         Ok(pager) => relay(&control, pager),
         Err(error) => {
             let _ = control.tell(&ToShim::Failed(format!("start the pager: {error}")), &[]);
@@ -69,11 +70,12 @@ struct Started {
     /// The line to the command, which wants to know what was touched.
     command: UnixStream,
     tasks: Tasks,
-    eager: bool,
+    /// Whether it lets the server go on when its memory is complete.
+    resumes: bool,
 }
 
 /// Starts the pager in a thread of its own and tells the shim that CRIU may begin.
-fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Started> {
+fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Result<Started> {
     let orders: Orders = serde_json::from_slice(&whole(&File::from(Control::given(0)?))?)?;
     let stream = Reader::open(Control::given(1)?, Control::given(2)?)?;
     let lease = Lease::over(Control::given(3)?);
@@ -107,7 +109,7 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf) -> io::Result<Started>
         obey(&command, &holder)?;
     }
     control.tell(&ToShim::Ready, &[])?;
-    Ok(Started { holder, command, tasks: cgroup, eager })
+    Ok(Started { holder, command, tasks: cgroup, resumes: eager && !held })
 }
 
 /// The content of a file. Read by offset: all clones of a restore share the one position of the descriptor.
@@ -169,7 +171,7 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
             }
             Heard::Report(_) => {}
             Heard::Done(_) => {
-                if pager.eager {
+                if pager.resumes {
                     pager.tasks.resume();
                 }
                 let _ = control.tell(&ToShim::Done, &[]);

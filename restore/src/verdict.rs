@@ -62,6 +62,22 @@ pub enum Reason {
         /// Which.
         missing: Vec<String>,
     },
+    /// Another CUDA driver: the server has the old one's library in its memory.
+    #[error(
+        "the snapshot holds device state of a driver for CUDA {snapshot}, the driver here is for CUDA {machine}"
+    )]
+    Driver {
+        /// Of the snapshot.
+        snapshot: String,
+        /// Of this machine.
+        machine: String,
+    },
+    /// The devices here cannot take the snapshot's device state.
+    #[error("the snapshot holds device state: {reason}")]
+    Device {
+        /// Why not.
+        reason: String,
+    },
     /// Images belong to the version of CRIU that wrote them.
     #[error("the snapshot was made by CRIU {snapshot}, this machine has {machine}")]
     Criu {

@@ -13,6 +13,7 @@ use rewarm_container::tree::Tree;
 use rewarm_criu::config::Config;
 use rewarm_criu::page_server::{self, Fault};
 use rewarm_criu::stats::{self, DumpStats};
+use rewarm_gpu::carried::Carried;
 use rewarm_report::Stage;
 use rewarm_store::Session;
 use tokio::sync::oneshot;
@@ -46,6 +47,8 @@ pub(crate) struct Dumped {
     pub(crate) dumped_ms: u64,
     /// The highest limits that its processes had before.
     pub(crate) limits: BTreeMap<String, u64>,
+    /// Device state of a server that uses CUDA; its copies are among the pages.
+    pub(crate) device: Option<Carried>,
 }
 
 /// What is copied inside the freeze, and when that was.
@@ -93,16 +96,19 @@ pub(crate) async fn dump(
     let dumping = blocking(move || client.dump(asked, theirs)).await;
     drop(ended);
     let (received_bytes, failure, result) = receiving.await.expect("receiving does not panic");
-    if failure.is_some() || dumping.is_err() || result.is_err() {
-        let own = failed(failure, dumping.err(), result.err(), budget, request.freeze_timeout);
-        return Err(streamer.failure(STORE_MARGIN).await.unwrap_or(own));
-    }
+    let device = match (failure, dumping, result) {
+        (None, Ok(device), Ok(_)) => device,
+        (failure, dumping, result) => {
+            let own = failed(failure, dumping.err(), result.err(), budget, request.freeze_timeout);
+            return Err(streamer.failure(STORE_MARGIN).await.unwrap_or(own));
+        }
+    };
     let copied = copied.lock().expect("no panic while copying").take();
     let (upper, dumped_at) = copied.expect("CRIU succeeded, so it asked for the vote");
     let stats = stats::dump(&replica.client.inside().dump_work())?;
     let since_1970 = dumped_at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let dumped_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
-    Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits: findings.limits.clone() })
+    Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits: findings.limits.clone(), device })
 }
 
 /// Touches the memory that will be needed, up to the part that can be touched while runc and CRIU start.

@@ -49,7 +49,7 @@ pub(crate) async fn gather(
             pre: request.pre.as_ref().map(ToString::to_string),
             post: request.post.as_ref().map(ToString::to_string),
         },
-        device: None,
+        device: dumped.device.as_ref().map(|device| serde_json::to_value(device).expect("string keys only")),
         labels: record.spec.labels.clone(),
         dumped_ms: Some(dumped.dumped_ms),
         limits: dumped.limits.clone(),

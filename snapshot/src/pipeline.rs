@@ -286,7 +286,9 @@ impl Attempt {
             Ok(Status::Ready) => Aftermath::Serving,
             Ok(Status::Frozen) => Aftermath::Stopped,
             // It was refused as it was.
-            Ok(Status::Paused) => Aftermath::Nothing,
+            Ok(Status::Paused) if self.stage == Stage::Preflight => Aftermath::Nothing,
+            // The devices did not take its memory back after the dump.
+            Ok(Status::Paused) => Aftermath::Stopped,
             _ => Aftermath::Gone,
         }
     }

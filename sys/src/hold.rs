@@ -14,12 +14,14 @@ use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::sys::ptrace::{self, Options};
-use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
 use nix::unistd::Pid;
 
 /// `PTRACE_EVENT_STOP`, which the siginfo of a task shows that stands still because it was asked to.
 const EVENT_STOP: i32 = 128;
 const STEP: Duration = Duration::from_micros(100);
+/// How long a task that is about to die may take to do so.
+const LET_GO_MAX: Duration = Duration::from_secs(5);
 
 /// Threads that stand still until the value is dropped.
 #[derive(Debug)]
@@ -134,17 +136,28 @@ impl Hold {
 
 impl Drop for Hold {
     fn drop(&mut self) {
+        let deadline = Instant::now() + LET_GO_MAX;
         for thread in self.held.iter().chain(&self.asked) {
             let pid = Pid::from_raw(*thread);
-            if ptrace::detach(pid, None).is_err() {
-                if exists(*thread) {
-                    // It never stopped, so it cannot be let go yet.
-                    let _ = ptrace::interrupt(pid);
-                    std::thread::sleep(STEP);
-                    let _ = ptrace::detach(pid, None);
-                }
-                reap(pid);
+            while !let_go(pid) && Instant::now() < deadline {
+                std::thread::sleep(STEP);
             }
+        }
+    }
+}
+
+/// Lets one task go, and tells whether it is gone or free. One that is about to die can be neither detached nor reaped for a
+/// moment; left alone it would stay a zombie as long as its holder lives, and its process with it.
+fn let_go(pid: Pid) -> bool {
+    if ptrace::detach(pid, None).is_ok() {
+        return true;
+    }
+    match waitpid(pid, Some(WaitPidFlag::WNOHANG | WaitPidFlag::__WALL)) {
+        Ok(WaitStatus::Exited(..) | WaitStatus::Signaled(..)) | Err(Errno::ECHILD) => true,
+        _ => {
+            // It runs: it has to stand before it can be let go.
+            let _ = ptrace::interrupt(pid);
+            false
         }
     }
 }
@@ -232,6 +245,23 @@ mod tests {
         assert_eq!(hold.count(), 0);
         child.kill().expect("kill");
         child.wait().expect("reap");
+    }
+
+    #[test]
+    fn what_dies_while_it_is_held_is_gone_when_it_is_let_go() {
+        let mut child = busy();
+        let pid = child.id().cast_signed();
+        let mut hold = Hold::new(false);
+        hold.all(|| vec![pid], &BTreeSet::new(), Duration::from_secs(5)).expect("hold");
+        child.kill().expect("kill");
+        drop(hold);
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while exists(pid) {
+            // Whoever reaps it, it must not stay.
+            let _ = child.try_wait();
+            assert!(Instant::now() < deadline, "it stays");
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 
     #[test]

@@ -3,5 +3,5 @@
 use crate::args::Pager;
 
 pub(crate) fn run(args: &Pager) -> u8 {
-    rewarm_restore::resident::main(&args.work, args.cgroup.clone())
+    rewarm_restore::resident::main(&args.work, args.cgroup.clone(), args.held)
 }

@@ -17,6 +17,16 @@ use rewarm_sys::pidfd::PidFd;
 /// How often a wait looks at what has no descriptor (a deadline, a doom).
 const STEP_MS: u16 = 20;
 
+/// Whether the other end of a connection is gone.
+pub(super) fn hung_up(connection: &UnixStream) -> io::Result<bool> {
+    let mut fds = [PollFd::new(connection.as_fd(), PollFlags::empty())];
+    match poll(&mut fds, PollTimeout::ZERO) {
+        Ok(_) => Ok(fds[0].revents().is_some_and(|events| !events.is_empty())),
+        Err(nix::errno::Errno::EINTR) => Ok(false),
+        Err(errno) => Err(errno.into()),
+    }
+}
+
 /// All children that somebody waits for by number. Others are reaped as they end.
 #[derive(Debug, Default)]
 pub(super) struct Children {

@@ -12,6 +12,8 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 use std::time::Duration;
 
+use rewarm_gpu::carried::Carried;
+
 use crate::error::{Context, Error};
 use crate::record::{Exit, Record};
 use crate::shim::protocol::{
@@ -164,12 +166,16 @@ impl Client {
     }
 
     /// Dumps the server. CRIU's images lie in [`Paths::dump_images`] afterwards, its log in [`Paths::dump_work`], until
-    /// [`Client::release_dump`], the next dump, or the end of this client. `socket` becomes CRIU's descriptor 20.
+    /// [`Client::release_dump`], the next dump, or the end of this client. `socket` becomes CRIU's descriptor 20. Gives the
+    /// device state of a server that uses CUDA.
     ///
     /// # Errors
     /// If CRIU fails, the deadline passes or the server ends. Unless the server ended it goes on.
-    pub fn dump(&self, request: DumpRequest, socket: impl AsFd) -> Result<(), Error> {
-        self.done("dump", &Request::Dump(request), &[socket.as_fd()])
+    pub fn dump(&self, request: DumpRequest, socket: impl AsFd) -> Result<Option<Carried>, Error> {
+        match self.call("dump", &Request::Dump(request), &[socket.as_fd()])? {
+            Reply::Dumped(carried) => Ok(carried.map(|carried| *carried)),
+            other => Err(self.unexpected("dump", &other)),
+        }
     }
 
     /// Lets go of the memory that the images of the last dump take.

@@ -25,7 +25,7 @@ pub(super) fn helper() -> Helper {
 }
 
 /// The processes of a replica, as the device plane sees them.
-struct Tasks<'a>(&'a Cgroup);
+pub(super) struct Tasks<'a>(pub(super) &'a Cgroup);
 
 impl Group for Tasks<'_> {
     fn processes(&self) -> Vec<i32> {

@@ -12,6 +12,8 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use rewarm_gpu::Pair;
+use rewarm_gpu::carried::Carried;
 use rewarm_report::{Class, Remote};
 use rewarm_sys::fdpass;
 use serde::{Deserialize, Serialize};
@@ -89,6 +91,18 @@ pub struct RestoreRequest {
     pub residents: Vec<ResidentRequest>,
     /// Give up after this time, in milliseconds.
     pub timeout_ms: u64,
+    /// Device state of the server, which CRIU leaves stopped in this case (`leave-stopped` in its configuration).
+    #[serde(default)]
+    pub device: Option<DeviceRequest>,
+}
+
+/// Device state that goes back to devices.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DeviceRequest {
+    /// What the snapshot keeps.
+    pub carried: Carried,
+    /// Which device takes whose place; empty where all are the same.
+    pub pairs: Vec<Pair>,
 }
 
 /// A child of the shim; see [`crate::shim::resident`].
@@ -198,6 +212,7 @@ pub enum Reply {
     Hello { version: u32, pid: u32 },
     Done,
     Prepared(Box<Prepared>),
+    Dumped(Option<Box<Carried>>),
     Started { pid: u32 },
     Exec(ExecOutput),
     Paused(Paused),

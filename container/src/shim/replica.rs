@@ -74,6 +74,8 @@ pub(super) struct Inner {
     pub(super) frozen_by: Option<ConnectionId>,
     /// Set while it is paused: those of its processes whose device memory lies in their host memory.
     pub(super) paused: Option<Vec<Process>>,
+    /// The same during a dump, and after it as long as a command keeps it frozen.
+    pub(super) suspended: Option<Vec<Process>>,
     pub(super) dumped_by: Option<ConnectionId>,
     /// Everything that had to be cleaned up is.
     pub(super) finished: bool,
@@ -249,7 +251,10 @@ impl Replica {
             return Ok(());
         }
         record.memory = Some(memory);
-        write_json(&self.paths.record(), record)
+        let written = write_json(&self.paths.record(), record);
+        drop(inner);
+        self.changed.notify_all();
+        written
     }
 
     pub(super) fn doomed(&self) -> bool {

@@ -1,5 +1,6 @@
 //! Restores the server through runc.
 
+use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::process::Child;
@@ -7,17 +8,42 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use rewarm_gpu::{Group, order};
 use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
 use crate::record::{Cause, Memory, Status};
 use crate::rootfs;
-use crate::shim::children::{Outcome, descendants};
+use crate::shim::children::{Outcome, descendants, hung_up, signal};
 use crate::shim::logs::Pump;
-use crate::shim::protocol::RestoreRequest;
-use crate::shim::replica::{Asker, Parts, Replica};
+use crate::shim::pause::Tasks;
+use crate::shim::protocol::{DeviceRequest, RestoreRequest};
+use crate::shim::replica::{Asker, Inner, Parts, Replica};
 use crate::shim::start::read_pid;
 use crate::shim::supervise::Resident;
+
+/// How often it is looked whether the command is still there while memory is filled.
+const STEP: Duration = Duration::from_millis(100);
+
+/// Processes that CRIU has left stopped: a signal lets them go on.
+struct Stopped<'a>(Tasks<'a>);
+
+impl Group for Stopped<'_> {
+    fn processes(&self) -> Vec<i32> {
+        self.0.processes()
+    }
+
+    fn freeze(&self) -> io::Result<()> {
+        self.0.freeze()
+    }
+
+    fn thaw(&self) -> io::Result<()> {
+        for pid in self.processes() {
+            signal(pid, nix::libc::SIGCONT);
+        }
+        Ok(())
+    }
+}
 
 impl Replica {
     /// Restores from the images that lie in the images directory.
@@ -105,7 +131,42 @@ impl Replica {
         for resident in residents {
             resident.restored(pid)?;
         }
+        if let Some(device) = &request.device {
+            self.wait_present(asker, deadline, timeout.as_secs())?;
+            self.begin_devices(parts, device)?;
+        }
         Ok(pid)
+    }
+
+    /// The driver pins its copies of device memory: all of it must be there before the first call.
+    fn wait_present(&self, asker: Asker<'_>, deadline: Instant, seconds: u64) -> Result<(), Error> {
+        let filling = |inner: &Inner| {
+            let record = inner.record.as_ref();
+            record.is_some_and(|record| record.memory == Some(Memory::Filling))
+        };
+        while !self.wait_until(Some(STEP), |inner| inner.doomed || inner.exit.is_some() || !filling(inner)) {
+            if Instant::now() > deadline {
+                return Err(Error::Deadline { operation: "restore", seconds });
+            }
+            if hung_up(asker.socket).context("look at", "the connection of the command")? {
+                return Err(Error::Abandoned { operation: "restore" });
+            }
+        }
+        if self.doomed() {
+            let log = self.paths.seen_through(std::process::id()).work().join("restore.log");
+            return Err(self.doomed_error(log));
+        }
+        Ok(())
+    }
+
+    /// Lets a restored server go that CRIU left stopped, with its device memory back on the devices.
+    fn begin_devices(&self, parts: &Parts, device: &DeviceRequest) -> Result<(), Error> {
+        let stopped = Stopped(Tasks(&parts.cgroup));
+        let processes = device.carried.find(&stopped)?;
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        order::begin(&mut helper, &stopped, processes, &device.pairs)
+            .map_err(|cause| Error::Begin(Box::new(cause)))?;
+        Ok(())
     }
 
     /// runc and CRIU wait for ever for a pager that is gone, and each leaves the other behind when it is killed alone.

@@ -175,7 +175,9 @@ fn carry_out(
             replica.commit().map(done)
         }
         Request::Dump(request) => match fds.pop() {
-            Some(socket) => replica.dump(asker, &request, socket).map(done),
+            Some(socket) => {
+                replica.dump(asker, &request, socket).map(|carried| Reply::Dumped(carried.map(Box::new)))
+            }
             None => Err(Error::Malformed {
                 what: "dump",
                 value: "no descriptor".into(),

@@ -10,6 +10,7 @@
 //! | `GET /check` | sums of all device memory, and how many errors the threads have seen |
 //! | `POST /generate` | an answer that depends on the prompt, the weights and nothing else; its state goes through the KV cache |
 //! | `POST /kernel?N` | starts a kernel of N milliseconds |
+//! | `POST /fork` | forks a child that keeps the open descriptors |
 //! | `POST /begin` | with `--late`: begins to use the device only now |
 
 use std::ffi::{c_int, c_uint, c_void};
@@ -43,8 +44,6 @@ pub struct Options {
     pub seed: u64,
     /// Use the device only after `POST /begin`.
     pub late: bool,
-    /// Fork a child that keeps the open descriptors.
-    pub fork: bool,
 }
 
 impl Options {
@@ -61,12 +60,11 @@ impl Options {
             device: 0,
             seed: 1,
             late: false,
-            fork: false,
         };
         let mut args = args.iter();
         while let Some(flag) = args.next() {
-            if flag == "--late" || flag == "--fork" {
-                *(if flag == "--late" { &mut options.late } else { &mut options.fork }) = true;
+            if flag == "--late" {
+                options.late = true;
                 continue;
             }
             let value = args.next().ok_or_else(|| format!("{flag} needs a value"))?;
@@ -101,9 +99,6 @@ pub fn main(options: &Options) -> Result<(), String> {
     });
     if !options.late {
         server.begin()?;
-    }
-    if options.fork {
-        fork_sleeper();
     }
     for _ in 0..options.threads {
         let server = server.clone();
@@ -376,6 +371,10 @@ impl Server {
         match (method, path.split_once('?').unwrap_or((path, ""))) {
             ("GET", ("/health", _)) if self.options.late => Ok("{\"simulated\":true}".to_owned()),
             ("GET", ("/health", _)) => self.model().map(|_| "{\"simulated\":true}".to_owned()),
+            ("POST", ("/fork", _)) => {
+                fork_sleeper();
+                Ok("{\"simulated\":true}".to_owned())
+            }
             ("POST", ("/begin", _)) => self.begin().map(|()| "{\"simulated\":true}".to_owned()),
             ("GET", ("/check", _)) => {
                 let model = self.model()?;

@@ -1,0 +1,148 @@
+//! What a snapshot keeps of a server's devices, and how its processes are found again after a restore.
+//!
+//! The copies themselves are memory of the processes and travel as such. Numbers of processes and threads are those of the
+//! server's own namespace, the only ones that a restore keeps.
+
+use std::io;
+
+use serde::{Deserialize, Serialize};
+
+use crate::client::{CallError, Helper};
+use crate::driver::Version;
+use crate::order::{Group, Process, Suspended};
+use crate::topology::Device;
+
+/// How the paths of device files begin that no dump can carry.
+const DEVICE_FILES: [&str; 3] = ["/dev/nvidia", "/dev/gdrdrv", "/dev/infiniband/"];
+
+/// Device state of a snapshot.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Carried {
+    /// The driver's version.
+    pub driver: Version,
+    /// All devices that the driver saw.
+    pub devices: Vec<Device>,
+    /// The processes that use them.
+    pub processes: Vec<Process>,
+}
+
+impl Carried {
+    /// Writes down what was suspended.
+    ///
+    /// # Errors
+    /// [`CallError`], or the kernel's where a process is gone.
+    pub fn of(helper: &mut Helper, suspended: &Suspended) -> Result<Self, CarryError> {
+        let inner = |process: &Process| {
+            Ok::<_, io::Error>(Process {
+                pid: innermost(&format!("/proc/{}/status", process.pid))?,
+                restore_thread: innermost(&format!(
+                    "/proc/{}/task/{}/status",
+                    process.pid, process.restore_thread
+                ))?,
+                copies: process.copies.clone(),
+            })
+        };
+        let processes = suspended.processes.iter().map(inner).collect::<io::Result<_>>();
+        let processes = processes.map_err(CarryError::Numbers)?;
+        Ok(Self { driver: helper.start()?, devices: helper.devices()?, processes })
+    }
+
+    /// Bytes of device memory.
+    #[must_use]
+    pub fn bytes(&self) -> u64 {
+        self.processes.iter().map(Process::bytes).sum()
+    }
+
+    /// The same processes in a restored group, with the numbers that the helper sees.
+    ///
+    /// # Errors
+    /// [`CarryError::Missing`] for one that is not there.
+    pub fn find(&self, group: &dyn Group) -> Result<Vec<Process>, CarryError> {
+        let here = group.processes();
+        let find = |process: &Process| {
+            let pid = here
+                .iter()
+                .copied()
+                .find(|pid| innermost(&format!("/proc/{pid}/status")).ok() == Some(process.pid))?;
+            let restore_thread = rewarm_sys::hold::threads(pid).into_iter().find(|thread| {
+                innermost(&format!("/proc/{pid}/task/{thread}/status")).ok() == Some(process.restore_thread)
+            })?;
+            Some(Process { pid, restore_thread, copies: process.copies.clone() })
+        };
+        let missing =
+            |process: &Process| CarryError::Missing { pid: process.pid, thread: process.restore_thread };
+        self.processes.iter().map(|process| find(process).ok_or_else(|| missing(process))).collect()
+    }
+}
+
+/// Why device state cannot be carried.
+#[derive(Debug, thiserror::Error)]
+pub enum CarryError {
+    /// The driver.
+    #[error(transparent)]
+    Call(#[from] CallError),
+    /// A process is gone.
+    #[error("read the numbers of the server's processes")]
+    Numbers(#[source] io::Error),
+    /// A process that the snapshot names was not restored.
+    #[error("no process {pid} with a thread {thread} is in the restored server, in its own numbers")]
+    Missing {
+        /// Its number in the server's namespace.
+        pid: i32,
+        /// The number of the driver's thread in it.
+        thread: i32,
+    },
+    /// A device file is still open or mapped, by a process that the driver does not know.
+    #[error(
+        "process {pid} holds {path} although the driver has let its devices go: a child that was forked without exec, or a device that the driver does not manage"
+    )]
+    Leftover {
+        /// The process.
+        pid: i32,
+        /// The file.
+        path: String,
+    },
+}
+
+/// Refuses processes that hold device files after all devices were let go.
+///
+/// # Errors
+/// [`CarryError::Leftover`] with the first.
+pub fn none_left(processes: &[i32]) -> Result<(), CarryError> {
+    for pid in processes {
+        if let Some(path) = held(*pid) {
+            return Err(CarryError::Leftover { pid: *pid, path });
+        }
+    }
+    Ok(())
+}
+
+fn held(pid: i32) -> Option<String> {
+    let is_device = |path: &str| DEVICE_FILES.iter().any(|begin| path.starts_with(begin));
+    let mapped = rewarm_sys::procmem::maps(pid).unwrap_or_default().into_iter().map(|map| map.path);
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let open = entries
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
+    mapped.chain(open).find(|path| is_device(path))
+}
+
+/// The number of a task in its own namespace.
+fn innermost(status: &str) -> io::Result<i32> {
+    let text = std::fs::read_to_string(status)?;
+    let numbers = text.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    let last = numbers.and_then(|line| line.split_whitespace().next_back()?.parse().ok());
+    last.ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, format!("{status} has no NSpid")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_without_device_files_is_none_left() {
+        let own = std::process::id().cast_signed();
+        none_left(&[own, 4_194_303]).expect("no device");
+        assert_eq!(innermost("/proc/self/status").expect("a number"), own);
+        assert!(innermost("/proc/uptime").is_err());
+    }
+}
