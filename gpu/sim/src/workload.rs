@@ -372,7 +372,11 @@ impl Server {
             ("GET", ("/health", _)) if self.options.late => Ok("{\"simulated\":true}".to_owned()),
             ("GET", ("/health", _)) => self.model().map(|_| "{\"simulated\":true}".to_owned()),
             ("POST", ("/fork", _)) => {
-                fork_sleeper();
+                // Later, so that the child does not keep this connection open.
+                std::thread::spawn(|| {
+                    std::thread::sleep(Duration::from_millis(100));
+                    fork_sleeper();
+                });
                 Ok("{\"simulated\":true}".to_owned())
             }
             ("POST", ("/begin", _)) => self.begin().map(|()| "{\"simulated\":true}".to_owned()),
