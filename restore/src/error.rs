@@ -51,7 +51,7 @@ pub enum Cause {
         what: String,
         /// What the caller can do about it.
         class: Class,
-        /// As [`Cause::lost`] said.
+        /// Whether a further attempt is worth it: the fetcher was lost, not the snapshot.
         lost: bool,
     },
     /// The server was started and did not become ready.
