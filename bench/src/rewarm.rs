@@ -4,6 +4,8 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use serde_json::Value;
 use tokio::process::Command;
 
@@ -17,6 +19,8 @@ use crate::subject::Subject;
 const NAME: &str = "bench";
 /// How long the rest of the memory may take to arrive.
 const PRESENT_WITHIN: Duration = Duration::from_secs(600);
+/// How long a fetcher may take to end.
+const ENDED_WITHIN: Duration = Duration::from_secs(10);
 /// How often it is looked whether it has.
 const LOOK_EVERY: Duration = Duration::from_millis(5);
 
@@ -38,6 +42,8 @@ impl Rewarm {
         let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
         let mut command = Command::new(&self.program);
         command.arg("--json").arg("--state").arg(&self.state).arg("--criu").arg(&self.criu).args(&arguments);
+        // The fetcher ends when it is told to, not meanwhile.
+        command.env("REWARM_FETCHER_IDLE", "1h").env_remove("REWARM_CACHE_MEMORY");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let output =
             command.output().await.map_err(Error::io(format!("start {}", self.program.display())))?;
@@ -93,6 +99,7 @@ impl Rewarm {
         expected: &Expected,
         case: &str,
     ) -> Result<Sample> {
+        let before = self.bytes_read().await?;
         let (began, busy) = (Instant::now(), machine::busy_ms()?);
         let elapsed = || began.elapsed().as_secs_f64() * 1000.0;
         let publish = publish(subject);
@@ -101,8 +108,9 @@ impl Rewarm {
         let answer = self.call(&arguments).await?;
         let resume = elapsed();
         let first_answer = expected.ask(host_port("restore", &answer)?, began, case).await?;
-        let (present, bytes_read) = self.present(began).await?;
+        let present = self.present(began).await?;
         let cpu_ms = Some(machine::busy_ms()? - busy);
+        let bytes_read = Some(self.bytes_read().await? - before);
         self.remove().await?;
         Ok(Sample {
             resume_ms: Some(resume),
@@ -127,20 +135,50 @@ impl Rewarm {
         Ok(())
     }
 
-    /// Waits until all memory of the replica is resident. Milliseconds since `began`, and the bytes that were read.
-    async fn present(&self, began: Instant) -> Result<(f64, Option<u64>)> {
+    /// Waits until all memory of the replica is resident. Milliseconds since `began`.
+    async fn present(&self, began: Instant) -> Result<f64> {
         loop {
             let listed = self.call(&["ps"]).await?;
-            let replica = listed.pointer("/replicas/0").cloned().unwrap_or_default();
-            if replica["memory"] != "filling" {
-                return Ok((began.elapsed().as_secs_f64() * 1000.0, replica["bytes_read"].as_u64()));
-            }
-            if began.elapsed() > PRESENT_WITHIN {
-                let what = "all memory of the replica present".to_owned();
-                return Err(Error::Late { what, seconds: PRESENT_WITHIN.as_secs() });
+            match listed.pointer("/replicas/0/memory").and_then(Value::as_str) {
+                Some("present") => return Ok(began.elapsed().as_secs_f64() * 1000.0),
+                Some("filling") if began.elapsed() < PRESENT_WITHIN => {}
+                Some("filling") => {
+                    let what = "all memory of the replica present".to_owned();
+                    return Err(Error::Late { what, seconds: PRESENT_WITHIN.as_secs() });
+                }
+                _ => {
+                    let seen = listed.to_string().chars().take(200).collect();
+                    return Err(Error::Output { program: "rewarm ps".to_owned(), expected: "memory", seen });
+                }
             }
             tokio::time::sleep(LOOK_EVERY).await;
         }
+    }
+
+    /// Bytes that the fetcher has read for all streams that it holds; none where there is no fetcher.
+    async fn bytes_read(&self) -> Result<u64> {
+        let cache = self.call(&["cache"]).await?;
+        let streams = cache["streams"].as_array().map_or(&[][..], Vec::as_slice);
+        Ok(streams.iter().filter_map(|stream| stream["read_bytes"].as_u64()).sum())
+    }
+
+    /// Ends the fetcher, and what it holds in memory with it, and waits until it is gone.
+    pub(crate) async fn end_fetcher(&self) -> Result<()> {
+        let cache = self.call(&["cache"]).await?;
+        let pid = cache["pid"].as_u64().and_then(|pid| i32::try_from(pid).ok());
+        let Some(pid) = pid.map(Pid::from_raw) else { return Ok(()) };
+        // One that has ended by itself is as good.
+        let _ = kill(pid, Signal::SIGTERM);
+        let deadline = Instant::now() + ENDED_WITHIN;
+        // Whoever asks it in its last moment gets an error.
+        while !self.call(&["cache"]).await.is_ok_and(|cache| cache["running"] == false) {
+            if Instant::now() > deadline {
+                let what = "the end of the fetcher".to_owned();
+                return Err(Error::Late { what, seconds: ENDED_WITHIN.as_secs() });
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
+        Ok(())
     }
 
     /// Ends the replica and forgets it.

@@ -56,7 +56,9 @@ pub async fn run(
     };
     // Of the replicas of all state folders: those that a failure left.
     for state in states(&options.work) {
-        let _ = Rewarm::new(&options.program, &options.criu, &state).remove().await;
+        let rewarm = Rewarm::new(&options.program, &options.criu, &state);
+        let _ = rewarm.remove().await;
+        let _ = rewarm.end_fetcher().await;
     }
     result
 }
@@ -135,7 +137,9 @@ impl<'a> Bench<'a> {
         if let Some(store) = &options.store {
             running.snapshot(&remote(store, "plain"), &probe, &options.compression).await?;
             running.snapshot(&remote(store, "recorded"), &probe, &options.compression).await?;
-            options.fresh().prime(&remote(store, "recorded")).await?;
+            let first = options.fresh();
+            first.prime(&remote(store, "recorded")).await?;
+            first.end_fetcher().await?;
         }
         Ok(bench)
     }
@@ -175,7 +179,11 @@ impl<'a> Bench<'a> {
             Place::Cache => self.cached.clone(),
             _ => self.options.fresh(),
         };
-        rewarm.restore(&reference, mode, &self.subject, &self.expected, case).await
+        let sample = rewarm.restore(&reference, mode, &self.subject, &self.expected, case).await?;
+        if place != Place::Cache {
+            rewarm.end_fetcher().await?;
+        }
+        Ok(sample)
     }
 }
 
