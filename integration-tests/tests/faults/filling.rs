@@ -78,10 +78,12 @@ fn a_replica_is_ready_before_its_memory_is_complete() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
-    slow.throttle(6 * MIB);
+    // So slow that a busy machine, too, is ready long before it is complete.
+    slow.throttle(2 * MIB);
     let replica = lazily(&world, &server, "30s");
     assert_eq!(entry(&replica)["memory"], "filling");
     assert!(!pagers(&world).is_empty());
+    slow.throttle(12 * MIB);
     // All of it is read here, most of it before it has arrived by itself.
     server_answers_as_before(&replica, &server, &before);
     let present = await_present(&world, &replica);
@@ -102,7 +104,7 @@ fn a_replica_is_ready_before_its_memory_is_complete() {
 fn a_store_that_goes_away_ends_what_is_being_filled_with_the_reason() {
     let server = Server::memory_of(96);
     let Some((world, slow)) = far(&server) else { return };
-    slow.throttle(4 * MIB);
+    slow.throttle(2 * MIB);
     let replica = lazily(&world, &server, "2s");
     // Every connection breaks at once, and so does every further one.
     slow.cut_after(1);

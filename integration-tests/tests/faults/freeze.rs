@@ -21,11 +21,14 @@ fn slow_world() -> Option<(World, Slow)> {
     world(&needs).map(|world| world.heavy().on_garage().behind())
 }
 
+/// Nothing of a given-up snapshot is in the bucket. Only the announcement of its session may be: a store that is too slow for the
+/// snapshot may be too slow for its last word, and gc removes what nobody renews.
 fn bucket_is_empty(world: &World) {
     let info = world.bucket_info();
-    let objects = info.lines().find_map(|line| line.strip_prefix("Objects:")).map(str::trim);
+    let value = |key: &str| info.lines().find_map(|line| line.strip_prefix(key)).map_or("", str::trim);
+    let empty = value("Objects:") == "0" || value("Size:").starts_with("3 B") && value("Objects:") == "1";
     // Uploads that were begun and neither completed nor aborted have a line of their own.
-    assert!(objects == Some("0") && !info.contains("nfinished"), "left in the store:\n{info}");
+    assert!(empty && !info.contains("nfinished"), "left in the store:\n{info}");
 }
 
 /// 16 MiB for 300: CRIU waits for the store again and again, and all that happens is that it takes longer.

@@ -81,6 +81,8 @@ fn a_state_folder_on_an_overlay() {
     assert_eq!(clones[0].sh("cat /srv/note"), "written");
     clones[0].remove();
     source.remove();
+    // The fetcher has its log there.
+    world.await_no_services();
     unmount(&world.state());
     unmount(&layers);
     world.finish();
