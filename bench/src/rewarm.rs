@@ -155,11 +155,21 @@ impl Rewarm {
         }
     }
 
-    /// Bytes that the fetcher has read for all streams that it holds; none where there is no fetcher.
+    /// Bytes that the fetcher has read for all streams that it holds, once they are complete; none where there is no fetcher.
     async fn bytes_read(&self) -> Result<u64> {
-        let cache = self.call(&["cache"]).await?;
-        let streams = cache["streams"].as_array().map_or(&[][..], Vec::as_slice);
-        Ok(streams.iter().filter_map(|stream| stream["read_bytes"].as_u64()).sum())
+        let deadline = Instant::now() + PRESENT_WITHIN;
+        loop {
+            let cache = self.call(&["cache"]).await?;
+            let streams = cache["streams"].as_array().map_or(&[][..], Vec::as_slice);
+            if streams.iter().all(|stream| stream["complete"] == true) {
+                return Ok(streams.iter().filter_map(|stream| stream["read_bytes"].as_u64()).sum());
+            }
+            if Instant::now() > deadline {
+                let what = "the end of the fetch".to_owned();
+                return Err(Error::Late { what, seconds: PRESENT_WITHIN.as_secs() });
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// Ends the fetcher, and what it holds in memory with it, and waits until it is gone.
