@@ -100,7 +100,7 @@ fn the_server_dies_in_each_state() -> Result<(), Failed> {
     // Suspended, one of two: the other one goes on.
     let (gone, left) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
     let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
-    world.kill(gone.pid);
+    world.kill_frozen(gone.pid);
     order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
     left.is_whole();
     Ok(())

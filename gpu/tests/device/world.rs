@@ -130,6 +130,21 @@ impl World {
         self.group.thaw().expect("thaw");
         child.wait().expect("reap");
     }
+
+    /// Ends one server of a frozen group. The others do not run an instruction meanwhile: while their device memory is away
+    /// that would be their end.
+    pub(crate) fn kill_frozen(&mut self, pid: i32) {
+        let others: Vec<i32> = self.group.processes().into_iter().filter(|&other| other != pid).collect();
+        let tell = |signal| {
+            for &other in &others {
+                nix::sys::signal::kill(nix::unistd::Pid::from_raw(other), signal).expect("it runs");
+            }
+        };
+        tell(nix::sys::signal::Signal::SIGSTOP);
+        self.kill(pid);
+        self.group.freeze().expect("freeze");
+        tell(nix::sys::signal::Signal::SIGCONT);
+    }
 }
 
 impl Drop for World {
