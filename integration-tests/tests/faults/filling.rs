@@ -13,8 +13,10 @@ use serde_json::Value;
 use crate::{world, world_for};
 
 const MIB: u64 = 1 << 20;
+/// Memory of servers that must still be filled when they are ready: what is ready needs several ranges of 8 MiB.
+const LARGE_MIB: u32 = 400;
 /// How long a killed replica may take to be told as such.
-const TOLD_MAX: Duration = Duration::from_secs(30);
+const TOLD_MAX: Duration = Duration::from_secs(60);
 /// How long memory may take to be complete once nothing is slow any more.
 const PRESENT_MAX: Duration = Duration::from_secs(60);
 
@@ -75,15 +77,15 @@ fn await_crash(world: &World, replica: &Replica<'_>) -> String {
 
 #[test]
 fn a_replica_is_ready_before_its_memory_is_complete() {
-    let server = Server::memory_of(96);
+    let server = Server::memory_of(LARGE_MIB);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
     // So slow that a busy machine, too, is ready long before it is complete.
-    slow.throttle(2 * MIB);
+    slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "30s");
     assert_eq!(entry(&replica)["memory"], "filling");
     assert!(!pagers(&world).is_empty());
-    slow.throttle(12 * MIB);
+    slow.throttle(64 * MIB);
     // All of it is read here, most of it before it has arrived by itself.
     server_answers_as_before(&replica, &server, &before);
     let present = await_present(&world, &replica);
@@ -102,10 +104,11 @@ fn a_replica_is_ready_before_its_memory_is_complete() {
 
 #[test]
 fn a_store_that_goes_away_ends_what_is_being_filled_with_the_reason() {
-    let server = Server::memory_of(96);
+    let server = Server::memory_of(LARGE_MIB);
     let Some((world, slow)) = far(&server) else { return };
-    slow.throttle(2 * MIB);
+    slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "2s");
+    assert_eq!(entry(&replica)["memory"], "filling");
     // Every connection breaks at once, and so does every further one.
     slow.cut_after(1);
     let reason = await_crash(&world, &replica);
@@ -145,10 +148,10 @@ fn connections_that_break_again_and_again_cost_time_only() {
 
 #[test]
 fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
-    let server = Server::memory_of(96);
+    let server = Server::memory_of(LARGE_MIB);
     let Some((world, slow)) = far(&server) else { return };
     let before = answers_of(&world, &server);
-    slow.throttle(4 * MIB);
+    slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
     for (pid, _) in residue::services(world.id()) {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
@@ -164,9 +167,9 @@ fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
 
 #[test]
 fn a_killed_pager_ends_what_is_being_filled_with_the_reason() {
-    let server = Server::memory_of(96);
+    let server = Server::memory_of(LARGE_MIB);
     let Some((world, slow)) = far(&server) else { return };
-    slow.throttle(4 * MIB);
+    slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
     for pid in pagers(&world) {
         kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
