@@ -158,9 +158,11 @@ fn memory_that_is_short_while_dumping() {
     let (before, traces) = (answers(&source, &server), world.traces());
     let call = world.snapshot_call(&source, "v1", &[]).under("prlimit", &["--as=450000000"]);
     let output = call.run();
-    if output.code != Some(0) {
-        output.expect_code(1);
+    // A small allocation that fails ends the program at once, and its lease with it.
+    if output.code == Some(1) {
         output.says(&["stage dump", "memory", "the server goes on serving"]);
+    }
+    if output.code != Some(0) {
         assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
     }
     server_answers_as_before(&source, &server, &before);

@@ -20,8 +20,17 @@ fn small_file_system(path: &Path, options: &str) {
     assert!(status.expect("mount is part of the base system").success(), "mount a tmpfs with {options}");
 }
 
+/// A process that has just ended may hold a file for a moment.
 fn unmount(path: &Path) {
-    assert!(Command::new("umount").arg(path).status().expect("umount is part of the base system").success());
+    let unmounted =
+        || Command::new("umount").arg(path).status().expect("umount is part of the base system").success();
+    let done = (0..50).any(|_| {
+        unmounted() || {
+            std::thread::sleep(Duration::from_millis(200));
+            false
+        }
+    });
+    assert!(done, "umount {}", path.display());
 }
 
 /// A replica whose state folder lies on a small file system that it has filled: until nothing more fits, it has written to

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::process::Command;
+use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before, store_verifies};
 use rewarm_integration_tests::residue;
@@ -93,6 +94,15 @@ fn mount(arguments: &[&str], path: &Path) {
     assert!(status.expect("mount is part of the base system").success(), "mount {arguments:?}");
 }
 
+/// A process that has just ended may hold a file for a moment.
 fn unmount(path: &Path) {
-    assert!(Command::new("umount").arg(path).status().expect("umount is part of the base system").success());
+    let unmounted =
+        || Command::new("umount").arg(path).status().expect("umount is part of the base system").success();
+    let done = (0..50).any(|_| {
+        unmounted() || {
+            std::thread::sleep(Duration::from_millis(200));
+            false
+        }
+    });
+    assert!(done, "umount {}", path.display());
 }
