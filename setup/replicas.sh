@@ -1,9 +1,9 @@
 # Sourced by scripts that start replicas. Needs $rewarm and $work, whose folder `state` holds the replicas.
 
-# Stops every replica: they hold connections and mounts below the folder.
 # Nothing is left running: the fetcher, too, goes soon after the last restore.
 export REWARM_FETCHER_IDLE=15s
 
+# Stops every replica: they hold connections and mounts below the folder.
 end_replicas() {
   local names
   names=$("$rewarm" --state "$work/state" ps --json 2>/dev/null |
