@@ -13,6 +13,7 @@ pub mod fuzz;
 pub mod garage;
 pub mod http;
 pub mod load;
+pub mod mounts;
 pub mod needs;
 pub mod replica;
 pub mod residue;

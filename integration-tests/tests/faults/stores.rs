@@ -8,6 +8,7 @@ use rewarm_integration_tests::checks::{
     Answers, answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
 };
 use rewarm_integration_tests::garage::free_port;
+use rewarm_integration_tests::mounts::{mount, unmount};
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Need, Replica, World, needs};
 
@@ -16,21 +17,7 @@ use crate::{world, world_for};
 /// A file system of its own at `path`; the world takes it away with everything else.
 fn small_file_system(path: &Path, options: &str) {
     std::fs::create_dir_all(path).expect("our own folder");
-    let status = Command::new("mount").args(["-t", "tmpfs", "-o", options, "tmpfs"]).arg(path).status();
-    assert!(status.expect("mount is part of the base system").success(), "mount a tmpfs with {options}");
-}
-
-/// A process that has just ended may hold a file for a moment.
-fn unmount(path: &Path) {
-    let unmounted =
-        || Command::new("umount").arg(path).status().expect("umount is part of the base system").success();
-    let done = (0..50).any(|_| {
-        unmounted() || {
-            std::thread::sleep(Duration::from_millis(200));
-            false
-        }
-    });
-    assert!(done, "umount {}", path.display());
+    mount(&["-t", "tmpfs", "-o", options, "tmpfs"], path);
 }
 
 /// A replica whose state folder lies on a small file system that it has filled: until nothing more fits, it has written to

@@ -1,10 +1,8 @@
 //! Machines that are made otherwise than most: cgroup v2 alone, a state folder that lies on an overlay.
 
-use std::path::Path;
-use std::process::Command;
-use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before, store_verifies};
+use rewarm_integration_tests::mounts::{mount, unmount};
 use rewarm_integration_tests::residue;
 use rewarm_integration_tests::server::Server;
 
@@ -87,22 +85,4 @@ fn a_state_folder_on_an_overlay() {
     unmount(&world.state());
     unmount(&layers);
     world.finish();
-}
-
-fn mount(arguments: &[&str], path: &Path) {
-    let status = Command::new("mount").args(arguments).arg(path).status();
-    assert!(status.expect("mount is part of the base system").success(), "mount {arguments:?}");
-}
-
-/// A process that has just ended may hold a file for a moment.
-fn unmount(path: &Path) {
-    let unmounted =
-        || Command::new("umount").arg(path).status().expect("umount is part of the base system").success();
-    let done = (0..50).any(|_| {
-        unmounted() || {
-            std::thread::sleep(Duration::from_millis(200));
-            false
-        }
-    });
-    assert!(done, "umount {}", path.display());
 }
