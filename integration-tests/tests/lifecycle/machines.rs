@@ -1,6 +1,5 @@
 //! Machines that are made otherwise than most: cgroup v2 alone, a state folder that lies on an overlay.
 
-
 use rewarm_integration_tests::checks::{answers, server_answers_as_before, store_verifies};
 use rewarm_integration_tests::mounts::{mount, unmount};
 use rewarm_integration_tests::residue;
