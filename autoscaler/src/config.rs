@@ -107,6 +107,27 @@ impl PolicySpec {
         Ok(Self { name: name.to_owned(), kind })
     }
 
+    /// One policy of a configuration: the name of a kind, or a table of settings with `kind`.
+    ///
+    /// # Errors
+    /// An unknown kind or setting, a value that makes no sense, or lists of values.
+    pub fn from_value(value: &Value, place: &str) -> Result<Self> {
+        const EXPECTED: &str = "the name of a policy, or a table of its settings with kind";
+        let settings = match value {
+            Value::String(name) => return Self::built_in(name),
+            Value::Table(settings) => settings,
+            other => return Err(bad("policy", place, other, EXPECTED)),
+        };
+        let Some(Value::String(kind)) = settings.get("kind") else {
+            return Err(bad("policy", place, value, EXPECTED));
+        };
+        let mut specs = combinations(kind, settings, place)?;
+        match (specs.pop(), specs.is_empty()) {
+            (Some(spec), true) => Ok(spec),
+            _ => Err(bad("policy", place, value, "one value for each setting")),
+        }
+    }
+
     /// The policy at the beginning of a run.
     #[must_use]
     pub fn build(&self, limits: &Limits) -> Box<dyn Policy> {
