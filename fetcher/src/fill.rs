@@ -78,6 +78,8 @@ pub(crate) struct Fill {
     queue: VecDeque<(usize, Request)>,
     wanted: HashSet<u64>,
     cores: Arc<Semaphore>,
+    /// For what somebody waits for: it does not stand behind all that was asked for in advance.
+    cores_wanted: Arc<Semaphore>,
 }
 
 impl Fill {
@@ -100,8 +102,9 @@ impl Fill {
             let sink = Arc::new(Placing { base, chunks: chunks.clone(), writer: writer.clone(), done });
             regions.push(Region { chunks, sink });
         }
-        let (queue, wanted, cores) = (VecDeque::new(), HashSet::new(), Boot::cores());
-        let mut fill = Self { boot, layout, regions, queue, wanted, cores };
+        let (queue, wanted) = (VecDeque::new(), HashSet::new());
+        let (cores, cores_wanted) = (Boot::cores(), Boot::cores());
+        let mut fill = Self { boot, layout, regions, queue, wanted, cores, cores_wanted };
         fill.plan(first).await?;
         Ok(fill)
     }
@@ -114,7 +117,10 @@ impl Fill {
         };
         let mut order: Vec<(usize, usize)> = Vec::new();
         for &(offset, bytes) in first {
-            for (region, chunk) in self.chunks_of(offset, bytes) {
+            // Whole blocks: readers see nothing of a block before all of it is there.
+            let start = offset / BLOCK_BYTES * BLOCK_BYTES;
+            let end = offset.saturating_add(bytes).checked_next_multiple_of(BLOCK_BYTES).unwrap_or(u64::MAX);
+            for (region, chunk) in self.chunks_of(start, end - start) {
                 if take(region, chunk, &self.regions[region].sink) {
                     order.push((region, chunk));
                 }
@@ -188,7 +194,7 @@ impl Fill {
             while running.len() < PARALLEL
                 && let Some((region, request)) = self.queue.pop_front()
             {
-                self.start(&mut running, region, request, Duration::ZERO);
+                self.start(&mut running, region, request, Duration::ZERO, &self.cores);
             }
             if running.is_empty() {
                 return Ok(read_bytes);
@@ -209,7 +215,7 @@ impl Fill {
                     }
                     Err(error) if may_pass(&error) && arrived.elapsed() < patience => {
                         tracing::info!(%error, "trying again");
-                        self.start(&mut running, region, request, AGAIN);
+                        self.start(&mut running, region, request, AGAIN, &self.cores);
                     }
                     Err(error) => return Err(Failure::of_store(&error)),
                 },
@@ -217,12 +223,19 @@ impl Fill {
         }
     }
 
-    fn start(&self, running: &mut Running, region: usize, request: Request, wait: Duration) {
+    fn start(
+        &self,
+        running: &mut Running,
+        region: usize,
+        request: Request,
+        wait: Duration,
+        cores: &Arc<Semaphore>,
+    ) {
         let sink = self.regions[region].sink.clone();
         if request.chunks().iter().all(|&chunk| sink.has(chunk)) {
             return;
         }
-        let (boot, cores) = (self.boot.clone(), self.cores.clone());
+        let (boot, cores) = (self.boot.clone(), cores.clone());
         let work = async move {
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
@@ -244,7 +257,7 @@ impl Fill {
             }
             for request in self.requests(region, vec![chunk]).await? {
                 if running.len() < PARALLEL + PARALLEL_WANTED {
-                    self.start(running, region, request, Duration::ZERO);
+                    self.start(running, region, request, Duration::ZERO, &self.cores_wanted);
                 } else {
                     self.queue.push_front((region, request));
                 }
@@ -263,4 +276,51 @@ fn may_pass(error: &Error) -> bool {
             | Error::Denied { .. }
             | Error::NoCredentials { .. }
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use rewarm_store::{Facts, Name, Reference, RegionKind, SessionOptions, Store, StoreUrl, Target};
+    use rewarm_sys::shared::Owner;
+
+    use super::*;
+
+    /// Content without repetitions.
+    fn noise(bytes: u64) -> Vec<u8> {
+        let mut state = 1_u64;
+        let mut next = || {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (state >> 56) as u8
+        };
+        (0..bytes).map(|_| next()).collect()
+    }
+
+    /// A reader waits for whole blocks: a block of which only some chunks come first comes last.
+    #[tokio::test]
+    async fn what_comes_first_comes_in_whole_blocks() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let url: StoreUrl = folder.path().to_str().expect("a plain path").parse().expect("a store");
+        let store = Store::open(&url).await.expect("the folder is there");
+        let session = store.begin(SessionOptions::default()).await.expect("it can be written");
+        let length = 24 * BLOCK_BYTES;
+        let mut region = session.region(RegionKind::Task { pid: 1 }).await.expect("a region");
+        region.push(noise(length).into()).await.expect("room");
+        region.finish(Vec::new()).await.expect("room");
+        let name: Name = "noise".parse().expect("a name");
+        session.publish(&name, "latest", Facts::default()).await.expect("room");
+        let reference = Reference { store: url, name, target: Target::Tag("latest".to_owned()) };
+        let boot = store.resolve(&reference).await.expect("published").boot().await.expect("whole");
+
+        let layout = Layout::of(&[length]).expect("it is short");
+        let owner = Owner::create(layout.bytes(), BLOCK_BYTES, None).expect("memory");
+        let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
+        let writer = Writer::open(content, table, layout.regions()).expect("a stream");
+        let wanted = (17 * BLOCK_BYTES + 4096, 4096);
+        let fill = Fill::new(boot, layout, writer, &[wanted]).await.expect("a plan");
+        let (_, front) = fill.queue.front().expect("something is to be fetched");
+        for (_, chunk) in fill.chunks_of(17 * BLOCK_BYTES, BLOCK_BYTES) {
+            assert!(front.chunks().contains(&chunk), "chunk {chunk} of the block comes later");
+        }
+        assert!(fill.queue.len() > 1, "the rest comes later");
+    }
 }
