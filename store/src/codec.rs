@@ -95,9 +95,6 @@ const SAMPLE_BYTES: usize = 4096;
 /// Percent of its length that an LZ4 sample must fall to before anything but raw is considered. Weights in bf16 do not
 /// (100 %): zstd would take 22 % off them and fetch at a third of the speed.
 const LZ4_WORTH_PERCENT: usize = 85;
-/// Percent of the LZ4 sample that zstd must fall to before it is taken: LZ4 decodes twice as fast. Heaps of Python do
-/// (about 60 %).
-const ZSTD_WORTH_PERCENT: usize = 80;
 
 thread_local! {
     /// Making a zstd context costs as much as compressing a small chunk.
@@ -152,17 +149,28 @@ fn compress_zstd(level: i32, raw: &[u8]) -> Option<Vec<u8>> {
     })
 }
 
-/// Bytes of content that one core decodes from planes in a second (docs/snapshot-format.md says how it was measured).
+/// Bytes of content that one core decodes in a second (docs/snapshot-format.md says how it was measured).
 const PLANES_DECODE_RATE: f64 = 4.0e9;
+const ZSTD_DECODE_RATE: f64 = 1.4e9;
+const LZ4_DECODE_RATE: f64 = 2.8e9;
 
 /// More than half cannot be saved of what LZ4 finds nothing in: the low bytes are noise. So folders need no sample.
 const PLANES_SAVE_MAX: f64 = 0.5;
 
-/// Whether planes of which `saved` (0 to 1) is saved come sooner than raw content at this rate: what the network saves must
-/// be more than what the cores pay.
-fn planes_pay(saved: f64, rate: u64) -> bool {
+/// Whether content of which `saved` (0 to 1) need not be fetched comes sooner, although a core decodes each of its bytes in
+/// `seconds` more: what the network saves must be more than what the cores pay.
+fn pays(saved: f64, rate: u64, seconds: f64) -> bool {
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-    saved / rate as f64 > 1.0 / (PLANES_DECODE_RATE * cores)
+    saved / rate as f64 > seconds / cores
+}
+
+fn planes_pay(saved: f64, rate: u64) -> bool {
+    pays(saved, rate, 1.0 / PLANES_DECODE_RATE)
+}
+
+/// The same for zstd, in comparison with LZ4.
+fn zstd_pays(saved: f64, rate: u64) -> bool {
+    pays(saved, rate, 1.0 / ZSTD_DECODE_RATE - 1.0 / LZ4_DECODE_RATE)
 }
 
 /// Chooses by what three samples shrink to.
@@ -178,8 +186,13 @@ fn choose(parts: &[Bytes], rate: u64) -> Codec {
         let saved = 1.0 - split as f64 / samples.len() as f64;
         return if planes_pay(saved, rate) { Codec::Planes } else { Codec::None };
     }
+    let share = |bytes: usize| bytes as f64 / samples.len() as f64;
+    // Even nothing at all would not be fetched soon enough to be worth a sample.
+    if !zstd_pays(share(lz4), rate) {
+        return Codec::Lz4;
+    }
     match compress_zstd(1, &samples) {
-        Some(zstd) if zstd.len() * 100 <= lz4 * ZSTD_WORTH_PERCENT => Codec::Zstd,
+        Some(zstd) if zstd_pays(share(lz4) - share(zstd.len()), rate) => Codec::Zstd,
         _ => Codec::Lz4,
     }
 }
