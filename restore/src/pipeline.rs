@@ -74,9 +74,9 @@ pub enum Mode {
 
 /// From this part of a snapshot on a working set counts as dense: nearly all will be wanted before the first answer.
 const DENSE: f64 = 0.5;
-/// A ready replica waits for the rest of its snapshot if that arrives within this time. What is shorter than any
-/// person notices is worth never having to be killed for a store that fails.
-const WAIT_FOR_REST: Duration = Duration::from_secs(3);
+/// A ready replica waits for the rest of its snapshot if that arrives within this time: what nobody notices is worth never
+/// having to be killed for a store that fails. Longer would hold back answers that could be given.
+const WAIT_FOR_REST: Duration = Duration::from_millis(50);
 
 impl Mode {
     /// What `auto` means. Filling before the server runs is twice as fast as filling while it does, and nobody faults; it

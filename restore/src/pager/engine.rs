@@ -24,11 +24,7 @@ use super::fill::{End, How, Patience, Unregistered, fill};
 use super::plan::PAGE;
 use super::source::Source;
 use super::space::{Claim, Space};
-use super::working_set::{Extent, Recorder, WorkingSet};
-
-/// Bytes around a fault that come along while the working set is recorded: enough to save faults, small enough to tell
-/// what is touched from what is not. Otherwise the whole chunk comes along.
-const RECORDED_WINDOW: u64 = 64 << 10;
+use super::working_set::{Recorder, WorkingSet};
 
 /// Bytes of the faulting place that are put in first, before the rest of its chunk.
 const FIRST: u64 = 64 << 10;
@@ -391,14 +387,10 @@ impl Engine {
         Ok(if pending && patience == Patience::Never { Need::Again } else { Need::Nothing })
     }
 
-    /// While recording: notes and returns the window around a fault.
+    /// While recording: notes a fault and returns what comes along with it. Otherwise the whole chunk does.
     fn record(&self, task: u32, offset: u64, chunk: &Range<u64>) -> Option<Range<u64>> {
         let mut recorder = self.recorder.lock().unwrap_or_else(PoisonError::into_inner);
-        let recorder = recorder.as_mut()?;
-        let floor = offset / RECORDED_WINDOW * RECORDED_WINDOW;
-        let window = floor.max(chunk.start)..(floor + RECORDED_WINDOW).min(chunk.end);
-        recorder.note(Extent { task, offset: window.start, length: window.end - window.start });
-        Some(window)
+        recorder.as_mut().map(|recorder| recorder.fault(task, offset, chunk))
     }
 
     /// Fetches a chunk once and puts the parts into place, in their order. Returns the bytes that were put in.
