@@ -53,7 +53,7 @@ impl Streamer {
             let _ = end.send(result);
         };
         let thread = std::thread::Builder::new().name("snapshot-stream".to_owned()).spawn(work);
-        thread.map_err(Cause::io("start a thread"))?;
+        thread.map_err(Cause::io("start a thread, for which memory or the limit of processes is short"))?;
         Ok(Self { ended, taken, _wanted: wanted })
     }
 
