@@ -130,10 +130,13 @@ pub(crate) enum Command {
     Help(Help),
 }
 
-/// How a replica's container is made; `restore` may change some of it.
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  rewarm doctor --json | jq '.needs[] | select(.state != \"ok\")'")]
-pub(crate) struct Doctor {}
+pub(crate) struct Doctor {
+    /// Ask the CUDA driver too, which may take seconds. Without it only what NVML and /proc tell is shown.
+    #[arg(long)]
+    pub(crate) gpu: bool,
+}
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  \
@@ -273,6 +276,10 @@ pub(crate) struct Restore {
     /// When memory is filled: lazy (while the server runs), eager (before it runs) or auto.
     #[arg(long, value_name = "MODE", value_enum, default_value = "auto")]
     pub(crate) mode: Mode,
+    /// Which GPUs: auto (those of the same kind that have enough free memory) or identities, as nvidia-smi -L shows them, with
+    /// commas between them; without it those of the snapshot, where they are here.
+    #[arg(long, value_name = "auto|UUID", value_parser = values::spelled::<rewarm_gpu::Wish>)]
+    pub(crate) gpu: Option<rewarm_gpu::Wish>,
     /// Refuse a snapshot that this key did not sign, or, without a key, none of the key folder or the configuration.
     #[arg(long, value_name = "KEY", num_args = 0..=1, require_equals = true, default_missing_value = "")]
     pub(crate) require_signature: Option<Vec<String>>,

@@ -1,8 +1,10 @@
 //! What Rewarm needs of a machine, and whether it is there.
 //!
 //! Every need has a consequence (what does not work without it) and a fix. Nothing here changes the machine, and the
-//! whole takes less than 100 ms: CRIU's own `criu check` alone would take half of that.
+//! whole takes less than 100 ms: CRIU's own `criu check` alone would take half of that. Only asking the CUDA driver takes
+//! longer, and is done where the user wants it.
 
+mod gpu;
 mod kernel;
 mod machine;
 mod programs;
@@ -79,6 +81,10 @@ pub(crate) struct Places {
     pub(crate) cache: Option<PathBuf>,
     /// The folder of replicas.
     pub(crate) state: PathBuf,
+    /// NVML's library.
+    pub(crate) libnvml: PathBuf,
+    /// This program, where the CUDA driver shall be asked by a helper process of it.
+    pub(crate) ask_driver: Option<PathBuf>,
 }
 
 /// Looks at everything.
@@ -87,6 +93,7 @@ pub(crate) fn examine(places: &Places) -> Vec<Need> {
     std::thread::scope(|scope| {
         let criu = scope.spawn(|| programs::criu(places));
         let runc = scope.spawn(programs::runc);
+        let gpu = scope.spawn(|| gpu::needs(places));
         let mut needs = vec![kernel::version()];
         needs.extend(machine::privileges());
         let at = needs.len();
@@ -100,6 +107,7 @@ pub(crate) fn examine(places: &Places) -> Vec<Need> {
         needs.push(machine::memory());
         let joined =
             |need: std::thread::ScopedJoinHandle<'_, Need>| need.join().expect("no panic while looking");
+        needs.extend(gpu.join().expect("no panic while looking"));
         needs.splice(at..at, [joined(criu), joined(runc), programs::kernel_cache()]);
         needs
     })
@@ -115,6 +123,8 @@ mod tests {
             criu: Some("/nowhere/criu".into()),
             cache: None,
             state: "/run/rewarm-that-does-not-exist".into(),
+            libnvml: "/nowhere/libnvidia-ml.so.1".into(),
+            ask_driver: None,
         };
         let needs = examine(&places);
         assert!(needs.iter().any(|need| need.name == "criu" && need.state == State::Missing));

@@ -37,6 +37,7 @@ variables! {
     CONFIG "REWARM_CONFIG" "The configuration file, as `--config`. Default: `/etc/rewarm/config.toml`, which need not be there.";
     KEYS "REWARM_KEYS" "Folder of signing keys. Default: `/etc/rewarm/keys`.";
     LIBCUDA "REWARM_LIBCUDA" "The CUDA driver's library; a replica's shim takes it from the command that started the replica. Default: `libcuda.so.1`, as the loader finds it.";
+    LIBNVML "REWARM_LIBNVML" "The library that tells of the devices' memory and modes; taken as `REWARM_LIBCUDA` is. Default: `libnvidia-ml.so.1`, as the loader finds it.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
     CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
     FETCHER_IDLE "REWARM_FETCHER_IDLE" "How long the fetcher stays when nobody needs it, such as `30s`. Counts when it is started. Default: 5 minutes.";
@@ -75,6 +76,12 @@ pub fn keys_dir() -> Option<PathBuf> {
 #[must_use]
 pub fn libcuda() -> PathBuf {
     LIBCUDA.get().map_or_else(|| PathBuf::from(rewarm_gpu::driver::LIBRARY), PathBuf::from)
+}
+
+/// NVML's library.
+#[must_use]
+pub fn libnvml() -> PathBuf {
+    LIBNVML.get().map_or_else(|| PathBuf::from(rewarm_gpu::nvml::LIBRARY), PathBuf::from)
 }
 
 /// Whether colours are unwanted. <https://no-color.org>: any value but the empty one counts.

@@ -74,7 +74,7 @@ fn refused(error: &clap::Error) -> Exit {
 fn dispatch(cli: &Cli) -> Result<u8, Cause> {
     let global = &cli.global;
     match &cli.command {
-        Command::Doctor(_) => commands::doctor::run(global),
+        Command::Doctor(args) => commands::doctor::run(args, global),
         Command::Run(args) => wait_for(commands::run::run(args, global)),
         Command::Snapshot(args) => wait_for(commands::snapshot::run(args, global)),
         Command::Restore(args) => wait_for(commands::restore::run(args, global)),

@@ -267,6 +267,18 @@ impl Cgroup {
         self.number("memory.limit_in_bytes", "memory.max").filter(|limit| *limit < 1 << 62)
     }
 
+    /// Bytes that its memory limit leaves, if it has one; files that are only cached count as free.
+    #[must_use]
+    pub fn memory_left(&self) -> Option<u64> {
+        let (limit, used) = (self.memory_limit()?, self.memory_bytes()?);
+        let stat =
+            std::fs::read_to_string(self.controller("memory")?.join("memory.stat")).unwrap_or_default();
+        let field =
+            if matches!(self.layout, Layout::V1(_)) { "total_inactive_file " } else { "inactive_file " };
+        let cached = stat.lines().find_map(|line| line.strip_prefix(field)?.trim().parse().ok()).unwrap_or(0);
+        Some(limit.saturating_sub(used.saturating_sub(cached)))
+    }
+
     fn number(&self, v1: &str, v2: &str) -> Option<u64> {
         let file = if matches!(self.layout, Layout::V1(_)) { v1 } else { v2 };
         std::fs::read_to_string(self.controller("memory")?.join(file)).ok()?.trim().parse().ok()

@@ -132,6 +132,9 @@ pub enum Error {
     /// The device plane.
     #[error(transparent)]
     Device(Box<rewarm_gpu::Failure>),
+    /// What the driver could not checkpoint; nothing was touched.
+    #[error("{0}")]
+    Unfit(rewarm_gpu::preflight::Unfit),
     /// Device state that cannot be carried; the server was restored before this was said, or is killed.
     #[error(transparent)]
     Carry(Box<rewarm_gpu::carried::CarryError>),
@@ -238,7 +241,7 @@ impl Classify for Error {
         match self {
             Self::Malformed { .. } => Class::Usage,
             Self::UnknownName { .. } => Class::NotFound,
-            Self::Refused(_) => Class::Incompatible,
+            Self::Refused(_) | Self::Unfit(_) => Class::Incompatible,
             Self::Tree { .. } => Class::Integrity,
             Self::Device(failure) => failure.class(),
             Self::Carry(error) if matches!(**error, rewarm_gpu::carried::CarryError::Leftover { .. }) => {

@@ -21,6 +21,7 @@
 
 mod children;
 pub mod client;
+mod device;
 mod dump;
 mod exec;
 mod life;

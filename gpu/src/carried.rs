@@ -3,14 +3,20 @@
 //! The copies themselves are memory of the processes and travel as such. Numbers of processes and threads are those of the
 //! server's own namespace, the only ones that a restore keeps.
 
+use std::collections::BTreeMap;
 use std::io;
+use std::path::Path;
 
+use object::Object;
+use object::read::ReadCache;
 use serde::{Deserialize, Serialize};
 
 use crate::client::{CallError, Helper};
 use crate::driver::Version;
+use crate::nvml::Machine;
 use crate::order::{Group, Process, Suspended};
-use crate::topology::Device;
+use crate::ranges;
+use crate::topology::{Device, Uuid};
 
 /// How the paths of device files begin that no dump can carry.
 const DEVICE_FILES: [&str; 3] = ["/dev/nvidia", "/dev/gdrdrv", "/dev/infiniband/"];
@@ -18,20 +24,42 @@ const DEVICE_FILES: [&str; 3] = ["/dev/nvidia", "/dev/gdrdrv", "/dev/infiniband/
 /// Device state of a snapshot.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Carried {
-    /// The driver's version.
+    /// The newest CUDA that the driver supports.
     pub driver: Version,
+    /// The driver's own release, such as `580.95.05`; absent where NVML did not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub release: Option<String>,
+    /// The driver's library in the memory of the first process.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub library: Option<Library>,
+    /// Bytes that the server had on each device, as far as NVML told it.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub used: BTreeMap<Uuid, u64>,
     /// All devices that the driver saw.
     pub devices: Vec<Device>,
     /// The processes that use them.
     pub processes: Vec<Process>,
 }
 
+/// The driver's library of a server.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Library {
+    /// Its path, as the server sees it.
+    pub path: String,
+    /// Its ELF build id in hexadecimal digits; absent where it has none.
+    pub build_id: Option<String>,
+}
+
 impl Carried {
-    /// Writes down what was suspended.
+    /// Writes down what was suspended. `machine` is what NVML told before.
     ///
     /// # Errors
     /// [`CallError`], or the kernel's where a process is gone.
-    pub fn of(helper: &mut Helper, suspended: &Suspended) -> Result<Self, CarryError> {
+    pub fn of(
+        helper: &mut Helper,
+        suspended: &Suspended,
+        machine: Option<&Machine>,
+    ) -> Result<Self, CarryError> {
         let inner = |process: &Process| {
             Ok::<_, io::Error>(Process {
                 pid: innermost(&format!("/proc/{}/status", process.pid))?,
@@ -44,7 +72,25 @@ impl Carried {
         };
         let processes = suspended.processes.iter().map(inner).collect::<io::Result<_>>();
         let processes = processes.map_err(CarryError::Numbers)?;
-        Ok(Self { driver: helper.start()?, devices: helper.devices()?, processes })
+        let pids: Vec<i32> = suspended.processes.iter().map(|process| process.pid).collect();
+        Ok(Self {
+            driver: helper.start()?,
+            release: machine.map(|machine| machine.release.clone()),
+            library: pids.first().and_then(|pid| library(*pid)),
+            used: machine.map(|machine| machine.used_by(&pids)).unwrap_or_default(),
+            devices: helper.devices()?,
+            processes,
+        })
+    }
+
+    /// Bytes that a restore needs on each of the devices of the snapshot. Where it was not written down, all of it is wanted
+    /// on the only device, and of several nobody knows.
+    #[must_use]
+    pub fn needed(&self) -> BTreeMap<Uuid, u64> {
+        match &self.devices[..] {
+            [only] if self.used.is_empty() => [(only.uuid, self.bytes())].into(),
+            _ => self.used.clone(),
+        }
     }
 
     /// Bytes of device memory.
@@ -117,6 +163,23 @@ pub fn none_left(processes: &[i32]) -> Result<(), CarryError> {
     Ok(())
 }
 
+/// The driver's library that a process has in its memory.
+fn library(pid: i32) -> Option<Library> {
+    let maps = rewarm_sys::procmem::maps(pid).ok()?;
+    let map = maps.into_iter().find(|map| ranges::is_driver(&map.path))?;
+    // As the process sees it, whatever its root is.
+    let file = format!("/proc/{pid}/root{}", map.path);
+    Some(Library { build_id: build_id(Path::new(&file)), path: map.path })
+}
+
+/// The GNU build id of an ELF file in hexadecimal digits.
+#[must_use]
+pub fn build_id(path: &Path) -> Option<String> {
+    let cache = ReadCache::new(std::fs::File::open(path).ok()?);
+    let file = object::File::parse(&cache).ok()?;
+    Some(file.build_id().ok()??.iter().map(|byte| format!("{byte:02x}")).collect())
+}
+
 fn held(pid: i32) -> Option<String> {
     let is_device = |path: &str| DEVICE_FILES.iter().any(|begin| path.starts_with(begin));
     let mapped = rewarm_sys::procmem::maps(pid).unwrap_or_default().into_iter().map(|map| map.path);
@@ -137,6 +200,18 @@ fn innermost(status: &str) -> io::Result<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_the_first_program_wrote_down_is_read_and_needs_all_of_it_on_the_only_device() {
+        let uuid = "GPU-00000000-0000-0000-0000-0000000000d0";
+        let text = format!(
+            r#"{{"driver":13000,"devices":[{{"uuid":"{uuid}","name":"x","total_bytes":8}}],
+               "processes":[{{"pid":1,"restore_thread":2,"copies":[{{"start":0,"end":5}}]}}]}}"#
+        );
+        let carried: Carried = serde_json::from_str(&text).expect("readable");
+        assert_eq!(carried.needed(), [(uuid.parse().expect("a GPU"), 5)].into());
+        assert_eq!((carried.release, carried.library), (None, None));
+    }
 
     #[test]
     fn a_process_without_device_files_is_none_left() {

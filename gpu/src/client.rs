@@ -14,6 +14,7 @@ use rewarm_sys::pidfd::PidFd;
 
 use crate::driver::{Code, Version};
 use crate::helper::SOCKET_FD;
+use crate::nvml::Machine;
 use crate::states::{State, Step};
 use crate::topology::{Device, Pair};
 use crate::wire::{self, Answer, Call};
@@ -221,6 +222,22 @@ impl Helper {
         match self.ask(Call::Devices, QUESTION_DEADLINE)? {
             Answer::Devices(devices) => Ok(devices),
             other => self.unexpected(Call::Devices, &other),
+        }
+    }
+
+    /// What NVML tells; none where there is no NVML that could be asked.
+    ///
+    /// # Errors
+    /// [`CallError`].
+    pub fn machine(&mut self) -> Result<Option<Machine>, CallError> {
+        match self.ask(Call::Machine, QUESTION_DEADLINE) {
+            Ok(Answer::Machine(machine)) => Ok(Some(machine)),
+            Ok(other) => self.unexpected(Call::Machine, &other),
+            Err(CallError::Unable { reason, .. }) => {
+                tracing::info!(reason, "NVML tells nothing");
+                Ok(None)
+            }
+            Err(error) => Err(error),
         }
     }
 

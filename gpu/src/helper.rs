@@ -21,9 +21,9 @@ use crate::wire::{self, Answer, Call, PAIRS_MAX};
 pub const SOCKET_FD: i32 = 3;
 
 /// Serves until the socket is closed and gives the exit code. Call it first thing in the process; `library` is the driver's
-/// library.
+/// library, `nvml` that of NVML.
 #[must_use]
-pub fn main(library: &Path) -> u8 {
+pub fn main(library: &Path, nvml: &Path) -> u8 {
     let socket = match rewarm_sys::process::take_inherited(SOCKET_FD) {
         Ok(socket) => UnixStream::from(socket),
         Err(error) => {
@@ -31,7 +31,7 @@ pub fn main(library: &Path) -> u8 {
             return 2;
         }
     };
-    match end_with(&socket).and_then(|()| serve(&socket, library)) {
+    match end_with(&socket).and_then(|()| serve(&socket, library, nvml)) {
         Ok(()) => 0,
         Err(error) => {
             tracing::error!(%error, "the helper failed");
@@ -62,21 +62,25 @@ fn end_now() {
     let _ = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
 }
 
-fn serve(socket: &UnixStream, library: &Path) -> io::Result<()> {
+fn serve(socket: &UnixStream, library: &Path, nvml: &Path) -> io::Result<()> {
     let driver = Driver::load(library).and_then(|driver| driver.init().map(|()| driver));
     if let Err(error) = &driver {
         tracing::info!(%error, "no driver");
     }
     while let Some(call) = wire::receive::<Call>(socket)? {
-        wire::send(socket, &answer(&driver, &call))?;
+        wire::send(socket, &answer(&driver, nvml, &call))?;
     }
     Ok(())
 }
 
-fn answer(driver: &Result<Driver, DriverError>, call: &Call) -> Answer {
+fn answer(driver: &Result<Driver, DriverError>, nvml: &Path, call: &Call) -> Answer {
     if let Call::Hello { .. } = call {
         let driver = driver.as_ref().map(Driver::version).map_err(ToString::to_string);
         return Answer::Hello { version: wire::VERSION, driver };
+    }
+    if let Call::Machine = call {
+        return crate::nvml::look(nvml)
+            .map_or_else(|silent| Answer::Unable(silent.to_string()), Answer::Machine);
     }
     match driver {
         Ok(driver) => with_driver(driver, call),
@@ -86,7 +90,7 @@ fn answer(driver: &Result<Driver, DriverError>, call: &Call) -> Answer {
 
 fn with_driver(driver: &Driver, call: &Call) -> Answer {
     match call {
-        Call::Hello { .. } => unreachable!("answered by the caller, which needs no driver"),
+        Call::Hello { .. } | Call::Machine => unreachable!("answered by the caller, which needs no driver"),
         Call::Devices => match driver.devices() {
             Ok(devices) => Answer::Devices(devices),
             Err(error) => Answer::Unable(error.to_string()),

@@ -4,13 +4,16 @@
 //! [`wire`] and replaces it when a call hangs. [`order`] is what snapshot, restore, pause and wake use: all processes of a
 //! server go from running ([`states`]) to checkpointed and back, in the only order that works, and after a failure it is
 //! known what is true. [`carried`] is what a snapshot keeps of it. [`topology`] maps devices to those of another machine. [`ranges`] finds the driver's copies of
-//! device memory.
+//! device memory. [`preflight`] refuses what cannot work before anything is locked; [`nvml`] tells what devices have and who
+//! uses them.
 
 pub mod carried;
 pub mod client;
 pub mod driver;
 pub mod helper;
+pub mod nvml;
 pub mod order;
+pub mod preflight;
 pub mod ranges;
 pub mod states;
 pub mod topology;
@@ -20,4 +23,4 @@ pub use client::{CallError, Helper, Launch};
 pub use driver::{Code, Driver, DriverError, Version};
 pub use order::{Aftermath, Cause, Failure, Group, Process, Resumed, Suspended};
 pub use states::{State, Step};
-pub use topology::{Device, Pair, Uuid};
+pub use topology::{Device, Pair, Uuid, Wish};

@@ -75,8 +75,13 @@ pub fn added(before: &[Range], after: &[Range]) -> Vec<Range> {
 /// Whether a process has the driver's library in its memory. Without it there is no need to ask the driver.
 #[must_use]
 pub fn loads_driver(pid: i32) -> bool {
-    let name = |path: &str| path.rsplit('/').next().unwrap_or_default().starts_with("libcuda.so");
-    procmem::maps(pid).is_ok_and(|maps| maps.iter().any(|map| name(&map.path)))
+    procmem::maps(pid).is_ok_and(|maps| maps.iter().any(|map| is_driver(&map.path)))
+}
+
+/// Whether a path is that of the driver's library.
+#[must_use]
+pub fn is_driver(path: &str) -> bool {
+    path.rsplit('/').next().unwrap_or_default().starts_with("libcuda.so")
 }
 
 /// Whether a process lives: one that has given up its memory already, or of which only the exit status is left, does not.

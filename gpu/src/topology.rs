@@ -4,6 +4,7 @@
 //! its place. Where all stay the same the driver must get no map: one that maps each device to itself makes it take the
 //! slow way of a migration.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use serde::{Deserialize, Serialize};
@@ -113,6 +114,28 @@ pub enum Misfit {
         /// Its memory.
         total_bytes: u64,
     },
+    /// There is a device of the same kind, and too little of its memory is free.
+    #[error("{uuid} ({name}) needs {needed} bytes, and {} has {free} bytes free", if place == uuid { "it".to_owned() } else { place.to_string() })]
+    NoRoom {
+        /// The device at the checkpoint.
+        uuid: Uuid,
+        /// What it was.
+        name: String,
+        /// Bytes that are needed.
+        needed: u64,
+        /// The device that would take its place.
+        place: Uuid,
+        /// Bytes that it has free.
+        free: u64,
+    },
+    /// A device that was asked for is not here.
+    #[error("{uuid} is not here: this machine has {here}")]
+    NotHere {
+        /// Which.
+        uuid: Uuid,
+        /// What is.
+        here: String,
+    },
     /// The same device stands twice in a list.
     #[error("{uuid} stands twice in the list of GPUs")]
     Twice {
@@ -121,42 +144,136 @@ pub enum Misfit {
     },
 }
 
-/// The map from the devices of a checkpoint to those of this machine; empty where every device is here itself.
+/// Which devices a restore may take.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub enum Wish {
+    /// Those of the checkpoint where they are here, else others of their kind.
+    #[default]
+    Same,
+    /// Whichever of their kind have enough free memory; those of the checkpoint first.
+    Auto,
+    /// These, in the order of the checkpoint's that were in use.
+    These(Vec<Uuid>),
+}
+
+impl std::str::FromStr for Wish {
+    type Err = UuidError;
+
+    /// `auto`, or identities with commas between them.
+    fn from_str(text: &str) -> Result<Self, UuidError> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            list => Ok(Self::These(list.split(',').map(str::parse).collect::<Result<_, _>>()?)),
+        }
+    }
+}
+
+/// What the devices of a checkpoint need and those of this machine have.
+#[derive(Debug, Clone, Default)]
+pub struct Room {
+    /// Bytes that are needed on each device of the checkpoint; what is missing needs nothing.
+    pub needed: BTreeMap<Uuid, u64>,
+    /// Free bytes of each device here; of what is missing nobody knows, and it counts as enough.
+    pub free: BTreeMap<Uuid, u64>,
+}
+
+impl Room {
+    fn needed(&self, device: &Device) -> u64 {
+        self.needed.get(&device.uuid).copied().unwrap_or(0)
+    }
+
+    fn free(&self, device: &Device) -> u64 {
+        self.free.get(&device.uuid).copied().unwrap_or(u64::MAX)
+    }
+}
+
+/// The map from the devices of a checkpoint to those of this machine; empty where every device stays the same.
 ///
-/// A device that is here keeps its place; each other one gets the first free one of its kind with as much memory.
+/// Devices that need most choose first. One that is here keeps its place unless `wish` says otherwise.
 ///
 /// # Errors
-/// [`Misfit`], where the driver would refuse as well.
-pub fn map(there: &[Device], here: &[Device]) -> Result<Vec<Pair>, Misfit> {
+/// [`Misfit`], where the driver would refuse as well, or run out of memory.
+pub fn map(there: &[Device], here: &[Device], wish: &Wish, room: &Room) -> Result<Vec<Pair>, Misfit> {
     for list in [there, here] {
-        let mut seen = std::collections::BTreeSet::new();
+        let mut seen = BTreeSet::new();
         if let Some(twice) = list.iter().find(|device| !seen.insert(device.uuid)) {
             return Err(Misfit::Twice { uuid: twice.uuid });
         }
     }
-    let stays = |old: &Device| here.iter().any(|device| device.uuid == old.uuid);
-    if there.iter().all(stays) {
-        return Ok(Vec::new());
-    }
     if here.len() < there.len() {
         return Err(Misfit::TooFew { there: there.len(), here: here.len() });
     }
-    let mut free: Vec<&Device> =
-        here.iter().filter(|device| !there.iter().any(|old| old.uuid == device.uuid)).collect();
-    there
-        .iter()
-        .map(|old| {
-            if stays(old) {
-                return Ok(Pair { old: old.uuid, new: old.uuid });
-            }
-            let fits = |new: &&Device| new.name == old.name && new.total_bytes >= old.total_bytes;
-            let Some(place) = free.iter().position(fits) else {
-                let (uuid, name, total_bytes) = (old.uuid, old.name.clone(), old.total_bytes);
-                return Err(Misfit::NoPlace { uuid, name, total_bytes });
-            };
-            Ok(Pair { old: old.uuid, new: free.remove(place).uuid })
-        })
-        .collect()
+    let mut wanted = wanted(here, wish)?.into_iter();
+    let mut free: Vec<&Device> = here.iter().collect();
+    let mut order: Vec<&Device> = there.iter().collect();
+    order.sort_by_key(|old| std::cmp::Reverse(room.needed(old)));
+    let mut places = BTreeMap::new();
+    for old in order {
+        let asked = if room.needed(old) > 0 { wanted.next() } else { None };
+        let others: BTreeSet<Uuid> =
+            there.iter().filter(|other| !places.contains_key(&other.uuid)).map(|other| other.uuid).collect();
+        let place = place(old, &free, asked, wish, room, &others)?;
+        free.retain(|device| device.uuid != place);
+        places.insert(old.uuid, place);
+    }
+    if places.iter().all(|(old, new)| old == new) {
+        return Ok(Vec::new());
+    }
+    Ok(there.iter().map(|old| Pair { old: old.uuid, new: places[&old.uuid] }).collect())
+}
+
+/// The devices that were asked for by name.
+fn wanted(here: &[Device], wish: &Wish) -> Result<Vec<Uuid>, Misfit> {
+    let Wish::These(list) = wish else { return Ok(Vec::new()) };
+    let missing = list.iter().find(|uuid| !here.iter().any(|device| device.uuid == **uuid));
+    match missing {
+        Some(uuid) => {
+            let all: Vec<String> = here.iter().map(|device| device.uuid.to_string()).collect();
+            Err(Misfit::NotHere { uuid: *uuid, here: all.join(", ") })
+        }
+        None => Ok(list.clone()),
+    }
+}
+
+/// Where one device goes. `others` are those of the checkpoint that have no place yet, itself among them.
+fn place(
+    old: &Device,
+    free: &[&Device],
+    asked: Option<Uuid>,
+    wish: &Wish,
+    room: &Room,
+    others: &BTreeSet<Uuid>,
+) -> Result<Uuid, Misfit> {
+    let needed = room.needed(old);
+    let kind = |new: &&&Device| new.name == old.name && new.total_bytes >= old.total_bytes;
+    let mut fitting: Vec<&Device> = free.iter().filter(kind).copied().collect();
+    if let Some(asked) = asked {
+        fitting.retain(|new| new.uuid == asked);
+    }
+    // Itself first, then what is nobody else's place, then what has most room.
+    fitting.sort_by_key(|new| {
+        let taken = new.uuid != old.uuid && others.contains(&new.uuid);
+        (new.uuid != old.uuid, taken && *wish != Wish::Auto, std::cmp::Reverse(room.free(new)))
+    });
+    let Some(first) = fitting.first() else {
+        let (uuid, name, total_bytes) = (old.uuid, old.name.clone(), old.total_bytes);
+        return Err(Misfit::NoPlace { uuid, name, total_bytes });
+    };
+    let enough = |new: &&&Device| room.free(new) >= needed;
+    let chosen = match wish {
+        Wish::Auto => fitting.iter().find(enough),
+        // Whoever wants the same device wants no other one, unless it is not here.
+        Wish::Same | Wish::These(_) => Some(first).filter(enough),
+    };
+    let best = fitting.iter().max_by_key(|new| room.free(new)).unwrap_or(first);
+    let nearest = if *wish == Wish::Auto { best } else { first };
+    chosen.map(|new| new.uuid).ok_or_else(|| Misfit::NoRoom {
+        uuid: old.uuid,
+        name: old.name.clone(),
+        needed,
+        place: nearest.uuid,
+        free: room.free(nearest),
+    })
 }
 
 #[cfg(test)]
@@ -167,17 +284,21 @@ mod tests {
         Device { uuid: Uuid([number; 16]), name: name.to_owned(), total_bytes }
     }
 
+    fn same(there: &[Device], here: &[Device]) -> Result<Vec<Pair>, Misfit> {
+        map(there, here, &Wish::Same, &Room::default())
+    }
+
     #[test]
     fn the_same_devices_need_no_map_in_any_order() {
         let (a, b) = (device(1, "x", 8), device(2, "x", 8));
-        assert_eq!(map(&[a.clone(), b.clone()], &[b.clone(), a.clone()]), Ok(Vec::new()));
-        assert_eq!(map(&[], &[a]), Ok(Vec::new()));
+        assert_eq!(same(&[a.clone(), b.clone()], &[b.clone(), a.clone()]), Ok(Vec::new()));
+        assert_eq!(same(&[], &[a]), Ok(Vec::new()));
     }
 
     #[test]
     fn a_device_that_is_here_keeps_its_place_and_every_device_is_named() {
         let (a, b, c) = (device(1, "x", 8), device(2, "x", 8), device(3, "x", 9));
-        let pairs = map(&[a.clone(), b.clone()], &[c.clone(), b.clone()]).expect("a map");
+        let pairs = same(&[a.clone(), b.clone()], &[c.clone(), b.clone()]).expect("a map");
         assert_eq!(pairs, [Pair { old: a.uuid, new: c.uuid }, Pair { old: b.uuid, new: b.uuid }]);
     }
 
@@ -185,12 +306,44 @@ mod tests {
     fn what_does_not_fit_is_named() {
         let (a, b) = (device(1, "x", 8), device(2, "x", 8));
         let list = [a.clone(), b.clone()];
-        assert_eq!(map(&list, std::slice::from_ref(&a)), Err(Misfit::TooFew { there: 2, here: 1 }));
-        assert_eq!(map(&list, &[a.clone(), a.clone()]), Err(Misfit::Twice { uuid: a.uuid }));
+        assert_eq!(same(&list, std::slice::from_ref(&a)), Err(Misfit::TooFew { there: 2, here: 1 }));
+        assert_eq!(same(&list, &[a.clone(), a.clone()]), Err(Misfit::Twice { uuid: a.uuid }));
         for other in [device(3, "y", 8), device(3, "x", 7)] {
-            let error = map(std::slice::from_ref(&a), &[other]).expect_err("another kind, less memory");
+            let error = same(std::slice::from_ref(&a), &[other]).expect_err("another kind, less memory");
             assert_eq!(error, Misfit::NoPlace { uuid: a.uuid, name: "x".into(), total_bytes: 8 });
         }
+    }
+
+    #[test]
+    fn a_full_device_is_refused_and_auto_takes_another_one() {
+        let (a, b) = (device(1, "x", 8), device(2, "x", 8));
+        let list = [a.clone(), b.clone()];
+        let room = Room { needed: [(a.uuid, 5)].into(), free: [(a.uuid, 4), (b.uuid, 6)].into() };
+        let error = map(&list, &list, &Wish::Same, &room).expect_err("full");
+        let text = error.to_string();
+        assert!(text.ends_with("(x) needs 5 bytes, and it has 4 bytes free"), "{text}");
+        let swapped = [Pair { old: a.uuid, new: b.uuid }, Pair { old: b.uuid, new: a.uuid }];
+        assert_eq!(map(&list, &list, &Wish::Auto, &room).as_deref(), Ok(&swapped[..]));
+        assert_eq!(map(&list, &list, &Wish::These(vec![b.uuid]), &room).as_deref(), Ok(&swapped[..]));
+        let small = Room { free: [(a.uuid, 4), (b.uuid, 3)].into(), ..room.clone() };
+        let error = map(&list, &list, &Wish::Auto, &small).expect_err("all are full");
+        assert!(matches!(error, Misfit::NoRoom { place, free: 4, .. } if place == a.uuid), "{error}");
+        let unknown = Room { free: BTreeMap::new(), ..room };
+        assert_eq!(map(&list, &list, &Wish::Same, &unknown), Ok(Vec::new()), "nobody knows what is free");
+    }
+
+    #[test]
+    fn a_device_that_is_asked_for_must_be_here_and_fit() {
+        let (a, b) = (device(1, "x", 8), device(2, "y", 8));
+        let room = Room { needed: [(a.uuid, 5)].into(), free: BTreeMap::new() };
+        let ask =
+            |uuid| map(std::slice::from_ref(&a), &[a.clone(), b.clone()], &Wish::These(vec![uuid]), &room);
+        assert_eq!(ask(a.uuid), Ok(Vec::new()));
+        assert!(matches!(ask(b.uuid), Err(Misfit::NoPlace { .. })));
+        assert!(matches!(ask(Uuid([9; 16])), Err(Misfit::NotHere { .. })));
+        assert_eq!("auto".parse(), Ok(Wish::Auto));
+        assert_eq!(a.uuid.to_string().parse(), Ok(Wish::These(vec![a.uuid])));
+        assert!("GPU-1".parse::<Wish>().is_err());
     }
 
     #[test]

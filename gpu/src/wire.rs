@@ -9,11 +9,12 @@ use std::io::{self, Read, Write};
 use serde::{Deserialize, Serialize};
 
 use crate::driver::{Code, Version};
+use crate::nvml::Machine;
 use crate::states::{State, Step};
 use crate::topology::{Device, Pair};
 
 /// Version of this protocol; both ends must have the same.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest message in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Most devices that a map may name; a machine has 16 at most today.
@@ -30,6 +31,8 @@ pub enum Call {
     },
     /// The devices that the driver shows.
     Devices,
+    /// What NVML tells.
+    Machine,
     /// The state of a process.
     State {
         /// The process, as the helper sees it.
@@ -58,6 +61,7 @@ impl std::fmt::Display for Call {
         match self {
             Self::Hello { .. } => f.write_str("hello"),
             Self::Devices => f.write_str("devices"),
+            Self::Machine => f.write_str("NVML"),
             Self::State { pid } => write!(f, "state of process {pid}"),
             Self::RestoreThread { pid } => write!(f, "restore thread of process {pid}"),
             Self::Step { step, pid, .. } => write!(f, "{step} of process {pid}"),
@@ -78,6 +82,8 @@ pub enum Answer {
     },
     /// The devices.
     Devices(Vec<Device>),
+    /// What NVML told.
+    Machine(Machine),
     /// The state.
     State(State),
     /// The thread.
@@ -148,6 +154,7 @@ mod tests {
         for call in [
             Call::Hello { version: VERSION },
             Call::Devices,
+            Call::Machine,
             Call::State { pid: 1 },
             Call::RestoreThread { pid: i32::MAX },
             Call::Step { step: Step::Restore, pid: 7, lock_timeout_ms: u64::MAX, pairs },

@@ -42,7 +42,9 @@ impl Devices {
         let program = std::env::current_exe().expect("this program");
         // Cargo builds it beside the test program.
         let built = program.with_file_name("librewarm_gpu_sim.so");
-        fs::copy(built, folder.path().join("inside/lib/libcuda.so.1")).expect("the simulated driver");
+        for name in ["libcuda.so.1", "libnvidia-ml.so.1"] {
+            fs::copy(&built, folder.path().join("inside/lib").join(name)).expect("the simulated driver");
+        }
         fs::copy(workload, folder.path().join("inside/workload")).expect("the workload");
         let mut devices = Self { folder, mounts: Vec::new() };
         for (index, mib) in sizes.iter().enumerate() {
@@ -95,10 +97,21 @@ impl Devices {
         file
     }
 
+    /// Marks a GPU as cut into instances (`mig`) or as a part of one (`vgpu`), or takes the mark away.
+    ///
+    /// # Panics
+    /// When it is gone.
+    pub fn mark(&self, index: usize, mark: &str, on: bool) {
+        let file = self.mounts[index].join(mark);
+        let done = if on { fs::write(&file, "") } else { fs::remove_file(&file) };
+        done.expect("a GPU");
+    }
+
     /// A call whose replica finds these GPUs.
     #[must_use]
     pub fn seen_by(&self, call: Rewarm) -> Rewarm {
         call.env("REWARM_LIBCUDA", self.path("inside/lib/libcuda.so.1"))
+            .env("REWARM_LIBNVML", self.path("inside/lib/libnvidia-ml.so.1"))
             .env(DEVICES_ENV, self.path("devices"))
             .env(CONTROL_ENV, self.path("control"))
     }

@@ -173,6 +173,7 @@ fn paged(content: &Arc<Vec<u8>>, threads: usize, mode: Mode, chunk: u64, huge: b
         threads,
         record: false,
         working_set: WorkingSet::default(),
+        devices: Vec::new(),
         tasks: Tasks::Numbers(vec![pid]),
         criu_within: LONG,
         chunk_within: LONG,

@@ -31,10 +31,19 @@ pub(crate) struct ObjectRegion {
     pub(crate) pages_id: u32,
 }
 
+/// Device memory of a task, as it lies in the task's own memory until the driver takes it back.
+#[derive(Debug, Clone)]
+pub(crate) struct DeviceRegion {
+    pub(crate) region: usize,
+    pub(crate) pid: u32,
+    pub(crate) layout: Arc<Layout>,
+}
+
 /// A snapshot's parts.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Blueprint {
     pub(crate) objects: Vec<ObjectRegion>,
+    pub(crate) devices: Vec<DeviceRegion>,
     pub(crate) trees: Vec<(usize, Place, Arc<Tree>)>,
     /// Image files that are regions: region, name, length.
     pub(crate) files: Vec<(usize, String, u64)>,
@@ -53,6 +62,9 @@ impl Blueprint {
                 }
                 RegionKind::Shmem { id } => {
                     blueprint.object(region, Object::Shmem { id: *id }, &stored.meta, stored.bytes)?
+                }
+                RegionKind::Device { pid, .. } => {
+                    blueprint.device(region, *pid, &stored.meta, stored.bytes)?
                 }
                 RegionKind::Tree { name } => {
                     let place = match name.as_str() {
@@ -81,6 +93,20 @@ impl Blueprint {
             blueprint.images.push((image_name(name)?, bytes.clone()));
         }
         Ok(blueprint)
+    }
+
+    fn device(&mut self, region: usize, pid: u32, meta: &[u8], bytes: u64) -> Result<(), Cause> {
+        let what = format!("device memory of task {pid}");
+        let layout = Layout::decode(meta).map_err(|error| inconsistent(format!("{what}: {error}")))?;
+        same_length(&what, layout.stream_bytes(), bytes)?;
+        if layout.runs().iter().any(|run| !run.lazy) {
+            return Err(inconsistent(format!("{what} has pages that CRIU insists on")));
+        }
+        if self.devices.iter().any(|other| other.pid == pid) {
+            return Err(inconsistent(format!("{what} is there twice")));
+        }
+        self.devices.push(DeviceRegion { region, pid, layout: Arc::new(layout) });
+        Ok(())
     }
 
     fn object(&mut self, region: usize, object: Object, meta: &[u8], bytes: u64) -> Result<(), Cause> {

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use rewarm_container::shim::DeviceRequest;
 use rewarm_gpu::carried::Carried;
-use rewarm_gpu::{Helper, Launch, Pair, topology};
+use rewarm_gpu::topology::Room;
+use rewarm_gpu::{Helper, Launch, Pair, Wish, preflight, topology};
 use rewarm_store::Facts;
 
 use crate::verdict::Reason;
@@ -12,11 +14,25 @@ use crate::verdict::Reason;
 #[derive(Debug, Clone)]
 pub(crate) struct Plan {
     pub(crate) carried: Carried,
-    pub(crate) pairs: Vec<Pair>,
+    /// The map of each replica.
+    pub(crate) pairs: Vec<Vec<Pair>>,
+}
+
+impl Plan {
+    /// What the replica of that number, counted from 0, is told.
+    pub(crate) fn of(&self, number: usize) -> DeviceRequest {
+        let pairs = self.pairs.get(number).cloned().unwrap_or_default();
+        DeviceRequest { carried: self.carried.clone(), pairs }
+    }
 }
 
 /// Asks the driver, in a helper of its own that ends with this call. Nothing is planned for a snapshot without device state.
-pub(crate) fn plan(facts: &Facts, program: &Path) -> Result<Option<Plan>, Vec<Reason>> {
+pub(crate) fn plan(
+    facts: &Facts,
+    program: &Path,
+    wish: &Wish,
+    count: u32,
+) -> Result<Option<Plan>, Vec<Reason>> {
     let Some(value) = facts.device.clone() else { return Ok(None) };
     let refuse = |reason: String| vec![Reason::Device { reason }];
     let carried: Carried = serde_json::from_value(value)
@@ -29,10 +45,39 @@ pub(crate) fn plan(facts: &Facts, program: &Path) -> Result<Option<Plan>, Vec<Re
         reasons.push(Reason::Driver { snapshot: carried.driver.to_string(), machine: driver.to_string() });
     }
     let here = helper.devices().map_err(|error| refuse(error.to_string()))?;
-    match topology::map(&carried.devices, &here) {
-        Ok(pairs) if reasons.is_empty() => return Ok(Some(Plan { carried, pairs })),
-        Ok(_) => {}
-        Err(misfit) => reasons.push(Reason::Device { reason: misfit.to_string() }),
+    let machine = helper.machine().map_err(|error| refuse(error.to_string()))?.unwrap_or_default();
+    if let Some(snapshot) = &carried.release
+        && !machine.release.is_empty()
+        && *snapshot != machine.release
+    {
+        let (snapshot, machine) = (snapshot.clone(), machine.release.clone());
+        reasons.push(Reason::Release { snapshot, machine });
     }
-    Err(reasons)
+    let unfit = preflight::Proc::here().machine().into_iter().chain(preflight::devices(&machine));
+    reasons.extend(unfit.map(|refusal| Reason::Device { reason: refusal.to_string() }));
+    let mut room = Room { needed: carried.needed(), free: machine.free() };
+    let mut pairs = Vec::new();
+    for _ in 0..count {
+        match topology::map(&carried.devices, &here, wish, &room) {
+            Ok(map) => {
+                take(&mut room, &map);
+                pairs.push(map);
+            }
+            Err(misfit) => {
+                reasons.push(Reason::Device { reason: misfit.to_string() });
+                break;
+            }
+        }
+    }
+    if reasons.is_empty() { Ok(Some(Plan { carried, pairs })) } else { Err(reasons) }
+}
+
+/// What one replica will have is not free for the next one.
+fn take(room: &mut Room, map: &[Pair]) {
+    for (old, needed) in &room.needed {
+        let place = map.iter().find(|pair| pair.old == *old).map_or(*old, |pair| pair.new);
+        if let Some(free) = room.free.get_mut(&place) {
+            *free = free.saturating_sub(*needed);
+        }
+    }
 }

@@ -6,20 +6,23 @@
 
 use std::fs::File;
 use std::io::{Seek, Write};
+use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rewarm_criu::image::mm::{self, Vma};
+use rewarm_criu::layout::Layout;
 use rewarm_criu::page_server::Object;
 use rewarm_criu::patch;
 use rewarm_fetcher::{Lease, Stream};
 use serde::{Deserialize, Serialize};
 
-use crate::blueprint::{Blueprint, ObjectRegion};
+use crate::blueprint::Blueprint;
 use crate::error::Cause;
 use crate::pager::{AtFork, Extent, Mapping, Plan, Run};
 
+const HUGE_PAGE: u64 = 2 << 20;
 const PROT_WRITE: u32 = 2;
 const MADV_DONTFORK: u64 = 1 << 10;
 const MADV_WIPEONFORK: u64 = 1 << 18;
@@ -29,6 +32,8 @@ const MADV_WIPEONFORK: u64 = 1 << 18;
 pub(crate) struct Orders {
     /// The tasks whose memory it fills.
     pub(crate) tasks: Vec<TaskOrders>,
+    /// Device memory of tasks, which is filled before anything of them runs.
+    pub(crate) devices: Vec<TaskOrders>,
     /// Fill the tree while it is stopped, and let it go on afterwards.
     pub(crate) eager: bool,
     /// What to fill first: pid inside its pid namespace, offset and length in the task's content.
@@ -48,6 +53,8 @@ pub(crate) struct TaskOrders {
     pub(crate) mappings: Vec<(u64, u64, bool, u8)>,
     /// Runs: address, bytes, offset in the task's content.
     pub(crate) runs: Vec<(u64, u64, u64)>,
+    /// Of device memory, pages that are zero and must be there all the same: address, bytes.
+    pub(crate) zeros: Vec<(u64, u64)>,
 }
 
 impl TaskOrders {
@@ -73,6 +80,19 @@ impl TaskOrders {
         })
     }
 
+    /// The mappings of at least one huge page in which something lies.
+    fn touched(&self) -> Vec<Range<u64>> {
+        let parts = || {
+            let runs = self.runs.iter().map(|&(vaddr, bytes, _)| (vaddr, bytes));
+            runs.chain(self.zeros.iter().copied())
+        };
+        let mappings = self.mappings.iter().filter(|(start, end, writable, _)| {
+            let inside = |(vaddr, bytes): (u64, u64)| vaddr < *end && vaddr + bytes > *start;
+            *writable && end - start >= HUGE_PAGE && parts().any(inside)
+        });
+        mappings.map(|&(start, end, ..)| start..end).collect()
+    }
+
     fn runs(&self) -> Vec<Run> {
         self.runs.iter().map(|&(vaddr, bytes, offset)| Run { vaddr, bytes, offset }).collect()
     }
@@ -88,6 +108,9 @@ pub(crate) struct Lazy {
     regions: Vec<(u32, u32)>,
 }
 
+/// Device memory of a task has a content stream of its own, named by the task's pid and this bit, which no pid has.
+pub(crate) const DEVICE_STREAM: u32 = 1 << 31;
+
 impl Lazy {
     /// Plans the filling of a snapshot's tasks. The images of all replicas hold their `mm` images already; where memory
     /// is filled before it is used, mappings that are worth it are marked for huge pages there.
@@ -101,21 +124,34 @@ impl Lazy {
         let mut regions = Vec::new();
         for object in &blueprint.objects {
             let (Object::Task { pid }, Some(first)) = (object.object, images.first()) else { continue };
-            let task = orders(object, pid, stream.layout().base(object.region), first)?;
+            let mut task = orders(&object.layout, pid, stream.layout().base(object.region), first)?;
+            task.zeros.clear();
             if eager {
                 let huge = task.plan()?.huge();
                 for directory in images {
                     patch::advise_huge_pages(directory, pid, &huge)?;
                 }
             }
+            tasks.push(task);
             regions
                 .push((pid, u32::try_from(object.region).expect("the store limits the number of regions")));
-            tasks.push(task);
+        }
+        let mut devices = Vec::new();
+        for device in &blueprint.devices {
+            let Some(first) = images.first() else { continue };
+            let base = stream.layout().base(device.region);
+            let orders = orders(&device.layout, device.pid, base, first)?;
+            // The driver pins its copies whole, so none of them is sparse.
+            let huge = orders.touched();
+            for directory in images {
+                patch::advise_huge_pages(directory, device.pid, &huge)?;
+            }
+            devices.push(orders);
         }
         let pid = |region| regions.iter().find(|(_, own)| *own == region).map(|(pid, _)| *pid);
         let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
-        let orders = Orders { first: first.collect(), tasks, eager };
+        let orders = Orders { first: first.collect(), tasks, devices, eager };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
         Ok(Self { stream, orders, eager, regions })
     }
@@ -138,13 +174,15 @@ impl Lazy {
     }
 }
 
-fn orders(object: &ObjectRegion, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {
+fn orders(layout: &Layout, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {
     let vmas = mm::read(images, pid)?.vmas;
-    let lazy = object.layout.placed().filter(|(_, run)| run.lazy && !run.zero);
+    let lazy = layout.placed().filter(|(_, run)| run.lazy && !run.zero);
+    let zeros = layout.runs().iter().filter(|run| run.lazy && run.zero);
     Ok(TaskOrders {
         pid,
         base,
-        bytes: object.layout.stream_bytes(),
+        bytes: layout.stream_bytes(),
+        zeros: zeros.map(|run| (run.vaddr, run.end() - run.vaddr)).collect(),
         mappings: vmas.iter().filter(|vma| vma.can_be_lazy()).map(mapping).collect(),
         runs: lazy.map(|(offset, run)| (run.vaddr, run.stream_bytes(), offset)).collect(),
     })

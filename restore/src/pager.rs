@@ -19,6 +19,7 @@
 //! after the replica. If the shim is gone, the pager kills the tasks itself and waits until they are, before it ends.
 
 mod control;
+mod device;
 mod eager;
 mod engine;
 mod error;
@@ -73,6 +74,8 @@ pub struct Config {
     pub record: bool,
     /// What an earlier restore touched first: filled before the background.
     pub working_set: WorkingSet,
+    /// Device memory, filled at [`Command::Devices`].
+    pub devices: Vec<Device>,
     /// The replica's processes.
     pub tasks: Tasks,
     /// How long CRIU may take to connect, and again between two of its messages.
@@ -88,6 +91,20 @@ pub struct Task {
     pub pid: u32,
     /// What to put where.
     pub plan: Arc<Plan>,
+}
+
+/// Device memory of a task. It lies in the task's own memory, in a stream of its own, and has to be there as a whole before
+/// the driver is called: the driver pins it, and pinning a page that is absent under a userfaultfd fails instead of faulting.
+#[derive(Debug, Clone)]
+pub struct Device {
+    /// Pid of the task inside its pid namespace.
+    pub pid: u32,
+    /// Names the content stream.
+    pub stream: u32,
+    /// What to put where.
+    pub plan: Arc<Plan>,
+    /// Zero pages that must be there.
+    pub zeros: Vec<std::ops::Range<u64>>,
 }
 
 /// What a pager did.
@@ -107,6 +124,10 @@ pub struct Summary {
     pub background_bytes: u64,
     /// Bytes written to the stopped tree.
     pub eager_bytes: u64,
+    /// Bytes of device memory, zero pages included.
+    pub device_bytes: u64,
+    /// How long writing them took.
+    pub device_us: u64,
     /// From CRIU's connection to its last message: from then on the tasks can run.
     pub criu_us: u64,
     /// From there until all was in place.

@@ -10,7 +10,7 @@ use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_fetcher::{Access, Fetcher, Found, Stream};
 use rewarm_probe::{Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
-use rewarm_store::{Boot, Facts, Manifest, Reference, Store, Target, Trust, WorkingSet};
+use rewarm_store::{Boot, Facts, Manifest, Reference, RegionKind, Store, Target, Trust, WorkingSet};
 use uuid::Uuid;
 
 use crate::begun::{Begun, Ground, unless_interrupted};
@@ -51,6 +51,8 @@ pub struct Request {
     pub ready_timeout: Duration,
     /// When memory is filled.
     pub mode: Mode,
+    /// Which devices take the places of those of the snapshot.
+    pub gpu: rewarm_gpu::Wish,
     /// Do not compare answers.
     pub no_probe: bool,
     /// How long a hook may take.
@@ -210,17 +212,14 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
         open(&admitted, context),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
-    // The driver pins its copies of device memory: a page that is not there would be an error and not a fault.
-    let mode = if admitted.device.is_some() { Mode::Eager } else { request.mode };
+    let mode = mode(request, &admitted, &opened);
     let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, mode, context)).await;
     let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).enumerate().map(|(number, (name, replica))| {
         let (admitted, rest) = (&admitted, &rest);
-        // All of them touch the same: one recording is enough.
-        let speaks = number == 0;
         async move {
             let result = match replica {
-                Ok(replica) => finish(&replica, request, context, admitted, rest, speaks).await,
+                Ok(replica) => finish(&replica, request, context, admitted, rest, number).await,
                 Err(cause) => Err((Stage::Sandbox, cause)),
             };
             match result {
@@ -235,6 +234,20 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
         }
     });
     Ok(Outcome { source: Some(admitted.source.clone()), replicas: join_all(finishing).await })
+}
+
+/// When memory is filled. A snapshot whose device memory lies among the pages of its processes (as the first version of the
+/// format has it) is filled as a whole before the driver is called: a page that is not there would be an error and not a
+/// fault.
+fn mode(
+    request: &Request,
+    admitted: &Admitted,
+    opened: &std::result::Result<(Arc<Stream>, Boot), Cause>,
+) -> Mode {
+    let apart = opened.as_ref().is_ok_and(|(_, boot)| {
+        boot.regions().iter().any(|region| matches!(region.kind, RegionKind::Device { .. }))
+    });
+    if admitted.device.is_some() && !apart { Mode::Eager } else { request.mode }
 }
 
 /// The content that follows while replicas are restored, and how its fetch ended.
@@ -296,7 +309,7 @@ async fn finish(
     context: &Context,
     admitted: &Arc<Admitted>,
     rest: &Rest,
-    speaks: bool,
+    number: usize,
 ) -> std::result::Result<Restored, (Stage, Cause)> {
     let clock = &context.clock;
     let steps = async {
@@ -305,7 +318,7 @@ async fn finish(
         }
         let fetching = rest.fetching.as_ref().expect("somebody is alive, so it has begun").clone();
         let lazy = fetching.lazy.clone();
-        let restored = restore(replica, context, admitted, lazy.clone());
+        let restored = restore(replica, context, admitted, lazy.clone(), number);
         let (pid, recorder) = at(clock, Stage::Skeleton, restored).await?;
         at(clock, Stage::Identity, replica.hook(admitted.post.as_ref(), request.hook_timeout)).await?;
         let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
@@ -315,7 +328,10 @@ async fn finish(
         rest.enough(request.mode).await?;
         commit(replica).await.map_err(|cause| (Stage::Ready, cause))?;
         let ready_after = clock.elapsed();
-        if speaks && let Err(cause) = remember(request, &fetching, &lazy.by_region(&touched)).await {
+        // All of them touch the same: one recording is enough.
+        if number == 0
+            && let Err(cause) = remember(request, &fetching, &lazy.by_region(&touched)).await
+        {
             let why = cause.shared();
             clock.progress().warning(&format!("what was touched first could not be written down: {why}"));
         }
@@ -338,10 +354,11 @@ async fn restore(
     context: &Context,
     admitted: &Admitted,
     lazy: Arc<Lazy>,
+    number: usize,
 ) -> std::result::Result<(u32, Recorder), Cause> {
     let (client, record) = (replica.client.clone(), replica.record.clone());
     let (criu, facts) = (context.criu.clone(), admitted.manifest.facts.clone());
-    let device = admitted.device.clone();
+    let device = admitted.device.as_ref().map(|plan| plan.of(number));
     blocking(move || Replica::over(client, record).restore(criu, &facts, &lazy, device)).await
 }
 
@@ -393,12 +410,12 @@ async fn admit(
         let spec = spec(request, manifest).map_err(early)?;
         let (facts, asked, known) = (manifest.facts.clone(), spec.clone(), machine.clone());
         let (count, fetcher) = (request.count, context.fetcher.clone());
-        let program = context.program.clone();
+        let (program, wish) = (context.program.clone(), request.gpu.clone());
         let verdict = blocking(move || {
             let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
             reasons.extend(memory(&facts, asked.memory_bytes, count, &fetcher)?);
             reasons.extend(missing_sources(&asked));
-            let device = device::plan(&facts, &program).unwrap_or_else(|more| {
+            let device = device::plan(&facts, &program, &wish, count).unwrap_or_else(|more| {
                 reasons.extend(more);
                 None
             });

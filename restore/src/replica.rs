@@ -16,7 +16,6 @@ use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
 use rewarm_store::Facts;
 
 use crate::begun::{Begun, Ground};
-use crate::device::Plan;
 use crate::error::Cause;
 use crate::lazy::Lazy;
 use crate::pipeline::Restored;
@@ -67,7 +66,7 @@ impl Replica {
         criu: PathBuf,
         facts: &Facts,
         lazy: &Lazy,
-        device: Option<Plan>,
+        device: Option<DeviceRequest>,
     ) -> Result<(u32, Recorder), Cause> {
         let inside = self.client.inside();
         if let Some(passed) = facts.dumped_ms.and_then(since) {
@@ -79,7 +78,8 @@ impl Replica {
             return Err(Cause::Inadmissible { violations });
         }
         let timeout = RESTORE_TIMEOUT + Duration::from_millis(facts.memory.logical_bytes / 100_000);
-        let config = if lazy.eager { Config::restore().leave_stopped() } else { Config::restore() };
+        let stopped = lazy.eager || device.is_some();
+        let config = if stopped { Config::restore().leave_stopped() } else { Config::restore() };
         let request = RestoreRequest {
             criu,
             config: config.to_string(),
@@ -89,7 +89,7 @@ impl Replica {
             images_attached: false,
             residents: vec![self.pager(device.is_some())?],
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
-            device: device.map(|Plan { carried, pairs }| DeviceRequest { carried, pairs }),
+            device,
         };
         // The pager has a lease of its own: this command may end while memory is still being filled.
         let lease = lazy.lease()?;

@@ -27,7 +27,7 @@ use rewarm_sys::guard::Guard;
 use rewarm_sys::shared::Reader;
 
 use crate::fetch::BLOCK_WITHIN;
-use crate::lazy::{Orders, TaskOrders};
+use crate::lazy::{DEVICE_STREAM, Orders, TaskOrders};
 use crate::pager::{
     self, Command, Config, Extent, Heard, Holder, Mode, Report, Source, SourceError, Task, Tasks, WorkingSet,
 };
@@ -86,6 +86,13 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
         Ok(Task { pid: task.pid, plan: Arc::new(plan) })
     };
     let tasks = orders.tasks.iter().map(plan).collect::<io::Result<Vec<_>>>()?;
+    let device = |device: &TaskOrders| {
+        let plan = device.plan().map_err(io::Error::other)?;
+        let zeros = device.zeros.iter().map(|&(vaddr, bytes)| vaddr..vaddr.saturating_add(bytes)).collect();
+        let stream = device.pid | DEVICE_STREAM;
+        Ok(pager::Device { pid: device.pid, stream, plan: Arc::new(plan), zeros })
+    };
+    let devices = orders.devices.iter().map(device).collect::<io::Result<Vec<_>>>()?;
     let first = orders.first.iter().map(|&(task, offset, length)| Extent { task, offset, length });
     let cgroup = Tasks::Cgroup(cgroup);
     let config = Config {
@@ -94,6 +101,7 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
         threads: std::thread::available_parallelism().map_or(2, usize::from).min(THREADS_MAX),
         record: !orders.eager,
         working_set: WorkingSet { extents: first.collect() },
+        devices,
         tasks: cgroup.clone(),
         criu_within: CRIU_WITHIN,
         chunk_within: BLOCK_WITHIN,
@@ -101,10 +109,13 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
     let listener = Listener::bind(work).map_err(io::Error::other)?;
     let (shim_end, pager_end) = UnixStream::pair()?;
     let eager = orders.eager;
-    let source = Arc::new(Stream { stream, lease, tasks: orders.tasks });
+    let devices = !orders.devices.is_empty();
+    let named = |device: TaskOrders| TaskOrders { pid: device.pid | DEVICE_STREAM, ..device };
+    let streams = orders.tasks.into_iter().chain(orders.devices.into_iter().map(named));
+    let source = Arc::new(Stream { stream, lease, tasks: streams.collect() });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
-    watch(control, &holder, eager)?;
+    watch(control, &holder, eager, devices)?;
     if !eager {
         obey(&command, &holder)?;
     }
@@ -120,13 +131,16 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server. An eager fill begins when
-/// the shim says that the tree is restored, which is stopped then.
-fn watch(control: &Control, holder: &Holder, eager: bool) -> io::Result<()> {
+/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server. Device memory, and an eager
+/// fill of all memory, begin when the shim says that the tree is restored, which is stopped then.
+fn watch(control: &Control, holder: &Holder, eager: bool, devices: bool) -> io::Result<()> {
     let listening = control.duplicate()?;
     let socket = holder.control().try_clone()?;
     std::thread::spawn(move || {
         while let Ok(Some((FromShim::Restored { .. }, _))) = listening.next() {
+            if devices {
+                let _ = tell(&socket, Command::Devices);
+            }
             if eager {
                 // A pager that is gone has been heard of already.
                 let _ = tell(&socket, Command::Fill);
@@ -168,6 +182,11 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
                 let report = serde_json::to_vec(&set).unwrap_or_default();
                 // A command that has ended does not want it any more.
                 let _ = fdpass::send_frame(&pager.command, &report, REPORT_BYTES_MAX, &[]);
+            }
+            Heard::Report(Report::Devices) => {
+                if control.tell(&ToShim::Devices, &[]).is_err() {
+                    continue;
+                }
             }
             Heard::Report(_) => {}
             Heard::Done(_) => {

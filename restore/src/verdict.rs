@@ -72,6 +72,16 @@ pub enum Reason {
         /// Of this machine.
         machine: String,
     },
+    /// Another release of the driver: its library and its kernel module insist on each other.
+    #[error(
+        "the snapshot holds device state of driver {snapshot}, the driver here is {machine}: the server has the old one's library in its memory"
+    )]
+    Release {
+        /// Of the snapshot.
+        snapshot: String,
+        /// Of this machine.
+        machine: String,
+    },
     /// The devices here cannot take the snapshot's device state.
     #[error("the snapshot holds device state: {reason}")]
     Device {

@@ -65,7 +65,6 @@ pub(crate) async fn dump(
 ) -> Result<Dumped, Cause> {
     let arena = Arena::new(budget.arena);
     let (batches, received) = channel();
-    let mut streamer = Streamer::start(session, received)?;
     let (ours, theirs) = UnixStream::pair().map_err(Cause::io("make a socket pair for CRIU's pages"))?;
     ours.set_read_timeout(Some(request.freeze_timeout)).map_err(Cause::io("set the deadline of the dump"))?;
     let ended = HangUp {
@@ -73,6 +72,10 @@ pub(crate) async fn dump(
         arena: arena.clone(),
     };
     touch(&arena, budget.expected, replica).await;
+    // From here on a server that uses CUDA stands still. The dump lets it go on.
+    let client = replica.client.clone();
+    let device = blocking(move || client.suspend_devices()).await?;
+    let mut streamer = Streamer::start(session, received, device.as_ref())?;
     let deadline = Instant::now() + request.freeze_timeout;
     let copied = Arc::new(Mutex::new(Copied::default()));
     let at_vote = copy_at_vote(replica, context, copied.clone());
@@ -96,13 +99,10 @@ pub(crate) async fn dump(
     let dumping = blocking(move || client.dump(asked, theirs)).await;
     drop(ended);
     let (received_bytes, failure, result) = receiving.await.expect("receiving does not panic");
-    let device = match (failure, dumping, result) {
-        (None, Ok(device), Ok(_)) => device,
-        (failure, dumping, result) => {
-            let own = failed(failure, dumping.err(), result.err(), budget, request.freeze_timeout);
-            return Err(streamer.failure(STORE_MARGIN).await.unwrap_or(own));
-        }
-    };
+    if failure.is_some() || dumping.is_err() || result.is_err() {
+        let own = failed(failure, dumping.err(), result.err(), budget, request.freeze_timeout);
+        return Err(streamer.failure(STORE_MARGIN).await.unwrap_or(own));
+    }
     let copied = copied.lock().expect("no panic while copying").take();
     let (upper, dumped_at) = copied.expect("CRIU succeeded, so it asked for the vote");
     let stats = stats::dump(&replica.client.inside().dump_work())?;

@@ -178,6 +178,8 @@ impl Attempt {
         });
         let findings = examined.await.expect("the preflight does not panic");
         let mut findings = findings.map_err(|obstacles| Cause::Obstacles { obstacles })?;
+        let asked = self.replica.as_ref().expect("connected above").client.clone();
+        findings.memory_bytes += blocking(move || asked.examine_devices()).await?;
         for warning in &findings.warnings {
             self.context.clock.progress().warning(warning);
         }
@@ -268,7 +270,8 @@ impl Attempt {
     /// Lets the server go on whatever happened, runs the post hook if it is still due, and looks at what is true.
     async fn undo(&mut self, succeeded: bool) -> Aftermath {
         let Some(replica) = &self.replica else { return Aftermath::Nothing };
-        if self.request.stop && !succeeded {
+        let suspended = matches!(self.stage, Stage::Dump);
+        if (self.request.stop || suspended) && !succeeded {
             let client = replica.client.clone();
             // Not frozen by us is as good: what counts is the state that is read below.
             let _ = blocking(move || client.thaw()).await;

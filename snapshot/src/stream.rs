@@ -7,6 +7,7 @@
 //! Runs in a thread of its own beside the receiver. Zero pages are dropped here: they are noted in the layout and have no
 //! bytes. Ends with the last batch, with the store's failure, or when it is given up.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Receiver;
@@ -15,6 +16,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use rewarm_criu::layout::{Layout, PAGE_BYTES, Run};
 use rewarm_criu::page_server::{Flags, Object};
+use rewarm_gpu::carried::Carried;
 use rewarm_report::{Progress, Stage};
 use rewarm_store::{Memory, RegionKind, RegionWriter, Session, SharedMemory, TaskMemory};
 use tokio::sync::oneshot;
@@ -35,16 +37,21 @@ pub(crate) struct Streamer {
 
 impl Streamer {
     /// Starts the thread. It holds the session until it ends.
-    pub(crate) fn start(session: Arc<Session>, batches: Receiver<Batch>) -> Result<Self, Cause> {
+    pub(crate) fn start(
+        session: Arc<Session>,
+        batches: Receiver<Batch>,
+        device: Option<&Carried>,
+    ) -> Result<Self, Cause> {
         let taken = Arc::<AtomicU64>::default();
         let (wanted, unwanted) = oneshot::channel::<()>();
         let (end, ended) = oneshot::channel();
         let runtime = tokio::runtime::Handle::current();
         let counter = taken.clone();
+        let copies = Copies::of(device);
         let work = move || {
             let result = runtime.block_on(async {
                 tokio::select! {
-                    result = Streaming::new(&session, &counter).all(&batches) => result,
+                    result = Streaming::new(&session, &counter, copies).all(&batches) => result,
                     _ = unwanted => Err(Cause::Interrupted { signal: "the end of the dump" }),
                 }
             });
@@ -80,27 +87,95 @@ impl Streamer {
     }
 }
 
+/// Where the driver's copies of device memory lie: a region of its own for each process that has some.
+#[derive(Debug, Default)]
+struct Copies {
+    /// The device, where there is only one that they can be of.
+    gpu: Option<String>,
+    /// By process, in order of address.
+    ranges: BTreeMap<u32, Vec<(u64, u64)>>,
+}
+
+impl Copies {
+    fn of(device: Option<&Carried>) -> Self {
+        let Some(carried) = device else { return Self::default() };
+        let gpu = match &carried.devices[..] {
+            [only] => Some(only.uuid.to_string()),
+            _ => None,
+        };
+        let ranges = carried.processes.iter().map(|process| {
+            let ranges = process.copies.iter().map(|range| (range.start, range.end)).collect();
+            (process.pid.unsigned_abs(), ranges)
+        });
+        Self { gpu, ranges: ranges.collect() }
+    }
+
+    /// Cuts a run of pages of a process where a copy begins or ends; says of each part whether it is one.
+    fn cut(&self, pid: u32, run: Run) -> Vec<(Run, bool)> {
+        let mut parts = Vec::new();
+        let mut rest = run;
+        let ranges = self.ranges.get(&pid).map(Vec::as_slice).unwrap_or_default();
+        for &(start, end) in ranges.iter().filter(|(start, end)| *start < run.end() && *end > run.vaddr) {
+            rest = split(&mut parts, rest, start.max(rest.vaddr), false);
+            rest = split(&mut parts, rest, end.min(rest.end()), true);
+        }
+        let end = rest.end();
+        split(&mut parts, rest, end, false);
+        parts
+    }
+}
+
+/// Takes what lies before `at` off a run, and gives what is left of it.
+fn split(parts: &mut Vec<(Run, bool)>, run: Run, at: u64, copy: bool) -> Run {
+    let pages = (at - run.vaddr) / PAGE_BYTES;
+    if pages > 0 {
+        parts.push((Run { pages, ..run }, copy));
+    }
+    Run { vaddr: at, pages: run.pages - pages, ..run }
+}
+
 struct Streaming<'a> {
     session: &'a Session,
     taken: &'a AtomicU64,
+    copies: Copies,
     memory: Memory,
     open: Option<Open>,
+    /// Beside the region of a process, that of its device memory.
+    device: Option<Pages>,
 }
 
 /// The region that is being written.
-struct Open {
-    writer: RegionWriter,
-    content: Content,
+enum Open {
+    Object(Object, Pages),
+    Tree { writer: RegionWriter, meta: Vec<u8> },
 }
 
-enum Content {
-    Object { object: Object, layout: Layout },
-    Tree { meta: Vec<u8> },
+/// A region of pages.
+struct Pages {
+    writer: RegionWriter,
+    layout: Layout,
+}
+
+impl Pages {
+    async fn push(&mut self, run: Run, bytes: Bytes) -> Result<(), Cause> {
+        self.layout.push(run);
+        if !run.zero {
+            self.writer.push(bytes).await?;
+        }
+        Ok(())
+    }
+
+    /// Ends it; gives its bytes with and without zero pages.
+    async fn finish(self) -> Result<(u64, u64), Cause> {
+        let sizes = (self.layout.logical_bytes(), self.layout.stream_bytes());
+        self.writer.finish(self.layout.encode()).await?;
+        Ok(sizes)
+    }
 }
 
 impl<'a> Streaming<'a> {
-    fn new(session: &'a Session, taken: &'a AtomicU64) -> Self {
-        Self { session, taken, memory: Memory::default(), open: None }
+    fn new(session: &'a Session, taken: &'a AtomicU64, copies: Copies) -> Self {
+        Self { session, taken, copies, memory: Memory::default(), open: None, device: None }
     }
 
     async fn all(mut self, batches: &Receiver<Batch>) -> Result<Memory, Cause> {
@@ -118,14 +193,17 @@ impl<'a> Streaming<'a> {
         for item in batch.items {
             match item {
                 Item::Object(object) => {
+                    self.end().await?;
                     let kind = match object {
                         Object::Task { pid } => RegionKind::Task { pid },
                         Object::Shmem { id } => RegionKind::Shmem { id },
                     };
-                    self.begin(kind, Content::Object { object, layout: Layout::new() }).await?;
+                    self.open = Some(Open::Object(object, self.region(kind).await?));
                 }
                 Item::Tree { name, meta } => {
-                    self.begin(RegionKind::Tree { name: name.to_owned() }, Content::Tree { meta }).await?;
+                    self.end().await?;
+                    let writer = self.session.region(RegionKind::Tree { name: name.to_owned() }).await?;
+                    self.open = Some(Open::Tree { writer, meta });
                 }
                 Item::Pages { vaddr, pages, flags } => {
                     let bytes = rest.split_to((pages * PAGE_BYTES) as usize);
@@ -133,58 +211,77 @@ impl<'a> Streaming<'a> {
                 }
                 Item::Content { bytes } => {
                     let bytes = rest.split_to(bytes as usize);
-                    self.writer().push(bytes).await?;
+                    match &mut self.open {
+                        Some(Open::Tree { writer, .. }) => writer.push(bytes).await?,
+                        _ => unreachable!("content follows the beginning of its tree"),
+                    }
                 }
             }
         }
         Ok(())
     }
 
-    async fn begin(&mut self, kind: RegionKind, content: Content) -> Result<(), Cause> {
-        self.end().await?;
-        self.open = Some(Open { writer: self.session.region(kind).await?, content });
-        Ok(())
+    async fn region(&self, kind: RegionKind) -> Result<Pages, Cause> {
+        Ok(Pages { writer: self.session.region(kind).await?, layout: Layout::new() })
     }
 
     async fn end(&mut self) -> Result<(), Cause> {
-        let Some(Open { writer, content }) = self.open.take() else { return Ok(()) };
-        let meta = match content {
-            Content::Tree { meta } => meta,
-            Content::Object { object, layout } => {
-                let bytes = layout.logical_bytes();
+        match self.open.take() {
+            None => {}
+            Some(Open::Tree { writer, meta }) => {
+                writer.finish(meta).await?;
+            }
+            Some(Open::Object(object, pages)) => {
+                let (mut bytes, mut stream) = pages.finish().await?;
+                if let Some(device) = self.device.take() {
+                    let (more, of_it) = device.finish().await?;
+                    (bytes, stream) = (bytes + more, stream + of_it);
+                }
                 self.memory.logical_bytes += bytes;
-                self.memory.zero_bytes += bytes - layout.stream_bytes();
+                self.memory.zero_bytes += bytes - stream;
                 match object {
                     Object::Task { pid } => self.memory.tasks.push(TaskMemory { pid, bytes }),
                     Object::Shmem { id } => self.memory.shared.push(SharedMemory { id, bytes }),
                 }
-                layout.encode()
-            }
-        };
-        writer.finish(meta).await?;
-        Ok(())
-    }
-
-    async fn pages(&mut self, vaddr: u64, flags: Flags, mut bytes: Bytes, sparse: bool) -> Result<(), Cause> {
-        let open = self.open.as_mut().expect("the protocol opens an object before its pages");
-        let Content::Object { layout, .. } = &mut open.content else {
-            unreachable!("pages follow their object")
-        };
-        self.taken.fetch_add(bytes.len() as u64, Ordering::Relaxed);
-        let runs: Vec<Run> = alike(&bytes).collect();
-        for run in runs {
-            let part = bytes.split_to((run.pages * PAGE_BYTES) as usize);
-            layout.push(Run { vaddr: vaddr + run.vaddr, lazy: flags.contains(Flags::LAZY), ..run });
-            if !run.zero {
-                // A few pages must not hold a whole segment of the arena until their chunk is stored.
-                open.writer.push(if sparse { Bytes::copy_from_slice(&part) } else { part }).await?;
             }
         }
         Ok(())
     }
 
-    fn writer(&mut self) -> &mut RegionWriter {
-        &mut self.open.as_mut().expect("content follows the beginning of its tree").writer
+    async fn pages(&mut self, vaddr: u64, flags: Flags, mut bytes: Bytes, sparse: bool) -> Result<(), Cause> {
+        let Some(Open::Object(object, _)) = &self.open else { unreachable!("pages follow their object") };
+        let object = *object;
+        self.taken.fetch_add(bytes.len() as u64, Ordering::Relaxed);
+        let runs: Vec<Run> = alike(&bytes).collect();
+        for run in runs {
+            let run = Run { vaddr: vaddr + run.vaddr, lazy: flags.contains(Flags::LAZY), ..run };
+            // What CRIU insists on reading itself stays with the process.
+            let parts = match object {
+                Object::Task { pid } if run.lazy => self.copies.cut(pid, run),
+                _ => vec![(run, false)],
+            };
+            for (run, copy) in parts {
+                let part = bytes.split_to((run.pages * PAGE_BYTES) as usize);
+                // A few pages must not hold a whole segment of the arena until their chunk is stored.
+                let part = if sparse && !run.zero { Bytes::copy_from_slice(&part) } else { part };
+                self.put(object, run, part, copy).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn put(&mut self, object: Object, run: Run, bytes: Bytes, copy: bool) -> Result<(), Cause> {
+        if let (true, Object::Task { pid }) = (copy, object) {
+            if self.device.is_none() {
+                let kind = RegionKind::Device { pid, gpu: self.copies.gpu.clone() };
+                self.device = Some(self.region(kind).await?);
+            }
+            return self.device.as_mut().expect("just begun").push(run, bytes).await;
+        }
+        match &mut self.open {
+            Some(Open::Object(_, pages)) => pages.push(run, bytes).await,
+            _ => unreachable!("pages follow their object"),
+        }
     }
 }
 
@@ -229,6 +326,22 @@ mod tests {
         bytes.push(5);
         let runs: Vec<_> = alike(&bytes).map(|run| (run.vaddr, run.pages, run.zero)).collect();
         assert_eq!(runs, [(0, 2, false), (2 * PAGE_BYTES, 1, true), (3 * PAGE_BYTES, 1, false)]);
+    }
+
+    #[test]
+    fn a_run_is_cut_where_copies_begin_and_end() {
+        let page = PAGE_BYTES;
+        let ranges = [(7, vec![(10 * page, 12 * page), (14 * page, 20 * page)])].into();
+        let copies = Copies { gpu: None, ranges };
+        let run = |vaddr: u64, pages| Run { vaddr: vaddr * page, pages, zero: false, lazy: true };
+        let cut = |pid, run| -> Vec<(u64, u64, bool)> {
+            copies.cut(pid, run).iter().map(|(run, copy)| (run.vaddr / page, run.pages, *copy)).collect()
+        };
+        assert_eq!(cut(7, run(8, 8)), [(8, 2, false), (10, 2, true), (12, 2, false), (14, 2, true)]);
+        assert_eq!(cut(7, run(15, 2)), [(15, 2, true)]);
+        assert_eq!(cut(7, run(18, 4)), [(18, 2, true), (20, 2, false)]);
+        assert_eq!(cut(7, run(1, 9)), [(1, 9, false)]);
+        assert_eq!(cut(8, run(8, 8)), [(8, 8, false)]);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! What is stored: names, frames and contents of the objects of format version 1.
+//! What is stored: names, frames and contents of the objects of format versions 1 and 2.
 //!
 //! ```text
 //! packs/UUID                     chunks, one after another, and a footer that lists them
@@ -31,8 +31,11 @@ use uuid::Uuid;
 use crate::digest::Digest;
 use crate::url::Name;
 
-/// The format version that this program writes, and the newest that it reads.
+/// The format version of all objects but manifests that need a newer one.
 pub const FORMAT: u32 = 1;
+
+/// The newest format version of manifests: with regions of device memory.
+pub const FORMAT_NEWEST: u32 = 2;
 
 /// Digits of the number in a tag's object name: names then sort as numbers do.
 const TAG_DIGITS: usize = 9;

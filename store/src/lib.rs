@@ -34,12 +34,12 @@ pub use copy::Copied;
 pub use digest::{ChunkId, Digest, DigestSyntax};
 pub use error::{Damage, Error, Result, Syntax};
 pub use files::{Files, Folder};
-pub use format::FORMAT;
 pub use format::manifest::{
     Cpu, Facts, Hooks, HostFile, Manifest, Memory, RegionKind, Seal, SharedMemory, Signature, TaskMemory,
     Totals,
 };
 pub use format::working_set::WorkingSet;
+pub use format::{FORMAT, FORMAT_NEWEST};
 pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
 pub use reader::{

@@ -126,5 +126,6 @@ fn kind(kind: &RegionKind) -> String {
         RegionKind::Shmem { id } => format!("shared segment {id}"),
         RegionKind::Tree { name } => format!("files of {name}"),
         RegionKind::File { name } => format!("image {name}"),
+        RegionKind::Device { pid, .. } => format!("device memory of process {pid}"),
     }
 }

@@ -2,12 +2,12 @@
 
 use serde::Serialize;
 
-use crate::args::Global;
+use crate::args::{Doctor, Global};
 use crate::doctor::{Need, Places, State, examine};
-use crate::env;
 use crate::exit::Exit;
 use crate::failure::Cause;
 use crate::render::{Output, table};
+use crate::{env, replicas};
 
 #[derive(Serialize)]
 struct Report {
@@ -16,8 +16,14 @@ struct Report {
     needs: Vec<Need>,
 }
 
-pub(crate) fn run(global: &Global) -> Result<u8, Cause> {
-    let places = Places { criu: global.criu.clone(), cache: env::cache_dir(), state: global.state.clone() };
+pub(crate) fn run(args: &Doctor, global: &Global) -> Result<u8, Cause> {
+    let places = Places {
+        criu: global.criu.clone(),
+        cache: env::cache_dir(),
+        state: global.state.clone(),
+        libnvml: env::libnvml(),
+        ask_driver: args.gpu.then(replicas::program),
+    };
     let needs = examine(&places);
     let report = Report { ready: needs.iter().all(|need| need.state != State::Missing), needs };
     Output::new(global).answer(&report, text)?;

@@ -3,5 +3,5 @@
 use crate::env;
 
 pub(crate) fn run() -> u8 {
-    rewarm_gpu::helper::main(&env::libcuda())
+    rewarm_gpu::helper::main(&env::libcuda(), &env::libnvml())
 }

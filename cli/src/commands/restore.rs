@@ -93,6 +93,7 @@ fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
             args::Mode::Lazy => Mode::Lazy,
             args::Mode::Eager => Mode::Eager,
         },
+        gpu: args.gpu.clone().unwrap_or_default(),
         no_probe: args.no_probe,
         hook_timeout: HOOK_TIMEOUT,
         cold_fallback: args.cold_fallback.then(|| args.command.clone()),

@@ -166,15 +166,37 @@ impl Client {
     }
 
     /// Dumps the server. CRIU's images lie in [`Paths::dump_images`] afterwards, its log in [`Paths::dump_work`], until
-    /// [`Client::release_dump`], the next dump, or the end of this client. `socket` becomes CRIU's descriptor 20. Gives the
-    /// device state of a server that uses CUDA.
+    /// [`Client::release_dump`], the next dump, or the end of this client. `socket` becomes CRIU's descriptor 20. A server that
+    /// uses CUDA is suspended first ([`Client::suspend_devices`]) and resumed by this.
     ///
     /// # Errors
     /// If CRIU fails, the deadline passes or the server ends. Unless the server ended it goes on.
-    pub fn dump(&self, request: DumpRequest, socket: impl AsFd) -> Result<Option<Carried>, Error> {
-        match self.call("dump", &Request::Dump(request), &[socket.as_fd()])? {
-            Reply::Dumped(carried) => Ok(carried.map(|carried| *carried)),
-            other => Err(self.unexpected("dump", &other)),
+    pub fn dump(&self, request: DumpRequest, socket: impl AsFd) -> Result<(), Error> {
+        self.done("dump", &Request::Dump(request), &[socket.as_fd()])
+    }
+
+    /// Whether the devices of a server could be suspended; touches nothing. Gives the bytes that it has on them, as far as
+    /// they are told.
+    ///
+    /// # Errors
+    /// A `Shim` error of class `Incompatible` with every reason at once.
+    pub fn examine_devices(&self) -> Result<u64, Error> {
+        match self.call("examine the devices", &Request::ExamineDevices, &[])? {
+            Reply::Examined { device_bytes } => Ok(device_bytes),
+            other => Err(self.unexpected("examine the devices", &other)),
+        }
+    }
+
+    /// Moves the device memory of a server that uses CUDA into its host memory and freezes it, until [`Client::dump`] or
+    /// [`Client::thaw`] or the end of this client. Gives its device state; none where nothing was suspended.
+    ///
+    /// # Errors
+    /// Of class `Incompatible` where the driver cannot do it; the server runs on. Of class `Stranded` where a process was left
+    /// in a state from which it cannot go on.
+    pub fn suspend_devices(&self) -> Result<Option<Carried>, Error> {
+        match self.call("suspend the devices", &Request::SuspendDevices, &[])? {
+            Reply::Suspended(carried) => Ok(carried.map(|carried| *carried)),
+            other => Err(self.unexpected("suspend the devices", &other)),
         }
     }
 

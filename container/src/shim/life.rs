@@ -134,7 +134,7 @@ impl Replica {
         }
         // The server is dead, so a call that still waits for it ends; the helper ends with it or when this process does.
         if let Ok(mut helper) = self.helper.try_lock() {
-            *helper = super::pause::helper();
+            *helper = super::device::helper();
         }
         for error in self.clean_up() {
             tracing::error!(error = %error, "clean up");

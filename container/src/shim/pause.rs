@@ -5,41 +5,16 @@
 //! goes. The driver's calls are made by a helper process of this shim, started when the first server with the driver's
 //! library is paused.
 
-use std::ffi::OsString;
-use std::io;
-use std::path::PathBuf;
 use std::time::Duration;
 
-use rewarm_gpu::{Group, Helper, Launch, Process, order};
+use rewarm_gpu::preflight::Purpose;
+use rewarm_gpu::{Process, order};
 
-use crate::cgroup::Cgroup;
 use crate::error::Error;
 use crate::record::{Device, Status, WakeCost};
+use crate::shim::device::Tasks;
 use crate::shim::protocol::{Paused, Woken};
 use crate::shim::replica::{Asker, Replica};
-
-/// How the helper is started: this program, which may have been replaced meanwhile.
-pub(super) fn helper() -> Helper {
-    let (program, verb) = (PathBuf::from("/proc/self/exe"), OsString::from("gpu-helper"));
-    Helper::new(Launch { program, args: vec![verb], env: Vec::new() })
-}
-
-/// The processes of a replica, as the device plane sees them.
-pub(super) struct Tasks<'a>(pub(super) &'a Cgroup);
-
-impl Group for Tasks<'_> {
-    fn processes(&self) -> Vec<i32> {
-        self.0.pids().into_iter().map(u32::cast_signed).collect()
-    }
-
-    fn freeze(&self) -> io::Result<()> {
-        self.0.freeze().map_err(io::Error::other)
-    }
-
-    fn thaw(&self) -> io::Result<()> {
-        self.0.thaw().map_err(io::Error::other)
-    }
-}
 
 impl Replica {
     /// Moves device memory to the host and freezes the server.
@@ -48,6 +23,7 @@ impl Replica {
         if self.lock().frozen_by.is_some() {
             return Err(self.busy_with("it is frozen"));
         }
+        self.examine(parts, Purpose::Pause)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let suspended = order::suspend(&mut helper, &Tasks(&parts.cgroup), lock_timeout)?;
         let bytes = suspended.bytes();

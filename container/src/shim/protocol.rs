@@ -22,7 +22,7 @@ use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Longest message in bytes. The largest are the captured output of a hook and a specification with a long environment.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Most descriptors in one message.
@@ -48,7 +48,8 @@ pub struct Prepared {
     pub published: Vec<Publish>,
 }
 
-/// Asks for a dump. The server goes on afterwards (or stays frozen, if this connection froze it).
+/// Asks for a dump of a server that uses no device, or whose devices this connection has suspended. It goes on afterwards (or
+/// stays frozen, if this connection froze it).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DumpRequest {
     /// The CRIU program.
@@ -189,6 +190,8 @@ pub enum Request {
     Start { timeout_ms: u64 },
     Restore(RestoreRequest),
     Commit,
+    ExamineDevices,
+    SuspendDevices,
     Dump(DumpRequest),
     ReleaseDump,
     Freeze,
@@ -212,7 +215,8 @@ pub enum Reply {
     Hello { version: u32, pid: u32 },
     Done,
     Prepared(Box<Prepared>),
-    Dumped(Option<Box<Carried>>),
+    Examined { device_bytes: u64 },
+    Suspended(Option<Box<Carried>>),
     Started { pid: u32 },
     Exec(ExecOutput),
     Paused(Paused),

@@ -18,6 +18,7 @@ use crate::record::{Cause, Exit, ExitStatus, Memory, Record, Status, write_json}
 use crate::runc::Runc;
 use crate::shim::Paths;
 use crate::shim::children::Children;
+use crate::shim::device::Suspension;
 use crate::shim::logs::Pump;
 use crate::shim::publish::{Open, Reserved};
 use crate::shim::supervise::Resident;
@@ -74,8 +75,10 @@ pub(super) struct Inner {
     pub(super) frozen_by: Option<ConnectionId>,
     /// Set while it is paused: those of its processes whose device memory lies in their host memory.
     pub(super) paused: Option<Vec<Process>>,
-    /// The same during a dump, and after it as long as a command keeps it frozen.
-    pub(super) suspended: Option<Vec<Process>>,
+    /// The same for a dump, and after it as long as a command keeps it frozen.
+    pub(super) suspended: Option<Suspension>,
+    /// During a restore: device memory lies in host memory, as a whole.
+    pub(super) devices_present: bool,
     pub(super) dumped_by: Option<ConnectionId>,
     /// Everything that had to be cleaned up is.
     pub(super) finished: bool,
@@ -104,7 +107,7 @@ impl Replica {
             runc_root,
             children: Arc::default(),
             parts: OnceLock::new(),
-            helper: Mutex::new(super::pause::helper()),
+            helper: Mutex::new(super::device::helper()),
             inner: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -205,6 +208,9 @@ impl Replica {
         }
         if inner.frozen_by.is_some_and(|owner| owner != connection) {
             return Err(self.busy_with("another command has frozen it"));
+        }
+        if inner.suspended.as_ref().is_some_and(|suspended| suspended.by != connection) {
+            return Err(self.busy_with("another command dumps it"));
         }
         if inner.paused.is_some() != paused {
             return Err(self.not_so(what, &inner, paused));

@@ -15,8 +15,8 @@ use crate::error::{Context, Error};
 use crate::record::{Cause, Memory, Status};
 use crate::rootfs;
 use crate::shim::children::{Outcome, descendants, hung_up, signal};
+use crate::shim::device::Tasks;
 use crate::shim::logs::Pump;
-use crate::shim::pause::Tasks;
 use crate::shim::protocol::{DeviceRequest, RestoreRequest};
 use crate::shim::replica::{Asker, Inner, Parts, Replica};
 use crate::shim::start::read_pid;
@@ -138,11 +138,12 @@ impl Replica {
         Ok(pid)
     }
 
-    /// The driver pins its copies of device memory: all of it must be there before the first call.
+    /// The driver pins its copies of device memory: all of them must be there before the first call. Where they are not told
+    /// apart from other memory, all memory must.
     fn wait_present(&self, asker: Asker<'_>, deadline: Instant, seconds: u64) -> Result<(), Error> {
         let filling = |inner: &Inner| {
             let record = inner.record.as_ref();
-            record.is_some_and(|record| record.memory == Some(Memory::Filling))
+            !inner.devices_present && record.is_some_and(|record| record.memory == Some(Memory::Filling))
         };
         while !self.wait_until(Some(STEP), |inner| inner.doomed || inner.exit.is_some() || !filling(inner)) {
             if Instant::now() > deadline {

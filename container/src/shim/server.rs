@@ -174,10 +174,14 @@ fn carry_out(
             replica.require_lease("commit", asker)?;
             replica.commit().map(done)
         }
+        Request::ExamineDevices => {
+            replica.examine_devices(asker).map(|device_bytes| Reply::Examined { device_bytes })
+        }
+        Request::SuspendDevices => {
+            replica.suspend_devices(asker).map(|carried| Reply::Suspended(carried.map(Box::new)))
+        }
         Request::Dump(request) => match fds.pop() {
-            Some(socket) => {
-                replica.dump(asker, &request, socket).map(|carried| Reply::Dumped(carried.map(Box::new)))
-            }
+            Some(socket) => replica.dump(asker, &request, socket).map(done),
             None => Err(Error::Malformed {
                 what: "dump",
                 value: "no descriptor".into(),

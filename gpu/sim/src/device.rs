@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::page::Uuid;
@@ -61,6 +62,23 @@ impl Device {
             return Err(io::Error::last_os_error());
         }
         Ok((found.f_blocks * found.f_frsize, found.f_bfree * found.f_frsize))
+    }
+
+    /// Bytes of it that a process has mapped, in whatever mount namespace.
+    #[must_use]
+    pub fn used_by(&self, pid: u32) -> u64 {
+        let Ok(own) = fs::metadata(&self.folder) else { return 0 };
+        let number = format!("{:02x}:{:02x}", libc::major(own.dev()), libc::minor(own.dev()));
+        let maps = fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
+        let bytes = |line: &str| {
+            let mut fields = line.split_whitespace();
+            let (start, end) = fields.next()?.split_once('-')?;
+            if fields.nth(2)? != number {
+                return None;
+            }
+            Some(u64::from_str_radix(end, 16).ok()? - u64::from_str_radix(start, 16).ok()?)
+        };
+        maps.lines().filter_map(bytes).sum()
     }
 }
 

@@ -35,6 +35,8 @@ pub const DEVICES_ENV: &str = "REWARM_SIM_DEVICES";
 pub const NODES_ENV: &str = "REWARM_SIM_NODES";
 /// What `cuDriverGetVersion` tells. Default: 13000.
 pub const VERSION_ENV: &str = "REWARM_SIM_VERSION";
+/// What NVML tells as the driver's release. Default: `580.0 (simulated)`.
+pub const RELEASE_ENV: &str = "REWARM_SIM_RELEASE";
 /// The file that [`control`] describes; read by the caller's side at each call.
 pub const CONTROL_ENV: &str = "REWARM_SIM_CONTROL";
 /// If set, a restore does not need `cuInit` in the caller.

@@ -34,7 +34,7 @@ fn a_server_moves_to_another_device() -> Result<(), Failed> {
     let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
     world.remove_device(0);
     world.add_device(1, 64);
-    let pairs = topology::map(&there, &helper.devices()?)?;
+    let pairs = topology::map(&there, &helper.devices()?, &topology::Wish::Same, &topology::Room::default())?;
     assert_eq!(pairs, [pair(0, 1)]);
     order::resume(&mut helper, &world.group, &suspended.processes, &pairs)?;
     assert_eq!((world.used(0), world.used(1)), (0, 18 * MIB));

@@ -20,7 +20,8 @@ fn main() -> ExitCode {
     match args.split_first() {
         Some((verb, rest)) if verb == "helper" => {
             let library = rest.first().map_or(rewarm_gpu::driver::LIBRARY, String::as_str);
-            ExitCode::from(rewarm_gpu::helper::main(library.as_ref()))
+            let nvml = rest.get(1).map_or(rewarm_gpu::nvml::LIBRARY, String::as_str);
+            ExitCode::from(rewarm_gpu::helper::main(library.as_ref(), nvml.as_ref()))
         }
         Some((verb, rest)) if verb == "workload" => {
             match workload::Options::parse(rest).and_then(|options| workload::main(&options)) {

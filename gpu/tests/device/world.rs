@@ -37,7 +37,9 @@ impl World {
         for (index, mib) in devices.iter().enumerate() {
             world.add_device(index, *mib);
         }
-        fs::copy(simulated_driver(), world.driver()).expect("the simulated driver was built");
+        for name in ["libcuda.so.1", "libnvidia-ml.so.1"] {
+            fs::copy(simulated_driver(), world.path(name)).expect("the simulated driver was built");
+        }
         world
     }
 
@@ -89,7 +91,7 @@ impl World {
     pub(crate) fn launch_with(&self, library: &Path) -> Launch {
         Launch {
             program: std::env::current_exe().expect("this program"),
-            args: vec!["helper".into(), library.into()],
+            args: vec!["helper".into(), library.into(), self.path("libnvidia-ml.so.1").into()],
             env: vec![(DEVICES_ENV.into(), self.path("devices").into())],
         }
     }

@@ -75,11 +75,17 @@ fn a_restore_that_fails_at_a_device_leaves_nothing() {
     output.says(&["driver for CUDA 13.0, the driver here is for CUDA 13.1"]);
     let output = restore().env("REWARM_LIBCUDA", "/no/such/libcuda.so.1").fails(3);
     output.says(&["cannot be loaded"]);
-    // In the driver: too little memory, a failure, a helper that dies.
+    let output = restore().env("REWARM_SIM_RELEASE", "610.1").fails(3);
+    output.says(&["device state of driver 580.0 (simulated), the driver here is 610.1"]);
     let neighbour = devices.neighbour(0, 40);
-    restore().fails(1).says(&["out of memory (2)"]);
+    restore().fails(3).says(&["needs 18874368 bytes, and it has ", " bytes free"]);
     std::fs::remove_file(neighbour).expect("remove");
+    devices.mark(0, "mig", true);
+    restore().fails(3).says(&["(Simulated GPU) is cut into instances (MIG)"]);
+    devices.mark(0, "mig", false);
+    // In the driver: too little memory, a failure, a helper that dies.
     for (rule, text) in [
+        ("restore oom", "out of memory (2)"),
         ("restore failed", "operating system (304)"),
         ("restore die", "the GPU helper ended"),
         ("unlock result 401", "illegal state (401)"),
@@ -93,5 +99,59 @@ fn a_restore_that_fails_at_a_device_leaves_nothing() {
     let clones = Replica::of_restore(&world, server.port, &restore().ok());
     server_answers_as_before(&clones[0], &server, &before);
     server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn auto_takes_a_device_with_enough_free_memory_and_a_name_takes_that_one() {
+    let Some((world, devices)) = world_with(&[64, 64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--stop"]);
+    world.rewarm().args(["rm", source.name()]).ok();
+    let restore = |flags: &[&str]| devices.seen_by(world.restore_call("device", "v1", server.port, flags));
+    let neighbour = devices.neighbour(0, 56);
+    restore(&[]).fails(3).says(&["bytes free"]);
+    let clones = Replica::of_restore(&world, server.port, &restore(&["--gpu", "auto"]).ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    assert_eq!((devices.used_mib(0), devices.used_mib(1)), (56, 18));
+    clones[0].remove();
+    std::fs::remove_file(neighbour).expect("remove");
+    let second = "GPU-00000000-0000-0000-0000-0000000000d1";
+    let clones = Replica::of_restore(&world, server.port, &restore(&["--gpu", second]).ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    assert_eq!((devices.used_mib(0), devices.used_mib(1)), (0, 18));
+    clones[0].remove();
+    // Three of them find room on two devices of three places each.
+    let clones = Replica::of_restore(&world, server.port, &restore(&["--gpu", "auto", "--count", "4"]).ok());
+    assert_eq!(devices.used_mib(0) + devices.used_mib(1), 4 * 18);
+    for clone in &clones {
+        server_answers_as_before(clone, &server, &before);
+        clone.remove();
+    }
+    restore(&["--gpu", "GPU-9"]).fails(2).says(&["is no GPU"]);
+    world.finish();
+}
+
+#[test]
+fn what_the_driver_cannot_checkpoint_is_refused_before_anything_is_locked() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let replica = start(&world, &devices, "device", &server);
+    let before = answers(&replica, &server);
+    // A lock would be seen.
+    devices.control("lock die");
+    for (mark, text) in [("mig", "is cut into instances (MIG)"), ("vgpu", "is a vGPU")] {
+        devices.mark(0, mark, true);
+        world.rewarm().args(["pause", replica.name()]).fails(3).says(&[text]);
+        world.snapshot_call(&replica, "v1", &[]).fails(3).says(&[text]);
+        devices.mark(0, mark, false);
+        server_answers_as_before(&replica, &server, &before);
+    }
+    devices.control("");
+    world.rewarm().args(["pause", replica.name()]).ok();
+    world.rewarm().args(["wake", replica.name()]).ok();
+    server_answers_as_before(&replica, &server, &before);
     world.finish();
 }

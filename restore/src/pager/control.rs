@@ -41,6 +41,8 @@ pub enum Report {
         /// Number of the address space.
         id: u32,
     },
+    /// Device memory is in place; the driver may be called.
+    Devices,
     /// Answer to [`Command::StopRecording`].
     Recorded {
         /// What was touched, in order.
@@ -65,6 +67,8 @@ pub enum Command {
     Fill,
     /// End the recording of the working set and report it.
     StopRecording,
+    /// Write device memory: the tree is restored and stopped.
+    Devices,
 }
 
 impl Command {
@@ -74,13 +78,15 @@ impl Command {
         match self {
             Command::Fill => b'f',
             Command::StopRecording => b's',
+            Command::Devices => b'd',
         }
     }
 
     /// The command that a byte stands for.
     #[must_use]
     pub fn of(byte: u8) -> Option<Command> {
-        [Command::Fill, Command::StopRecording].into_iter().find(|command| command.byte() == byte)
+        let all = [Command::Fill, Command::StopRecording, Command::Devices];
+        all.into_iter().find(|command| command.byte() == byte)
     }
 }
 

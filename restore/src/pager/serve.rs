@@ -17,6 +17,7 @@ use rewarm_sys::procmem;
 use rewarm_sys::uffd::Uffd;
 
 use super::control::{self, Command, Report};
+use super::device;
 use super::eager::{Stopped, Written, fill_stopped};
 use super::engine::{Engine, message};
 use super::error::Error;
@@ -113,6 +114,11 @@ struct Pager {
     finished: Option<Instant>,
     filling: bool,
     eager: Written,
+    /// Device memory is to be written.
+    devices_wanted: bool,
+    /// It is not written yet.
+    devices_missing: bool,
+    device: Written,
 }
 
 impl Pager {
@@ -132,6 +138,7 @@ impl Pager {
             .name("criu".to_owned())
             .spawn(move || listen(&listener, within, &sender, &nudge))
             .map_err(Error::Wait)?;
+        let devices_missing = !config.devices.is_empty();
         Ok(Pager {
             plans: tasks.into_iter().map(|task| (task.pid, task.plan)).collect(),
             config,
@@ -147,6 +154,9 @@ impl Pager {
             finished: None,
             filling: false,
             eager: Written::default(),
+            devices_wanted: false,
+            devices_missing,
+            device: Written::default(),
         })
     }
 
@@ -165,7 +175,7 @@ impl Pager {
             }
             self.try_again()?;
             self.close_filled()?;
-            if self.finished.is_some() && self.watched.is_empty() {
+            if self.finished.is_some() && self.watched.is_empty() && !self.devices_missing {
                 return self.end();
             }
             for watched in &self.watched {
@@ -210,6 +220,10 @@ impl Pager {
                 self.filling = true;
                 self.fill()
             }
+            Some(Command::Devices) => {
+                self.devices_wanted = true;
+                self.fill_devices()
+            }
             Some(Command::StopRecording) => {
                 let set = self.engine.stop_recording();
                 self.report(&Report::Recorded { set }, None)
@@ -251,7 +265,28 @@ impl Pager {
             self.engine.fill_first(&self.config.working_set);
         }
         self.filling |= self.config.mode == Mode::Lazy;
+        self.fill_devices()?;
         self.fill()
+    }
+
+    /// Fills device memory, if it is time. The tree is stopped.
+    fn fill_devices(&mut self) -> Result<(), Error> {
+        if !self.devices_wanted || !self.devices_missing || self.finished.is_none() {
+            return Ok(());
+        }
+        let mut pids = Vec::new();
+        for wanted in &self.config.devices {
+            let task = wanted.pid;
+            pids.push(self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?);
+            let watched = self.watched.iter().find(|watched| watched.space.task == task);
+            if let Some(watched) = watched {
+                device::unregister(&watched.space, wanted)?;
+            }
+        }
+        self.device = device::fill(&self.config.devices, &pids, &*self.source, self.config.threads)?;
+        self.devices_missing = false;
+        // Where all memory is filled before anything runs, the driver has to wait for all of it.
+        if self.config.mode == Mode::Eager { Ok(()) } else { self.report(&Report::Devices, None) }
     }
 
     /// Fills everything, if it is time.
@@ -428,6 +463,8 @@ impl Pager {
             criu_us: micros(finished.duration_since(self.connected)),
             present_us: micros(finished.elapsed()),
             eager_us: micros(self.eager.time),
+            device_bytes: self.device.bytes,
+            device_us: micros(self.device.time),
         };
         // All is in place and no userfaultfd is open here: a shim that is gone by now changes nothing any more.
         let _ = self.report(&Report::Done { summary: summary.clone() }, None);

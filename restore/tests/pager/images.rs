@@ -80,6 +80,7 @@ pub(crate) fn page(paging: &Paging) -> Result<Summary, pager::Error> {
         threads: 2,
         record: false,
         working_set: WorkingSet::default(),
+        devices: Vec::new(),
         tasks: Tasks::Numbers(pids),
         criu_within: PATIENCE,
         chunk_within: PATIENCE,

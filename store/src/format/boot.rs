@@ -81,7 +81,7 @@ struct PackMessage {
 
 #[derive(Clone, PartialEq, Eq, Message)]
 struct RegionMessage {
-    #[prost(oneof = "KindMessage", tags = "1, 2, 3, 4")]
+    #[prost(oneof = "KindMessage", tags = "1, 2, 3, 4, 5")]
     kind: Option<KindMessage>,
     #[prost(bytes = "bytes", tag = "8")]
     meta: Bytes,
@@ -101,6 +101,16 @@ enum KindMessage {
     Tree(String),
     #[prost(string, tag = "4")]
     File(String),
+    #[prost(message, tag = "5")]
+    Device(DeviceMessage),
+}
+
+#[derive(Clone, PartialEq, Eq, Message)]
+struct DeviceMessage {
+    #[prost(uint32, tag = "1")]
+    pid: u32,
+    #[prost(string, optional, tag = "2")]
+    gpu: Option<String>,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -177,6 +187,9 @@ fn region_message(region: &RootRegion) -> RegionMessage {
             RegionKind::Shmem { id } => KindMessage::Shmem(*id),
             RegionKind::Tree { name } => KindMessage::Tree(name.clone()),
             RegionKind::File { name } => KindMessage::File(name.clone()),
+            RegionKind::Device { pid, gpu } => {
+                KindMessage::Device(DeviceMessage { pid: *pid, gpu: gpu.clone() })
+            }
         }),
         meta: region.meta.clone(),
         bytes: region.bytes,
@@ -248,8 +261,9 @@ fn read_region(region: RegionMessage, index_bytes: u64) -> Result<RootRegion, Da
         Some(KindMessage::Shmem(id)) => RegionKind::Shmem { id },
         Some(KindMessage::Tree(name)) => RegionKind::Tree { name },
         Some(KindMessage::File(name)) => RegionKind::File { name },
+        Some(KindMessage::Device(DeviceMessage { pid, gpu })) => RegionKind::Device { pid, gpu },
         None => {
-            let (found, expected) = ("unknown".to_owned(), "task, shmem, tree or file".to_owned());
+            let (found, expected) = ("unknown".to_owned(), "task, shmem, tree, file or device".to_owned());
             return Err(Damage::Frame { what: "kind of a region", found, expected });
         }
     };

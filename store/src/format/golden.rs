@@ -1,4 +1,5 @@
-//! The exact bytes of every kind of object of format version 1, as they lie under `tests/golden/v1`.
+//! The exact bytes of every kind of object of format version 1, as they lie under `tests/golden/v1`, and of what version 2
+//! adds.
 //!
 //! A difference means that older programs cannot read what this one writes. `REWARM_GOLDEN=write` writes the files
 //! anew, which is right only together with a new version of the format.
@@ -21,12 +22,16 @@ use crate::format::pack::{self, TRAILER_BYTES};
 use crate::format::tag::{self, DecidingFacts, TagIndex, Variant};
 
 fn check(name: &str, bytes: &[u8]) {
-    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden/v1").join(name);
+    check_of("v1", name, bytes);
+}
+
+fn check_of(version: &str, name: &str, bytes: &[u8]) {
+    let path = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(version).join(name);
     if std::env::var_os("REWARM_GOLDEN").is_some_and(|value| value == "write") {
         std::fs::write(&path, bytes).unwrap();
     }
     let golden = std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
-    assert!(golden == bytes, "{name} has other bytes than version 1 of the format");
+    assert!(golden == bytes, "{name} has other bytes than {version} of the format");
 }
 
 const PACK: Uuid = Uuid::from_u128(0x0192_0000_0000_7000_8000_0000_0000_0001);
@@ -184,6 +189,33 @@ fn manifest_object() {
     let (manifest, seal) = manifest();
     let bytes = manifest::sealed(serde_json::to_vec(&manifest).unwrap(), &seal).unwrap();
     check("manifest.jsonl", &bytes);
+    assert_eq!(manifest::decode(&bytes, "store", "manifest").unwrap(), (manifest, seal));
+}
+
+/// What version 2 adds: a region of device memory.
+#[test]
+fn regions_of_device_memory() {
+    let kinds = [
+        RegionKind::Device { pid: 1, gpu: Some("GPU-00000000-0000-0000-0000-0000000000d0".into()) },
+        RegionKind::Device { pid: 300, gpu: None },
+    ];
+    let mut root = root();
+    let first = root.regions[0].clone();
+    root.regions.extend(kinds.iter().map(|kind| RootRegion { kind: kind.clone(), ..first.clone() }));
+    let (bytes, raw_bytes) = boot::encode(&root).unwrap();
+    assert_eq!(boot::decode(&bytes, raw_bytes, "store", "boot").unwrap(), root);
+    let (codec, content) = frame::open(Magic::Boot, &bytes, "store", "boot").unwrap();
+    let mut raw = vec![0; raw_bytes as usize];
+    crate::codec::decode(codec, content, &mut raw).unwrap();
+    check_of("v2", "boot-content.bin", &raw);
+
+    let (mut manifest, seal) = manifest();
+    assert_eq!(manifest::format_of(&manifest.regions), 1, "what the first version can say stays in it");
+    manifest.regions.extend(kinds.map(|kind| RegionTotals { kind, bytes: 12288, chunks: 2 }));
+    manifest.format = manifest::format_of(&manifest.regions);
+    assert_eq!(manifest.format, 2);
+    let bytes = manifest::sealed(serde_json::to_vec(&manifest).unwrap(), &seal).unwrap();
+    check_of("v2", "manifest.jsonl", &bytes);
     assert_eq!(manifest::decode(&bytes, "store", "manifest").unwrap(), (manifest, seal));
 }
 

@@ -11,7 +11,7 @@ use serde_json::Value;
 
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
-use crate::format::FORMAT;
+use crate::format::{FORMAT, FORMAT_NEWEST};
 use crate::limits::{MANIFEST_BYTES_LIMIT, REGIONS_LIMIT};
 use crate::signature::SigningKey;
 
@@ -75,6 +75,21 @@ pub enum RegionKind {
         /// Its name.
         name: String,
     },
+    /// Device memory of a task, as the driver copied it into the task's own memory.
+    Device {
+        /// Process id of the task inside the replica.
+        pid: u32,
+        /// Identity of the device; absent where the task had several and the driver does not tell which part is whose.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        gpu: Option<String>,
+    },
+}
+
+/// The format version of a manifest with these regions: 1, and 2 where a kind is among them that the first version does not
+/// have. What can be read by an older program stays readable by it.
+pub(crate) fn format_of(regions: &[RegionTotals]) -> u32 {
+    let new = regions.iter().any(|region| matches!(region.kind, RegionKind::Device { .. }));
+    if new { FORMAT_NEWEST } else { FORMAT }
 }
 
 /// A region and its size.
@@ -283,8 +298,8 @@ pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<(Manifes
     let mut lines = bytes.splitn(2, |&b| b == b'\n');
     let (body, seal) = (lines.next().unwrap_or_default(), lines.next().unwrap_or_default());
     let Version { format } = serde_json::from_slice(body).map_err(|error| damaged(error.into()))?;
-    if format > FORMAT {
-        return Err(Error::Newer { object: object.to_owned(), found: format, supported: FORMAT });
+    if format > FORMAT_NEWEST {
+        return Err(Error::Newer { object: object.to_owned(), found: format, supported: FORMAT_NEWEST });
     }
     let manifest: Manifest = serde_json::from_slice(body).map_err(|error| damaged(error.into()))?;
     let (found, limit) = (manifest.regions.len() as u64, REGIONS_LIMIT);

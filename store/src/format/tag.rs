@@ -5,6 +5,7 @@
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
@@ -63,18 +64,22 @@ pub struct DecidingFacts {
 }
 
 impl DecidingFacts {
-    /// The facts of `facts` that decide. Driver and devices are `device.driver` and `device.gpus`.
+    /// The facts of `facts` that decide. The driver is `device.release`, or where that is missing `device.driver`; the devices
+    /// are the names in `device.devices`.
     #[must_use]
     pub fn of(facts: &Facts) -> Self {
         let mut cpu_features = facts.cpu.features.clone();
         cpu_features.sort_unstable();
         cpu_features.dedup();
         let device = facts.device.as_ref();
-        let driver = device.and_then(|d| d.get("driver")?.as_str().map(str::to_owned));
-        let gpus = device
-            .and_then(|d| d.get("gpus")?.as_array())
-            .map(|gpus| gpus.iter().filter_map(|gpu| gpu.as_str().map(str::to_owned)).collect())
-            .unwrap_or_default();
+        let driver = device.and_then(|device| match (device.get("release"), device.get("driver")) {
+            (Some(Value::String(release)), _) => Some(release.clone()),
+            (_, Some(version)) => Some(version.to_string()),
+            _ => None,
+        });
+        let name = |gpu: &Value| Some(gpu.get("name")?.as_str()?.to_owned());
+        let gpus = device.and_then(|device| device.get("devices")?.as_array());
+        let gpus = gpus.map(|gpus| gpus.iter().filter_map(name).collect()).unwrap_or_default();
         Self {
             architecture: facts.architecture.clone(),
             cpu_features,
@@ -123,4 +128,20 @@ pub(crate) fn decode(bytes: &[u8], store: &str, object: &str) -> Result<TagIndex
         return Err(damaged(Damage::Bound { what: "variants", found, limit }));
     }
     Ok(index)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn driver_and_devices_decide() {
+        let of = |device: Value| DecidingFacts::of(&Facts { device: Some(device), ..Facts::default() });
+        let gpus = serde_json::json!([{"uuid": "GPU-1", "name": "H100"}, {"uuid": "GPU-2", "name": "H100"}]);
+        let new = of(serde_json::json!({"release": "580.95.05", "driver": 13000, "devices": gpus}));
+        assert_eq!((new.driver.as_deref(), new.gpus.len()), (Some("580.95.05"), 2));
+        let old = of(serde_json::json!({"driver": 13000, "devices": []}));
+        assert_eq!((old.driver.as_deref(), old.gpus.len()), (Some("13000"), 0));
+        assert_eq!(DecidingFacts::of(&Facts::default()).driver, None);
+    }
 }

@@ -119,15 +119,16 @@ pub(crate) async fn publish(
     totals.stored_bytes += small;
     totals.new_bytes = new_packs + small;
     let deciding = DecidingFacts::of(&facts);
+    let regions = region_totals(&written.regions);
     let manifest = Manifest {
-        format: FORMAT,
+        format: manifest::format_of(&regions),
         program: concat!("rewarm ", env!("CARGO_PKG_VERSION")).to_owned(),
         name: base.name.to_string(),
         tag: base.tag.clone(),
         created: now(),
         facts,
         boot: boot_ref,
-        regions: region_totals(&written.regions),
+        regions,
         totals,
         key: KeyInfo::public(),
     };

@@ -1,0 +1,154 @@
+//! Takes device memory away from a server for a dump, and gives it back.
+//!
+//! A suspension is a lease of the connection that asked for it: the server is frozen, its device memory lies in its host
+//! memory, until its dump has ended, the command lets it go on, or the command is gone. With a freeze of the same connection
+//! it lasts as long as that.
+
+use std::ffi::OsString;
+use std::io;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rewarm_gpu::carried::{self, Carried};
+use rewarm_gpu::nvml::Machine;
+use rewarm_gpu::preflight::{self, Proc, Purpose, Unfit};
+use rewarm_gpu::{Aftermath, Cause, Failure, Group, Helper, Launch, Process, order, ranges};
+
+use crate::cgroup::Cgroup;
+use crate::error::{Context, Error};
+use crate::record::Status;
+use crate::shim::replica::{Asker, ConnectionId, Parts, Replica};
+
+/// How long work on the devices may take to finish before a dump is given up.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// How the helper is started: this program, which may have been replaced meanwhile.
+pub(super) fn helper() -> Helper {
+    let (program, verb) = (PathBuf::from("/proc/self/exe"), OsString::from("gpu-helper"));
+    Helper::new(Launch { program, args: vec![verb], env: Vec::new() })
+}
+
+/// The processes of a replica, as the device plane sees them.
+pub(super) struct Tasks<'a>(pub(super) &'a Cgroup);
+
+impl Group for Tasks<'_> {
+    fn processes(&self) -> Vec<i32> {
+        self.0.pids().into_iter().map(u32::cast_signed).collect()
+    }
+
+    fn freeze(&self) -> io::Result<()> {
+        self.0.freeze().map_err(io::Error::other)
+    }
+
+    fn thaw(&self) -> io::Result<()> {
+        self.0.thaw().map_err(io::Error::other)
+    }
+}
+
+/// What is suspended, and for whom.
+#[derive(Debug, Clone)]
+pub(super) struct Suspension {
+    /// The connection that asked.
+    pub(super) by: ConnectionId,
+    processes: Vec<Process>,
+}
+
+/// What the helper said before anything was touched.
+pub(super) fn untouched(error: rewarm_gpu::CallError) -> Error {
+    Failure { cause: Cause::Call(error), aftermath: Aftermath::Running }.into()
+}
+
+impl Replica {
+    /// Refuses what could not be suspended, with every reason at once, and touches nothing. Gives what NVML tells, as far as
+    /// it tells something, and the bytes of device memory; nothing where no process uses the driver.
+    pub(super) fn examine(&self, parts: &Parts, purpose: Purpose) -> Result<(Option<Machine>, u64), Error> {
+        let tasks = Tasks(&parts.cgroup);
+        let processes = tasks.processes();
+        if !processes.iter().any(|pid| ranges::loads_driver(*pid)) {
+            return Ok((None, 0));
+        }
+        let proc = Proc::here();
+        let mut refusals = proc.machine();
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let found = order::find(&mut helper, &tasks).map_err(untouched)?;
+        let cuda: Vec<i32> = found.iter().map(|process| process.pid).collect();
+        refusals.extend(proc.server(&processes, &cuda, purpose));
+        let machine = helper.machine().map_err(untouched)?;
+        let mut needed = 0;
+        if let Some(machine) = &machine {
+            refusals.extend(preflight::devices(machine));
+            needed = machine.used_by(&cuda).values().sum();
+            let free = rewarm_sys::machine::free_bytes().context("look at", "free memory")?;
+            refusals.extend(preflight::host_memory(needed, free, parts.cgroup.memory_left()));
+        }
+        if refusals.is_empty() { Ok((machine, needed)) } else { Err(Error::Unfit(Unfit(refusals))) }
+    }
+
+    /// Whether a snapshot of the server's devices can be begun, and the bytes that it has on them.
+    pub(super) fn examine_devices(&self, asker: Asker<'_>) -> Result<u64, Error> {
+        let (_busy, parts) = self.begin("examine", asker.id)?;
+        self.examine(parts, Purpose::Snapshot).map(|(_, bytes)| bytes)
+    }
+
+    /// Moves device memory into host memory and leaves the server frozen, for a dump of the same connection; does nothing to
+    /// a server that uses no device.
+    pub(super) fn suspend_devices(&self, asker: Asker<'_>) -> Result<Option<Carried>, Error> {
+        let (_busy, parts) = self.begin("suspend", asker.id)?;
+        let result = self.suspend(parts, asker.id);
+        if !matches!(result, Ok(Some(_))) {
+            self.settle(parts)?;
+        }
+        result
+    }
+
+    fn suspend(&self, parts: &Parts, by: ConnectionId) -> Result<Option<Carried>, Error> {
+        let tasks = Tasks(&parts.cgroup);
+        if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
+            return Ok(None);
+        }
+        // The driver's own threads have to run; what the lease froze is frozen again when all is done.
+        parts.cgroup.thaw()?;
+        let (machine, _) = self.examine(parts, Purpose::Snapshot)?;
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let suspended = order::suspend(&mut helper, &tasks, LOCK_TIMEOUT)?;
+        if suspended.processes.is_empty() {
+            parts.cgroup.thaw()?;
+            return Ok(None);
+        }
+        self.change(|inner| {
+            inner.suspended = Some(Suspension { by, processes: suspended.processes.clone() });
+        });
+        carried::none_left(&tasks.processes())?;
+        Ok(Some(Carried::of(&mut helper, &suspended, machine.as_ref())?))
+    }
+
+    /// After a dump, or when it was given up before: the server is as frozen as the lease says and not more.
+    pub(super) fn settle(&self, parts: &Parts) -> Result<(), Error> {
+        let frozen = self.lock().frozen_by.is_some();
+        if !parts.cgroup.exists() {
+            return Ok(());
+        }
+        if !frozen {
+            match self.change(|inner| inner.suspended.take()) {
+                Some(suspension) => self.resume(parts, suspension.processes)?,
+                None => parts.cgroup.thaw()?,
+            }
+        } else if !parts.cgroup.is_frozen()? {
+            parts.cgroup.freeze()?;
+        }
+        Ok(())
+    }
+
+    /// Gives the devices what they had before, and lets the server go on. If that fails, it is paused.
+    fn resume(&self, parts: &Parts, processes: Vec<Process>) -> Result<(), Error> {
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        match order::resume(&mut helper, &Tasks(&parts.cgroup), &processes, &[]) {
+            Ok(_) => Ok(()),
+            Err(failure) => {
+                self.change(|inner| inner.paused = Some(processes));
+                self.set_status(Status::Paused)?;
+                Err(failure.into())
+            }
+        }
+    }
+}
