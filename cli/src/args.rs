@@ -8,7 +8,8 @@ use clap::builder::styling::{AnsiColor, Effects};
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 use rewarm_container::{Mount, Name, Net, Publish, User};
-use rewarm_probe::{Hook, Ready};
+use rewarm_gpu::provide::Wanted;
+use rewarm_probe::{Engine, Hook, Ready};
 use rewarm_store::{Compression, Reference, StoreUrl};
 
 use crate::env;
@@ -101,6 +102,8 @@ pub(crate) enum Command {
     Gc(Gc),
     /// Make and list signing keys.
     Key(Key),
+    /// Show the steps of an inference engine, to be copied and changed.
+    Engine(EngineArgs),
     /// Measure cold start, stock CRIU and Rewarm side by side on this machine.
     Bench(Bench),
     /// Replay request traces through scaling policies, and compare them.
@@ -152,6 +155,10 @@ pub(crate) struct Run {
     /// Bring a folder or file of the host in; what is mounted below `/` is not in the default root.
     #[arg(long, value_name = "SRC:DST[:ro]")]
     pub(crate) mount: Vec<Mount>,
+    /// GPUs: all, or numbers or identities with commas between them. Devices and libraries are those that the machine's CDI file
+    /// names, else those of its driver.
+    #[arg(long, value_name = "all|N|UUID", value_parser = values::spelled::<Wanted>)]
+    pub(crate) gpu: Option<Wanted>,
     /// User and group of the server, by name or number.
     #[arg(long, value_name = "U[:G]")]
     pub(crate) user: Option<User>,
@@ -211,6 +218,10 @@ pub(crate) struct Snapshot {
     /// Questions whose answers every restored replica must repeat (docs/probe.md).
     #[arg(long, value_name = "FILE")]
     pub(crate) probe: Option<PathBuf>,
+    /// Inference engine whose steps are taken before the dump and after it, there and in each restored replica: vllm, sglang,
+    /// torch, llamacpp, generic, or a file (`rewarm engine` shows and lists them).
+    #[arg(long, value_name = "NAME|FILE", value_parser = values::spelled_by(Engine::load))]
+    pub(crate) engine: Option<Engine>,
     /// Hook before the dump: http://... is a POST inside the replica, anything else a command there.
     #[arg(long, value_name = "URL|CMD")]
     pub(crate) pre: Option<Hook>,
@@ -353,6 +364,9 @@ pub(crate) struct Pause {
     /// The replica.
     #[arg(value_name = "NAME")]
     pub(crate) name: Name,
+    /// Inference engine whose steps are taken before it, as for snapshot.
+    #[arg(long, value_name = "NAME|FILE", value_parser = values::spelled_by(Engine::load))]
+    pub(crate) engine: Option<Engine>,
     /// Hook before it, such as one that stops admitting requests: http://... is a POST inside the replica, anything else a
     /// command there.
     #[arg(long, value_name = "URL|CMD")]
@@ -371,6 +385,9 @@ pub(crate) struct Wake {
     /// The replica.
     #[arg(value_name = "NAME")]
     pub(crate) name: Name,
+    /// Inference engine whose steps are taken after it, as for snapshot.
+    #[arg(long, value_name = "NAME|FILE", value_parser = values::spelled_by(Engine::load))]
+    pub(crate) engine: Option<Engine>,
     /// Hook after it, such as one that admits requests again.
     #[arg(long, value_name = "URL|CMD")]
     pub(crate) post: Option<Hook>,
@@ -494,6 +511,16 @@ pub(crate) struct Gc {
     /// Only say what would be done.
     #[arg(long)]
     pub(crate) dry_run: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm engine\n  \
+    rewarm engine vllm > mine.toml && rewarm snapshot llm s3://bucket/models/llm --engine ./mine.toml")]
+pub(crate) struct EngineArgs {
+    /// Which; without it their names are listed.
+    #[arg(value_name = "NAME", value_parser = values::engine_name)]
+    pub(crate) name: Option<&'static str>,
 }
 
 #[derive(Debug, Args)]

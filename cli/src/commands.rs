@@ -6,6 +6,7 @@ pub(crate) mod completions;
 pub(crate) mod cp;
 pub(crate) mod diff;
 pub(crate) mod doctor;
+pub(crate) mod engine;
 pub(crate) mod exec;
 pub(crate) mod fetcher;
 pub(crate) mod gc;

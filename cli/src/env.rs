@@ -38,6 +38,7 @@ variables! {
     KEYS "REWARM_KEYS" "Folder of signing keys. Default: `/etc/rewarm/keys`.";
     LIBCUDA "REWARM_LIBCUDA" "The CUDA driver's library; a replica's shim takes it from the command that started the replica. Default: `libcuda.so.1`, as the loader finds it.";
     LIBNVML "REWARM_LIBNVML" "The library that tells of the devices' memory and modes; taken as `REWARM_LIBCUDA` is. Default: `libnvidia-ml.so.1`, as the loader finds it.";
+    CDI "REWARM_CDI" "Folders of CDI files, separated by colons, which say what a container needs to use GPUs. Default: `/etc/cdi:/var/run/cdi`.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
     CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
     FETCHER_IDLE "REWARM_FETCHER_IDLE" "How long the fetcher stays when nobody needs it, such as `30s`. Counts when it is started. Default: 5 minutes.";
@@ -82,6 +83,15 @@ pub fn libcuda() -> PathBuf {
 #[must_use]
 pub fn libnvml() -> PathBuf {
     LIBNVML.get().map_or_else(|| PathBuf::from(rewarm_gpu::nvml::LIBRARY), PathBuf::from)
+}
+
+/// Folders of CDI files.
+#[must_use]
+pub fn cdi() -> Vec<PathBuf> {
+    match CDI.get() {
+        Some(folders) => std::env::split_paths(&folders).collect(),
+        None => rewarm_gpu::provide::CDI_FOLDERS.map(PathBuf::from).into(),
+    }
 }
 
 /// Whether colours are unwanted. <https://no-color.org>: any value but the empty one counts.

@@ -90,6 +90,9 @@ pub(crate) enum Cause {
     /// The fetcher.
     #[error(transparent)]
     Fetcher(Box<rewarm_fetcher::Error>),
+    /// GPUs that a container cannot get.
+    #[error(transparent)]
+    Gpu(Box<rewarm_gpu::provide::ProvideError>),
     /// CRIU.
     #[error(transparent)]
     Criu(Box<rewarm_criu::Error>),
@@ -173,6 +176,7 @@ boxed! {
     Store rewarm_store::Error;
     Key rewarm_store::KeyError;
     Fetcher rewarm_fetcher::Error;
+    Gpu rewarm_gpu::provide::ProvideError;
     Criu rewarm_criu::Error;
     Snapshot rewarm_snapshot::Error;
     Restore rewarm_restore::Error;
@@ -204,7 +208,7 @@ impl Classify for Cause {
             Cause::Criu(error) => error.class(),
             Cause::Snapshot(error) => error.class(),
             Cause::Restore(error) => error.class(),
-            Cause::NoRunc | Cause::Unprivileged { .. } => Class::Incompatible,
+            Cause::NoRunc | Cause::Unprivileged { .. } | Cause::Gpu(_) => Class::Incompatible,
             Cause::SomeFailed { .. }
             | Cause::Machine(_)
             | Cause::Signals(_)
@@ -230,6 +234,9 @@ impl Cause {
             Cause::Snapshot(error) => hints::snapshot(&error.cause),
             Cause::Restore(error) => hints::restore(&error.cause),
             Cause::Unprivileged { fix, .. } => Some(fix),
+            Cause::Gpu(_) => {
+                Some("`rewarm doctor` shows this machine's GPUs; docs/gpu.md says where they are looked for")
+            }
             Cause::NoRunc => {
                 Some("install runc 1.1 or later; `rewarm doctor` lists every need of this machine")
             }

@@ -11,14 +11,30 @@ use crate::args::Unwanted;
 
 /// A value whose type a library crate owns. clap shows the outermost message of an error only, and the reason lies below.
 pub(crate) fn spelled<T: FromStr<Err: Error>>(text: &str) -> Result<T, String> {
-    text.parse().map_err(|error: T::Err| {
-        let (mut message, mut next) = (error.to_string(), error.source());
-        while let Some(source) = next {
-            message = format!("{message}: {source}");
-            next = source.source();
-        }
-        message
-    })
+    spelled_by(str::parse)(text)
+}
+
+/// The same with another function that reads it.
+pub(crate) fn spelled_by<T, E: Error>(
+    read: impl Fn(&str) -> Result<T, E> + Clone,
+) -> impl Fn(&str) -> Result<T, String> + Clone {
+    move |text| {
+        read(text).map_err(|error| {
+            let (mut message, mut next) = (error.to_string(), error.source());
+            while let Some(source) = next {
+                message = format!("{message}: {source}");
+                next = source.source();
+            }
+            message
+        })
+    }
+}
+
+/// The name of a preset of an engine.
+pub(crate) fn engine_name(text: &str) -> Result<&'static str, String> {
+    let names = rewarm_probe::engine::PRESETS.map(|(name, _)| name);
+    let found = names.into_iter().find(|name| *name == text);
+    found.ok_or_else(|| format!("expected {}", names.join(", ")))
 }
 
 /// What `rm` removes: a name of a replica has neither slash nor `@`, a reference to a snapshot has a slash.

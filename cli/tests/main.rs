@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 25] = [
+const VERBS: [&str; 26] = [
     "doctor",
     "run",
     "snapshot",
@@ -48,6 +48,7 @@ const VERBS: [&str; 25] = [
     "cp",
     "gc",
     "key",
+    "engine",
     "bench",
     "simulate",
     "cache",

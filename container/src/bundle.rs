@@ -8,6 +8,7 @@
 mod seccomp;
 pub(crate) mod user;
 
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
 use serde_json::{Value, json};
@@ -86,6 +87,15 @@ pub fn check(spec: &Spec, cgroup: &Cgroup) -> Result<(), Error> {
             source,
         })?;
     }
+    for path in spec.gpu.iter().flat_map(|gpu| {
+        gpu.provided.devices.iter().chain(gpu.provided.files.iter().map(|(source, _)| source))
+    }) {
+        path.metadata().map_err(|source| Refusal::Missing {
+            what: "GPU file",
+            path: path.clone(),
+            source,
+        })?;
+    }
     if !spec.workdir.is_absolute() {
         let value = spec.workdir.display().to_string();
         return Err(Error::Malformed { what: "workdir", value, expected: "an absolute path" });
@@ -137,7 +147,8 @@ pub fn config(spec: &Spec, place: Place<'_>) -> Result<oci_spec::runtime::Spec, 
     if spec.deterministic {
         env.push("PYTHONHASHSEED=0".into());
     }
-    for pair in &spec.env {
+    let provided = spec.gpu.as_ref().map(|gpu| &gpu.provided.env[..]).unwrap_or_default();
+    for pair in provided.iter().chain(&spec.env) {
         let key = pair.split_once('=').map_or(pair.as_str(), |(key, _)| key);
         env.retain(|old| old.split_once('=').is_none_or(|(old, _)| old != key));
         env.push(pair.clone());
@@ -207,7 +218,28 @@ fn mounts(spec: &Spec, paths: &Paths) -> Vec<Value> {
         let source = own.source.canonicalize().unwrap_or_else(|_| own.source.clone());
         mounts.push(mount(&target, "bind", json!(source), &["rbind", "rprivate", access]));
     }
+    let Some(gpu) = &spec.gpu else { return mounts };
+    // Bound and not made: the kernel gives some of them another number on each machine.
+    for device in &gpu.provided.devices {
+        mounts.push(mount(&device.to_string_lossy(), "bind", json!(device), &["bind", "rprivate", "nosuid"]));
+    }
+    for (source, target) in &gpu.provided.files {
+        let source = source.canonicalize().unwrap_or_else(|_| source.clone());
+        let options = ["bind", "rprivate", "nosuid", "nodev", "ro"];
+        mounts.push(mount(&target.to_string_lossy(), "bind", json!(source), &options));
+    }
     mounts
+}
+
+/// The rules that let a replica use its devices.
+fn device_rules(spec: &Spec) -> Vec<Value> {
+    let devices = spec.gpu.as_ref().map(|gpu| &gpu.provided.devices[..]).unwrap_or_default();
+    let rule = |path: &std::path::PathBuf| {
+        let number = std::fs::metadata(path).ok()?.rdev();
+        let (major, minor) = (nix::sys::stat::major(number), nix::sys::stat::minor(number));
+        Some(json!({ "allow": true, "type": "c", "major": major, "minor": minor, "access": "rw" }))
+    };
+    devices.iter().filter_map(rule).collect()
 }
 
 fn resources(spec: &Spec) -> Value {
@@ -215,6 +247,7 @@ fn resources(spec: &Spec) -> Value {
         // runc adds null, zero, full, random, urandom, tty and the terminals of the replica itself.
         "devices": [{ "allow": false, "access": "rwm" }],
     });
+    resources["devices"].as_array_mut().expect("made above").extend(device_rules(spec));
     if let Some(bytes) = spec.memory_bytes {
         resources["memory"] = json!({ "limit": bytes });
     }
@@ -268,6 +301,25 @@ mod tests {
         let mounts = value["mounts"].as_array().expect("mounts");
         assert_eq!(mounts.last().expect("own")["options"], json!(["rbind", "rprivate", "ro"]));
         assert_eq!(value["process"]["env"], json!([PATH, "HOME=/x", "K=V"]));
+    }
+
+    #[test]
+    fn devices_are_bound_and_allowed_by_their_number_and_files_cannot_be_written() {
+        let provided = rewarm_gpu::provide::Provided {
+            devices: vec!["/dev/null".into()],
+            files: vec![("/etc/passwd".into(), "/usr/lib/libcuda.so.1".into())],
+            env: vec!["A=B".into()],
+        };
+        let gpu = crate::spec::Gpu { wanted: rewarm_gpu::provide::Wanted::All, provided };
+        let spec = Spec { command: vec!["true".into()], gpu: Some(gpu), ..Spec::default() };
+        let value = made(&spec);
+        let rules = &value["linux"]["resources"]["devices"];
+        assert_eq!(rules[1], json!({"allow": true, "type": "c", "major": 1, "minor": 3, "access": "rw"}));
+        let mounts = value["mounts"].as_array().expect("mounts");
+        let of = |target: &str| mounts.iter().find(|mount| mount["destination"] == target).expect("a mount");
+        assert_eq!(of("/dev/null")["options"], json!(["bind", "rprivate", "nosuid"]));
+        assert!(of("/usr/lib/libcuda.so.1")["options"].as_array().expect("a list").contains(&json!("ro")));
+        assert!(value["process"]["env"].as_array().expect("a list").contains(&json!("A=B")));
     }
 
     #[test]

@@ -21,5 +21,5 @@ pub mod tree;
 
 pub use error::{Error, Refusal};
 pub use record::{Cause, Device, Exit, ExitStatus, Memory, Origin, Record, Status, WakeCost};
-pub use spec::{Mount, Name, Net, Publish, Spec, User};
+pub use spec::{Gpu, Mount, Name, Net, Publish, Spec, User};
 pub use state::{Claim, Entry, State};

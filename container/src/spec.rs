@@ -6,6 +6,7 @@ use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use rewarm_gpu::provide::{Provided, Wanted};
 use serde::{Deserialize, Serialize};
 
 use crate::error::Error;
@@ -233,6 +234,15 @@ impl fmt::Display for Publish {
     }
 }
 
+/// GPUs of a replica: which were asked for, and what that means on this machine.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gpu {
+    /// What the user asked for.
+    pub wanted: Wanted,
+    /// What the container gets for it.
+    pub provided: Provided,
+}
+
 /// What a replica is made of.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -251,6 +261,9 @@ pub struct Spec {
     pub env: Vec<String>,
     /// Working directory inside the replica.
     pub workdir: PathBuf,
+    /// The GPUs that it may use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<Gpu>,
     /// Limit of memory in bytes.
     pub memory_bytes: Option<u64>,
     /// Limit of CPU time, in CPUs.
@@ -283,6 +296,7 @@ impl Default for Spec {
             user: None,
             env: Vec::new(),
             workdir: "/".into(),
+            gpu: None,
             memory_bytes: None,
             cpus: None,
             shm_bytes: None,

@@ -5,7 +5,7 @@
 //! server go from running ([`states`]) to checkpointed and back, in the only order that works, and after a failure it is
 //! known what is true. [`carried`] is what a snapshot keeps of it. [`topology`] maps devices to those of another machine. [`ranges`] finds the driver's copies of
 //! device memory. [`preflight`] refuses what cannot work before anything is locked; [`nvml`] tells what devices have and who
-//! uses them.
+//! uses them. [`provide`] says what a container needs to use them.
 
 pub mod carried;
 pub mod client;
@@ -14,6 +14,7 @@ pub mod helper;
 pub mod nvml;
 pub mod order;
 pub mod preflight;
+pub mod provide;
 pub mod ranges;
 pub mod states;
 pub mod topology;

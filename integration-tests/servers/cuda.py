@@ -4,12 +4,18 @@ With the simulated driver nothing is computed on a device, and every answer says
 
     --library FILE          the driver
     --mib N                 size of the weights
+    --kv-mib N              size of the KV cache
+    --keep FOLDER           where examples/kv_cache/keep.py lies
+    POST /sleep             gives the KV cache up and keeps its address
+    POST /wake              takes it back, empty
     POST /generate          an answer that depends on the prompt and the weights; its state goes through the KV cache
     GET  /check             sums of the weights and of what lies in the KV cache
 """
 
 import ctypes
 import hashlib
+import importlib.util
+from pathlib import Path
 
 from serving import BLOCK, Broken, Checks, arguments, block, expect, serve
 
@@ -53,10 +59,21 @@ class Device:
         return buffer.raw
 
 
+def kept(folder):
+    """The example's file, as a server would import it."""
+    spec = importlib.util.spec_from_file_location("keep", Path(folder) / "keep.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Kept
+
+
 class Model:
-    def __init__(self, device, mib):
+    def __init__(self, device, options):
+        mib = options.mib
         self.device, self.mib = device, mib
-        self.weights, self.cache = device.allocate(mib * BLOCK), device.allocate(SLOTS * SLOT)
+        self.weights = device.allocate(mib * BLOCK)
+        self.kv = kept(options.keep)(options.kv_mib * BLOCK, library=options.library)
+        self.cache = self.kv.address
         for index in range(mib):
             device.write(self.weights + index * BLOCK, block("weights", index))
         self.kept = {}
@@ -72,6 +89,16 @@ class Model:
         for slot, content in self.kept.items():
             expect(f"slot {slot} of the KV cache", self.device.read(self.cache + slot * SLOT, len(content)), content)
         return len(self.kept)
+
+    def sleep(self):
+        self.kept.clear()
+        self.kv.drop()
+        return {"present": self.kv.present}
+
+    def wake(self):
+        self.kv.take()
+        expect("address of the KV cache", self.kv.address, self.cache)
+        return {"present": self.kv.present}
 
     def generate(self, prompt):
         self.device.enter()
@@ -91,13 +118,20 @@ def main():
     parser = arguments(__doc__)
     parser.add_argument("--library", default="libcuda.so.1")
     parser.add_argument("--mib", type=int, default=8)
+    parser.add_argument("--kv-mib", type=int, default=2)
+    parser.add_argument("--keep", required=True, help="folder of keep.py")
     options = parser.parse_args()
     device = Device(options.library)
-    model = Model(device, options.mib)
+    model = Model(device, options)
     checks = Checks()
     checks.add("weights", model.check_weights)
     checks.add("cache", model.check_cache)
-    serve(options, checks, {("POST", "/generate"): lambda query, body: (200, {"answer": model.generate(body), "device": device.name})})
+    routes = {
+        ("POST", "/generate"): lambda query, body: (200, {"answer": model.generate(body), "device": device.name}),
+        ("POST", "/sleep"): lambda query, body: (200, model.sleep()),
+        ("POST", "/wake"): lambda query, body: (200, model.wake()),
+    }
+    serve(options, checks, routes)
 
 
 if __name__ == "__main__":

@@ -57,6 +57,12 @@ impl Devices {
         self.folder.path().join(name)
     }
 
+    /// Folder of the libraries that play the driver's, on the machine.
+    #[must_use]
+    pub fn libraries(&self) -> PathBuf {
+        self.path("inside/lib")
+    }
+
     fn add(&mut self, index: usize, mib: u64) {
         let device = self.path("devices").join(index.to_string());
         fs::create_dir(&device).expect("a folder");
@@ -105,6 +111,16 @@ impl Devices {
         let file = self.mounts[index].join(mark);
         let done = if on { fs::write(&file, "") } else { fs::remove_file(&file) };
         done.expect("a GPU");
+    }
+
+    /// Takes a GPU away, as if the machine had fewer, or brings it back.
+    ///
+    /// # Panics
+    /// When it is not there, or there already.
+    pub fn hide(&self, index: usize, hidden: bool) {
+        let (shown, away) = (self.mounts[index].join("uuid"), self.mounts[index].join("away"));
+        let moved = if hidden { fs::rename(shown, away) } else { fs::rename(away, shown) };
+        moved.expect("a GPU");
     }
 
     /// A call whose replica finds these GPUs.

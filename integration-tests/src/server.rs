@@ -195,7 +195,9 @@ impl Server {
     #[must_use]
     pub fn cuda(library: &str) -> Self {
         let prompt = json!({ "prompt": "A snapshot is" });
-        let server = Self::python("cuda", "cuda.py", &["--library", library]);
+        let keep = examples().join("kv_cache").display().to_string();
+        let server =
+            Self::python("cuda", "cuda.py", &["--library", library, "--keep", &keep, "--kv-mib", "8"]);
         server.asking(Question::post("/generate", &prompt))
     }
 

@@ -1,7 +1,11 @@
 //! Servers with device memory, against the simulated driver.
 
+mod engine;
+mod given;
+mod luck;
 mod pause;
 mod snapshot;
+mod soak;
 
 use std::path::Path;
 

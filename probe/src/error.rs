@@ -14,8 +14,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 /// A failure of a probe, a ready check or a hook.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The probe file, or a file that it names, cannot be read.
-    #[error("read probe file {}", path.display())]
+    /// A probe file, a file that it names, or an engine file cannot be read.
+    #[error("read {}", path.display())]
     ReadFile {
         /// The file.
         path: PathBuf,
@@ -23,8 +23,8 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
-    /// The probe file is not TOML, or a value has the wrong type.
-    #[error("parse probe file {}", path.display())]
+    /// A file is not TOML, has an unknown key, or a value has the wrong type.
+    #[error("parse {}", path.display())]
     ParseFile {
         /// The file.
         path: PathBuf,
@@ -120,6 +120,16 @@ pub enum Error {
         #[source]
         source: RequestError,
     },
+    /// A step of an engine failed in each attempt.
+    #[error("step {step:?} failed {}: {failure}", if *attempts == 1 { "at once".to_owned() } else { format!("{attempts} times") })]
+    Step {
+        /// Its name.
+        step: String,
+        /// How often it was tried.
+        attempts: u32,
+        /// What the last attempt said.
+        failure: String,
+    },
     /// A hook ran and failed.
     #[error("hook {hook} {outcome}{}", with_output(output))]
     HookFailed {
@@ -195,6 +205,7 @@ impl Classify for Error {
             | Error::NotReady { .. }
             | Error::ServerEnded { .. }
             | Error::HookStart { .. }
+            | Error::Step { .. }
             | Error::HookFailed { .. } => Class::Failed,
         }
     }

@@ -6,6 +6,7 @@
 
 mod compare;
 mod dial;
+pub mod engine;
 mod error;
 mod file;
 mod hook;
@@ -19,6 +20,7 @@ mod target;
 
 pub use compare::{Compare, Difference, Located, Selection};
 pub use dial::{Dial, ExecOutput};
+pub use engine::Engine;
 pub use error::{Error, RequestError, Result};
 pub use file::{Probe, Request};
 pub use hook::{Hook, HookReport};

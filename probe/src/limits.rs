@@ -21,6 +21,12 @@ pub const SHOWN_CHARS_MAX: usize = 120;
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(30);
 /// Time for one hook, unless the caller says otherwise.
 pub const HOOK_TIMEOUT: Duration = Duration::from_secs(60);
+/// Size of an engine file, in bytes, for the same reason as that of a probe file. It travels inside the manifest.
+pub const ENGINE_FILE_BYTES_MAX: u64 = 64 << 10;
+/// Steps before, and as many after.
+pub const ENGINE_STEPS_MAX: usize = 32;
+/// How often one step may be tried again.
+pub const ENGINE_RETRIES_MAX: u32 = 1000;
 /// Time for one attempt of a ready check. A server that holds its health endpoint longer is not ready.
 pub const READY_ATTEMPT_TIMEOUT: Duration = Duration::from_secs(10);
 

@@ -78,15 +78,15 @@ fn each_mistake_is_told_with_the_value_seen_and_the_one_expected() {
     assert!(refused("[[request]]\npath = '/'\nheaders = { a = 1 }").contains("a = 1"));
     assert!(refused("[[request]]\npath = '/'\nport = 0").contains("port"));
     assert!(refused("[[request]]\npath = '/'\nmethod = 'get'").contains("method"));
-    assert_eq!(refused("[[request]"), "parse probe file p.toml");
-    assert_eq!(refused("[[request]]\npath = 3"), "parse probe file p.toml");
+    assert_eq!(refused("[[request]"), "parse p.toml");
+    assert_eq!(refused("[[request]]\npath = 3"), "parse p.toml");
 }
 
 #[test]
 fn a_missing_file_is_named() {
     let error = Probe::load(Path::new("/nowhere/p.toml")).expect_err("absent");
-    assert_eq!(error.to_string(), "read probe file /nowhere/p.toml");
+    assert_eq!(error.to_string(), "read /nowhere/p.toml");
     let error = Probe::parse("[[request]]\npath='/'\nbody_file='b.bin'", Path::new("/nowhere/p.toml"))
         .expect_err("absent");
-    assert_eq!(error.to_string(), "read probe file /nowhere/b.bin");
+    assert_eq!(error.to_string(), "read /nowhere/b.bin");
 }

@@ -1,9 +1,11 @@
 //! Whether this machine's devices can take a snapshot's device state, and which takes whose place.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use rewarm_container::Spec;
 use rewarm_container::shim::DeviceRequest;
 use rewarm_gpu::carried::Carried;
+use rewarm_gpu::provide::{Places, ProvideError, Wanted};
 use rewarm_gpu::topology::Room;
 use rewarm_gpu::{Helper, Launch, Pair, Wish, preflight, topology};
 use rewarm_store::Facts;
@@ -79,5 +81,23 @@ fn take(room: &mut Room, map: &[Pair]) {
         if let Some(free) = room.free.get_mut(&place) {
             *free = free.saturating_sub(*needed);
         }
+    }
+}
+
+/// Finds what this machine gives a replica for the GPUs that its spec asks for. Where those are not here, others may take
+/// their place, so it gets all.
+pub(crate) fn provide(spec: &mut Spec, cdi: &[PathBuf]) -> Option<Reason> {
+    let gpu = spec.gpu.as_mut()?;
+    let places = Places::here(cdi.to_vec());
+    let found = places.provide(&gpu.wanted).or_else(|error| match error {
+        ProvideError::Unknown { .. } => places.provide(&Wanted::All),
+        error => Err(error),
+    });
+    match found {
+        Ok(provided) => {
+            gpu.provided = provided;
+            None
+        }
+        Err(error) => Some(Reason::Device { reason: error.to_string() }),
     }
 }

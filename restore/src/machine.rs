@@ -45,6 +45,9 @@ impl HostView {
     #[must_use]
     pub fn new(spec: &Spec) -> Self {
         let mut mounts: Vec<_> = spec.mounts.iter().map(|m| (m.target.clone(), m.source.clone())).collect();
+        if let Some(gpu) = &spec.gpu {
+            mounts.extend(gpu.provided.files.iter().map(|(source, target)| (target.clone(), source.clone())));
+        }
         mounts.sort_by_key(|(target, _)| std::cmp::Reverse(target.components().count()));
         Self { rootfs: spec.rootfs.clone(), mounts }
     }

@@ -8,7 +8,7 @@ use futures::FutureExt;
 use futures::future::join_all;
 use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_fetcher::{Access, Fetcher, Found, Stream};
-use rewarm_probe::{Hook, Ready, Recorded};
+use rewarm_probe::{Engine, Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
 use rewarm_store::{Boot, Facts, Manifest, Reference, RegionKind, Store, Target, Trust, WorkingSet};
 use uuid::Uuid;
@@ -104,6 +104,8 @@ pub struct Context {
     pub criu_version: String,
     /// The program whose hidden verb `shim` owns a replica.
     pub program: PathBuf,
+    /// Folders of CDI files, which say what a container needs to use GPUs.
+    pub cdi: Vec<PathBuf>,
     /// Reads the store.
     pub fetcher: Fetcher,
     /// The environment, of which the fetcher gets what concerns stores.
@@ -158,6 +160,7 @@ struct Admitted {
     found: Found,
     spec: Spec,
     recorded: Option<Recorded>,
+    engine: Option<Engine>,
     post: Option<Hook>,
     device: Option<Plan>,
 }
@@ -320,7 +323,9 @@ async fn finish(
         let lazy = fetching.lazy.clone();
         let restored = restore(replica, context, admitted, lazy.clone(), number);
         let (pid, recorder) = at(clock, Stage::Skeleton, restored).await?;
-        at(clock, Stage::Identity, replica.hook(admitted.post.as_ref(), request.hook_timeout)).await?;
+        let engine = admitted.engine.as_ref();
+        let wakes = replica.wake(engine, admitted.post.as_ref(), request.hook_timeout);
+        at(clock, Stage::Identity, wakes).await?;
         let recorded = admitted.recorded.as_ref().filter(|_| !request.no_probe);
         let answers = at(clock, Stage::Replay, replica.replay(recorded)).await?;
         at(clock, Stage::Ready, ready(replica, request, &admitted.spec)).await?;
@@ -407,7 +412,8 @@ async fn admit(
     // The first variant that fits, the newest first; if none does, the newest says why.
     for found in variants {
         let manifest = found.snapshot.manifest();
-        let spec = spec(request, manifest).map_err(early)?;
+        let mut spec = spec(request, manifest).map_err(early)?;
+        let unprovided = device::provide(&mut spec, &context.cdi);
         let (facts, asked, known) = (manifest.facts.clone(), spec.clone(), machine.clone());
         let (count, fetcher) = (request.count, context.fetcher.clone());
         let (program, wish) = (context.program.clone(), request.gpu.clone());
@@ -415,6 +421,7 @@ async fn admit(
             let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
             reasons.extend(memory(&facts, asked.memory_bytes, count, &fetcher)?);
             reasons.extend(missing_sources(&asked));
+            reasons.extend(unprovided);
             let device = device::plan(&facts, &program, &wish, count).unwrap_or_else(|more| {
                 reasons.extend(more);
                 None
@@ -464,8 +471,12 @@ fn admitted(
     let manifest = found.snapshot.manifest().clone();
     let recorded = manifest.facts.probe.clone().map(Recorded::from_json).transpose()?;
     let post = manifest.facts.hooks.post.as_deref().map(str::parse::<Hook>).transpose()?;
+    let engine = manifest.facts.hooks.engine.clone().map(serde_json::from_value::<Engine>).transpose();
+    let engine =
+        engine.map_err(|error| Cause::Inconsistent { what: format!("the steps of the engine: {error}") })?;
     let digest = Reference { target: Target::Digest(found.digest()), ..request.source.clone() };
-    Ok(Admitted { source: digest.to_string(), manifest, access, found, spec, recorded, post, device })
+    let source = digest.to_string();
+    Ok(Admitted { source, manifest, access, found, spec, recorded, engine, post, device })
 }
 
 fn missing_sources(spec: &Spec) -> Vec<Reason> {

@@ -12,7 +12,7 @@ use rewarm_container::{Memory, Name, Net, Origin, Record, Spec, Status};
 use rewarm_criu::admission::check_bundle;
 use rewarm_criu::config::Config;
 use rewarm_criu::patch;
-use rewarm_probe::{Hook, Ready, Recorded, wait_ready};
+use rewarm_probe::{Engine, Hook, Ready, Recorded, engine, wait_ready};
 use rewarm_store::Facts;
 
 use crate::begun::{Begun, Ground};
@@ -82,7 +82,8 @@ impl Replica {
         let config = if stopped { Config::restore().leave_stopped() } else { Config::restore() };
         let request = RestoreRequest {
             criu,
-            config: config.to_string(),
+            // No plugins: what CRIU's own does for CUDA is done by the shim, and the folder of logs holds none.
+            config: config.plugins(&self.client.paths().work()).to_string(),
             tcp_established: true,
             file_locks: true,
             lazy_pages: true,
@@ -135,8 +136,16 @@ impl Replica {
         })
     }
 
-    /// Runs the hook that gives a clone its own identity.
-    pub(crate) async fn hook(&self, hook: Option<&Hook>, timeout: Duration) -> Result<(), Cause> {
+    /// Takes the engine's steps that make it serve again, then runs the hook that gives a clone its own identity.
+    pub(crate) async fn wake(
+        &self,
+        engine: Option<&Engine>,
+        hook: Option<&Hook>,
+        timeout: Duration,
+    ) -> Result<(), Cause> {
+        if let Some(engine) = engine {
+            engine::take(&engine.after, &self.inside, self.port()).await?;
+        }
         if let Some(hook) = hook {
             hook.run(&self.inside, self.port(), timeout).await?;
         }

@@ -89,7 +89,8 @@ pub(crate) async fn dump(
     });
     let asked = DumpRequest {
         criu: context.criu.clone(),
-        config: Config::dump().skip_in_flight().to_string(),
+        // No plugins: what CRIU's own does for CUDA has been done, and the folder of logs holds none.
+        config: Config::dump().skip_in_flight().plugins(&replica.client.paths().dump_work()).to_string(),
         tcp_established: true,
         file_locks: true,
         real_ids: findings.owner.map(|owner| (owner.uid, owner.gid)),

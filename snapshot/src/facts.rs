@@ -48,6 +48,10 @@ pub(crate) async fn gather(
         hooks: Hooks {
             pre: request.pre.as_ref().map(ToString::to_string),
             post: request.post.as_ref().map(ToString::to_string),
+            engine: request
+                .engine
+                .as_ref()
+                .map(|engine| serde_json::to_value(engine).expect("string keys only")),
         },
         device: dumped.device.as_ref().map(|device| serde_json::to_value(device).expect("string keys only")),
         labels: record.spec.labels.clone(),

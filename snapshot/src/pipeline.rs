@@ -7,7 +7,7 @@ use std::time::Duration;
 use rewarm_container::dial::Inside;
 use rewarm_container::shim::Client;
 use rewarm_container::{Name, Net, Record, State, Status};
-use rewarm_probe::{Hook, Probe, Recorded};
+use rewarm_probe::{Engine, Hook, Probe, Recorded, engine};
 use rewarm_report::{Aftermath, Clock, Stage};
 use rewarm_store::{Compression, Published, Reference, Session, SessionOptions, SigningKey, Store, Target};
 
@@ -31,7 +31,9 @@ pub struct Request {
     pub stop: bool,
     /// Questions whose answers every restored replica must repeat.
     pub probe: Option<Probe>,
-    /// Hook before the dump.
+    /// Steps of the inference engine before and after the dump; those after it also in each restored replica.
+    pub engine: Option<Engine>,
+    /// Hook before the dump, and before the engine's steps.
     pub pre: Option<Hook>,
     /// Hook after it, here and in each restored replica.
     pub post: Option<Hook>,
@@ -214,9 +216,13 @@ impl Attempt {
 
     async fn drain(&mut self) -> std::result::Result<(), Cause> {
         self.drained = true;
-        let Some(hook) = &self.request.pre else { return Ok(()) };
         let replica = self.replica.as_ref().expect("connected at the preflight");
-        hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await?;
+        if let Some(hook) = &self.request.pre {
+            hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await?;
+        }
+        if let Some(engine) = &self.request.engine {
+            engine::take(&engine.before, &replica.inside, replica.port()).await?;
+        }
         Ok(())
     }
 
@@ -300,10 +306,20 @@ impl Attempt {
         if !std::mem::take(&mut self.drained) {
             return;
         }
-        let (Some(hook), Some(replica)) = (&self.request.post, &self.replica) else { return };
-        if let Err(error) = hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await {
-            // The snapshot itself is as good as without it: clones run the hook for themselves.
-            let warning = format!("the post hook failed on the source: {error}");
+        let Some(replica) = &self.replica else { return };
+        let mut failures = Vec::new();
+        if let Some(engine) = &self.request.engine
+            && let Err(error) = engine::take(&engine.after, &replica.inside, replica.port()).await
+        {
+            failures.push(format!("a step of the engine failed on the source: {error}"));
+        }
+        if let Some(hook) = &self.request.post
+            && let Err(error) = hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await
+        {
+            failures.push(format!("the post hook failed on the source: {error}"));
+        }
+        // The snapshot itself is as good as without them: clones take these steps for themselves.
+        for warning in failures {
             self.context.clock.progress().warning(&warning);
             self.warnings.push(warning);
         }

@@ -1,6 +1,7 @@
 //! `rewarm pause`
 
 use rewarm_container::dial::Inside;
+use rewarm_probe::engine;
 use serde::Serialize;
 
 use crate::args::{Global, Pause};
@@ -23,6 +24,10 @@ pub(crate) async fn run(args: &Pause, global: &Global) -> Result<u8, Cause> {
     if let Some(hook) = &args.pre {
         let port = client.status()?.spec.ports.first().copied();
         hook.run(&Inside::new(client.clone()), port, args.hook_timeout).await?;
+    }
+    if let Some(engine) = &args.engine {
+        let port = client.status()?.spec.ports.first().copied();
+        engine::take(&engine.before, &Inside::new(client.clone()), port).await?;
     }
     let paused = client.pause(args.lock_timeout)?;
     let report = Report {

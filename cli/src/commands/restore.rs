@@ -108,6 +108,7 @@ async fn context(global: &Global, clock: Clock) -> Result<Context, Cause> {
         criu: programs.criu.path,
         criu_version: programs.criu.version.to_string(),
         program: replicas::program(),
+        cdi: env::cdi(),
         fetcher: Fetcher::new(settings(global)?),
         env: env::all(),
         patience: env::store_patience().map_err(usage)?.unwrap_or(STORE_PATIENCE),

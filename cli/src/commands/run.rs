@@ -3,7 +3,8 @@
 //! The connection to the shim is a lease: whatever goes wrong before the commit, this process being killed included, the
 //! shim ends the server and removes what it made.
 
-use rewarm_container::Spec;
+use rewarm_container::{Gpu, Spec};
+use rewarm_gpu::provide::{Places, ProvideError};
 use rewarm_probe::Ready;
 use rewarm_report::{Clock, Timing};
 use rewarm_restore::{Ground, cold};
@@ -41,7 +42,7 @@ pub(crate) async fn run(args: &Run, global: &Global) -> Result<u8, Cause> {
         clock: Clock::start(output.progress()).pausing_at(env::pause_at()),
     };
     let started =
-        cold::run(&args.name, spec(args), None, args.ready_timeout, &ground, interrupts.next()).await?;
+        cold::run(&args.name, spec(args)?, None, args.ready_timeout, &ground, interrupts.next()).await?;
     let started = Started {
         name: started.name.to_string(),
         started: "cold",
@@ -60,7 +61,7 @@ pub(crate) async fn run(args: &Run, global: &Global) -> Result<u8, Cause> {
     Ok(0)
 }
 
-fn spec(args: &Run) -> Spec {
+fn spec(args: &Run) -> Result<Spec, Cause> {
     let mut ports = args.port.clone();
     // A port that is published is one on which the server listens.
     for publish in &args.publish {
@@ -68,7 +69,12 @@ fn spec(args: &Run) -> Spec {
             ports.push(publish.port);
         }
     }
-    Spec {
+    let gpu = args.gpu.as_ref().map(|wanted| {
+        let provided = Places::here(env::cdi()).provide(wanted)?;
+        Ok::<_, ProvideError>(Gpu { wanted: wanted.clone(), provided })
+    });
+    Ok(Spec {
+        gpu: gpu.transpose()?,
         name: Some(args.name.clone()),
         command: args.command.clone(),
         rootfs: args.rootfs.clone().unwrap_or_else(|| "/".into()),
@@ -85,5 +91,5 @@ fn spec(args: &Run) -> Spec {
         labels: args.label.iter().cloned().collect(),
         deterministic: args.deterministic,
         ..Spec::default()
-    }
+    })
 }

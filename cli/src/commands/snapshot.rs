@@ -64,6 +64,7 @@ fn request(args: &Snapshot, global: &Global) -> Result<Request, Cause> {
         destination: args.destination.clone(),
         stop: args.stop,
         probe: args.probe.as_deref().map(Probe::load).transpose()?,
+        engine: args.engine.clone(),
         pre: args.pre.clone(),
         post: args.post.clone(),
         hook_timeout: HOOK_TIMEOUT,

@@ -1,6 +1,7 @@
 //! `rewarm wake`
 
 use rewarm_container::dial::Inside;
+use rewarm_probe::engine;
 use serde::Serialize;
 
 use crate::args::{Global, Wake};
@@ -20,6 +21,10 @@ pub(crate) async fn run(args: &Wake, global: &Global) -> Result<u8, Cause> {
     let state = replicas::open(global)?;
     let client = replicas::connect(&state, &args.name)?;
     let woken = client.wake()?;
+    if let Some(engine) = &args.engine {
+        let port = client.status()?.spec.ports.first().copied();
+        engine::take(&engine.after, &Inside::new(client.clone()), port).await?;
+    }
     if let Some(hook) = &args.post {
         let port = client.status()?.spec.ports.first().copied();
         hook.run(&Inside::new(client.clone()), port, args.hook_timeout).await?;

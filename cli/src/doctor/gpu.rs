@@ -43,12 +43,8 @@ fn of_machine(machine: &Machine, proc: &Proc) -> Vec<Need> {
         format!("{} with {} of {} free", gpu.name, bytes(gpu.free_bytes), bytes(gpu.total_bytes))
     };
     let all: Vec<String> = machine.gpus.iter().map(describe).collect();
-    let found = format!(
-        "driver {}, {}: {}",
-        machine.release,
-        count(machine.gpus.len(), "GPU"),
-        all.join(", ")
-    );
+    let found =
+        format!("driver {}, {}: {}", machine.release, count(machine.gpus.len(), "GPU"), all.join(", "));
     let mut needs = vec![Need::ok("gpu", found)];
     let major = machine.release.split('.').next().and_then(|major| major.parse::<u32>().ok());
     if major.is_some_and(|major| major < RELEASE_MIN) {

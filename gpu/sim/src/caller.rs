@@ -73,6 +73,10 @@ fn follow(call: &str, pid: i32, work: impl FnOnce(Action) -> Result<u32, u32>) -
             let _ = work(Action::Do);
             std::process::abort()
         }
+        Action::Wait(ms) => {
+            std::thread::sleep(Duration::from_millis(ms));
+            work(Action::Do)
+        }
         action => work(action),
     }
 }

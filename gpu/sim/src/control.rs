@@ -14,6 +14,7 @@
 //! | `failed` | the state becomes FAILED, result 304 |
 //! | `crash` | the target's thread crashes |
 //! | `rate N` | do it, at N MiB a second |
+//! | `wait N` | do it after N milliseconds |
 
 use std::collections::BTreeMap;
 use std::sync::Mutex;
@@ -63,6 +64,7 @@ pub(crate) enum Action {
     ThenDie,
     Inject(Fault),
     Rate(u64),
+    Wait(u64),
 }
 
 static SEEN: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
@@ -106,6 +108,7 @@ impl Rule {
             ("then-result", Some(code)) => Action::ThenResult(code),
             ("value", Some(value)) => Action::Value(value),
             ("rate", Some(rate)) => Action::Rate(rate.into()),
+            ("wait", Some(ms)) => Action::Wait(ms.into()),
             ("hang", None) => Action::Hang,
             ("then-hang", None) => Action::ThenHang,
             ("die", None) => Action::Die,

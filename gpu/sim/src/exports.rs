@@ -6,7 +6,8 @@ use std::sync::atomic::Ordering;
 use crate::caller::{self, INITIALIZED};
 use crate::device::{self, Device};
 use crate::page::{PAIRS_MAX, Uuid};
-use crate::{VERSION_ENV, code, target};
+use crate::target::{self, virtual_memory};
+use crate::{VERSION_ENV, code};
 
 fn version() -> c_int {
     std::env::var(VERSION_ENV).ok().and_then(|text| text.parse().ok()).unwrap_or(13_000)
@@ -169,6 +170,74 @@ unsafe extern "C" fn cuMemcpyDtoH_v2(host: *mut c_void, device: u64, bytes: usiz
     let device = usize::try_from(device).unwrap_or(0);
     // SAFETY: as the header asks.
     unsafe { target::copy(device, host.cast(), bytes, true) }
+}
+
+/// `CUmemAllocationProp`, as far as it counts: the number of the device.
+#[repr(C)]
+struct AllocationProp {
+    kind: c_uint,
+    handle_types: c_uint,
+    location_kind: c_uint,
+    location: c_int,
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuMemGetAllocationGranularity(
+    out: *mut usize,
+    _: *const AllocationProp,
+    _: c_uint,
+) -> u32 {
+    // SAFETY: as the header asks.
+    unsafe { give(out, Ok(device::GRANULE)) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuMemAddressReserve(out: *mut u64, bytes: usize, _: usize, _: u64, _: u64) -> u32 {
+    // SAFETY: as the header asks.
+    unsafe { give(out, virtual_memory::reserve(bytes).map(|address| address as u64)) }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemAddressFree(address: u64, bytes: usize) -> u32 {
+    usize::try_from(address).map_or(code::INVALID_VALUE, |address| virtual_memory::unreserve(address, bytes))
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuMemCreate(
+    out: *mut u64,
+    bytes: usize,
+    properties: *const AllocationProp,
+    _: u64,
+) -> u32 {
+    // SAFETY: as the header asks.
+    let Some(properties) = (unsafe { properties.as_ref() }) else { return code::INVALID_VALUE };
+    let number = usize::try_from(properties.location).map_err(|_| code::INVALID_DEVICE);
+    // SAFETY: as the header asks.
+    unsafe { give(out, number.and_then(|number| virtual_memory::create(number, bytes))) }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemRelease(handle: u64) -> u32 {
+    virtual_memory::release(handle)
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemMap(address: u64, bytes: usize, offset: usize, handle: u64, _: u64) -> u32 {
+    match usize::try_from(address) {
+        Ok(address) if offset == 0 => virtual_memory::map(address, bytes, handle),
+        _ => code::INVALID_VALUE,
+    }
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn cuMemUnmap(address: u64, bytes: usize) -> u32 {
+    usize::try_from(address).map_or(code::INVALID_VALUE, |address| virtual_memory::unmap(address, bytes))
+}
+
+/// Mapped memory can be used at once here.
+#[unsafe(no_mangle)]
+extern "C" fn cuMemSetAccess(_: u64, _: usize, _: *const c_void, _: usize) -> u32 {
+    code::SUCCESS
 }
 
 /// In place of `cuLaunchKernel`: a kernel that only takes time.

@@ -64,4 +64,6 @@ pub mod code {
     pub const NOT_READY: u32 = 600;
     /// The caller has not initialised the driver.
     pub const NOT_PERMITTED: u32 = 800;
+    /// The driver cannot do this with this process.
+    pub const NOT_SUPPORTED: u32 = 801;
 }

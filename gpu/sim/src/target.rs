@@ -1,5 +1,7 @@
 //! The side of the process that uses the device: its memory, its calls, and the thread that carries steps out.
 
+pub(crate) mod virtual_memory;
+
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -28,6 +30,18 @@ struct Held {
     /// Address and length of the copy, while it is checkpointed.
     copy: Option<(usize, usize)>,
     context: bool,
+    /// Address and length of reserved ranges.
+    reserved: BTreeMap<usize, usize>,
+    /// Memory that was made apart from an address, by handle.
+    handles: BTreeMap<u64, Handle>,
+}
+
+#[derive(Debug)]
+struct Handle {
+    device: Uuid,
+    bytes: usize,
+    /// Absent while it is mapped.
+    memory: Option<Memory>,
 }
 
 #[derive(Debug)]
@@ -36,6 +50,8 @@ struct Allocation {
     bytes: usize,
     /// Absent while it is checkpointed.
     memory: Option<Memory>,
+    /// What it was mapped by, where that was apart from its making.
+    handle: Option<u64>,
 }
 
 static HELD: Mutex<Option<Held>> = Mutex::new(None);
@@ -111,7 +127,7 @@ pub(crate) fn allocate(number: usize, bytes: usize) -> Result<usize, u32> {
     let bytes = bytes.next_multiple_of(GRANULE);
     let memory = Memory::new(&device, bytes).map_err(|_| code::OUT_OF_MEMORY)?;
     let (address, _) = memory.map(None).map_err(|_| code::OUT_OF_MEMORY)?;
-    let allocation = Allocation { device: device.uuid, bytes, memory: Some(memory) };
+    let allocation = Allocation { device: device.uuid, bytes, memory: Some(memory), handle: None };
     held().get_or_insert_default().allocations.insert(address, allocation);
     Ok(address)
 }
@@ -119,9 +135,12 @@ pub(crate) fn allocate(number: usize, bytes: usize) -> Result<usize, u32> {
 /// Gives memory back.
 pub(crate) fn free(address: usize) -> u32 {
     let _call = Call::enter();
-    let Some(allocation) = held().get_or_insert_default().allocations.remove(&address) else {
+    let mut guard = held();
+    let allocations = &mut guard.get_or_insert_default().allocations;
+    if allocations.get(&address).is_none_or(|allocation| allocation.handle.is_some()) {
         return code::INVALID_VALUE;
-    };
+    }
+    let allocation = allocations.remove(&address).expect("looked at above");
     unmap(address, allocation.bytes);
     code::SUCCESS
 }
@@ -265,6 +284,10 @@ fn checkpoint() -> u32 {
     let began = Instant::now();
     let mut guard = held();
     let held = guard.get_or_insert_default();
+    // Nothing is simulated for memory that has no address at this moment.
+    if held.handles.values().any(|handle| handle.memory.is_some()) {
+        return code::NOT_SUPPORTED;
+    }
     let total: usize = held.allocations.values().map(|allocation| allocation.bytes).sum();
     if total > 0 {
         let (protection, flags) = (

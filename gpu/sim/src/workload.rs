@@ -1,4 +1,4 @@
-//! A server that keeps its weights and its KV cache in simulated device memory, and notices if any of it was changed.
+//! A server that keeps its weights and its KV cache in device memory, simulated as a rule, and notices if any of it was changed.
 //!
 //! It loads the driver's library at run time as a real one does, and reaches device memory by the driver's calls only. All
 //! along, threads of it map memory, fill it, check it and unmap it: a device range put back over a program's memory, or the
@@ -105,7 +105,8 @@ pub fn main(options: &Options) -> Result<(), String> {
         std::thread::spawn(move || server.churn());
     }
     let port = listener.local_addr().map_err(|error| error.to_string())?.port();
-    say(&format!("simulated device memory, port {port}"));
+    let kind = if server.said().contains("true") { "simulated" } else { "real" };
+    say(&format!("{kind} device memory, port {port}"));
     for socket in listener.incoming().flatten() {
         let server = server.clone();
         std::thread::spawn(move || server.serve(&socket));
@@ -135,10 +136,51 @@ struct Driver {
     to_device: unsafe extern "C" fn(u64, *const c_void, usize) -> u32,
     to_host: unsafe extern "C" fn(*mut c_void, u64, usize) -> u32,
     set_current: unsafe extern "C" fn(*mut c_void) -> u32,
-    launch: unsafe extern "C" fn(u64) -> u32,
-    clobbered: unsafe extern "C" fn() -> u32,
+    kernel: Kernel,
+    /// How often a restore found something in the place of a device range; the simulated driver only.
+    clobbered: Option<unsafe extern "C" fn() -> u32>,
     context: usize,
 }
+
+/// How a kernel is started that only takes time.
+enum Kernel {
+    /// The simulated driver's own call, with milliseconds.
+    Simulated(unsafe extern "C" fn(u64) -> u32),
+    /// A function that the real driver has compiled.
+    Real { function: usize, launch: LaunchKernel },
+}
+
+type LaunchKernel = unsafe extern "C" fn(
+    *mut c_void,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    c_uint,
+    *mut c_void,
+    *mut *mut c_void,
+    *mut *mut c_void,
+) -> u32;
+
+/// Waits on the device for so many nanoseconds.
+const SPIN: &std::ffi::CStr = c".version 6.4
+.target sm_50
+.address_size 64
+.visible .entry spin(.param .u64 time) {
+  .reg .u64 %end, %now;
+  .reg .pred %again;
+  ld.param.u64 %end, [time];
+  mov.u64 %now, %globaltimer;
+  add.u64 %end, %end, %now;
+AGAIN:
+  mov.u64 %now, %globaltimer;
+  setp.lt.u64 %again, %now, %end;
+  @%again bra AGAIN;
+  ret;
+}
+";
 
 impl Driver {
     fn open(options: &Options) -> Result<Self, String> {
@@ -161,13 +203,39 @@ impl Driver {
         done("cuInit", unsafe { init(0) })?;
         // SAFETY: writes one pointer.
         done("cuDevicePrimaryCtxRetain", unsafe { retain(&raw mut context, options.device) })?;
+        // SAFETY: the type is that of the simulated driver's function; a real one has none.
+        let simulated = unsafe { library.get::<unsafe extern "C" fn(u64) -> u32>("rewarmSimLaunch") };
+        let kernel = match simulated {
+            Ok(launch) => Kernel::Simulated(*launch),
+            Err(_) => {
+                let set: unsafe extern "C" fn(*mut c_void) -> u32 = symbol!("cuCtxSetCurrent");
+                let load: unsafe extern "C" fn(*mut *mut c_void, *const c_void) -> u32 =
+                    symbol!("cuModuleLoadData");
+                let find: unsafe extern "C" fn(
+                    *mut *mut c_void,
+                    *mut c_void,
+                    *const std::ffi::c_char,
+                ) -> u32 = symbol!("cuModuleGetFunction");
+                let (mut module, mut function) = (std::ptr::null_mut(), std::ptr::null_mut());
+                // SAFETY: the context that was made above.
+                done("cuCtxSetCurrent", unsafe { set(context) })?;
+                // SAFETY: a text that ends with a zero byte.
+                done("cuModuleLoadData", unsafe { load(&raw mut module, SPIN.as_ptr().cast()) })?;
+                // SAFETY: the module that was just loaded, and a name that ends with a zero byte.
+                let found = unsafe { find(&raw mut function, module, c"spin".as_ptr()) };
+                done("cuModuleGetFunction", found)?;
+                Kernel::Real { function: function.expose_provenance(), launch: symbol!("cuLaunchKernel") }
+            }
+        };
+        // SAFETY: as above.
+        let clobbered = unsafe { library.get::<unsafe extern "C" fn() -> u32>("rewarmSimClobbered") };
         Ok(Self {
             alloc: symbol!("cuMemAlloc_v2"),
             to_device: symbol!("cuMemcpyHtoD_v2"),
             to_host: symbol!("cuMemcpyDtoH_v2"),
             set_current: symbol!("cuCtxSetCurrent"),
-            launch: symbol!("rewarmSimLaunch"),
-            clobbered: symbol!("rewarmSimClobbered"),
+            kernel,
+            clobbered: clobbered.ok().map(|clobbered| *clobbered),
             context: context.expose_provenance(),
         })
     }
@@ -177,6 +245,35 @@ impl Driver {
         let context = std::ptr::with_exposed_provenance_mut(self.context);
         // SAFETY: the context that the driver gave.
         done("cuCtxSetCurrent", unsafe { (self.set_current)(context) })
+    }
+
+    /// Whether it is the simulated one.
+    fn is_simulated(&self) -> bool {
+        matches!(self.kernel, Kernel::Simulated(_))
+    }
+
+    /// Starts a kernel of so many milliseconds and does not wait for it.
+    fn launch(&self, ms: u64) -> Result<(), String> {
+        self.enter()?;
+        let code = match &self.kernel {
+            // SAFETY: takes a number.
+            Kernel::Simulated(launch) => unsafe { launch(ms) },
+            Kernel::Real { function, launch } => {
+                let mut time = ms * 1_000_000;
+                let mut arguments = [(&raw mut time).cast::<c_void>()];
+                let (function, null) =
+                    (std::ptr::with_exposed_provenance_mut(*function), std::ptr::null_mut());
+                let list = arguments.as_mut_ptr();
+                // SAFETY: one block of one thread; the driver copies the argument before it returns.
+                unsafe { launch(function, 1, 1, 1, 1, 1, 1, 0, null, list, std::ptr::null_mut()) }
+            }
+        };
+        done("cuLaunchKernel", code)
+    }
+
+    fn clobbered(&self) -> u32 {
+        // SAFETY: a call without arguments.
+        self.clobbered.map_or(0, |clobbered| unsafe { clobbered() })
     }
 
     fn allocate(&self, bytes: usize) -> Result<u64, String> {
@@ -198,7 +295,7 @@ impl Driver {
 }
 
 fn done(call: &str, code: u32) -> Result<(), String> {
-    if code == 0 { Ok(()) } else { Err(format!("{call}: simulated driver says {code}")) }
+    if code == 0 { Ok(()) } else { Err(format!("{call}: the driver says {code}")) }
 }
 
 /// What lies in device memory.
@@ -313,6 +410,12 @@ impl Server {
         model.clone().ok_or_else(|| "the device is not in use yet".to_owned())
     }
 
+    /// An answer without content. Until a device is used, nothing is real.
+    fn said(&self) -> String {
+        let simulated = self.model().map_or(true, |model| model.driver.is_simulated());
+        format!("{{\"simulated\":{simulated}}}")
+    }
+
     /// Maps memory, fills it, checks it and unmaps it, for ever.
     fn churn(&self) {
         let mut round = 0_u64;
@@ -369,39 +472,38 @@ impl Server {
 
     fn answer(&self, method: &str, path: &str, body: &[u8]) -> Result<String, String> {
         match (method, path.split_once('?').unwrap_or((path, ""))) {
-            ("GET", ("/health", _)) if self.options.late => Ok("{\"simulated\":true}".to_owned()),
-            ("GET", ("/health", _)) => self.model().map(|_| "{\"simulated\":true}".to_owned()),
+            ("GET", ("/health", _)) if self.options.late => Ok(self.said()),
+            ("GET", ("/health", _)) => self.model().map(|_| self.said()),
             ("POST", ("/fork", _)) => {
                 // Later, so that the child does not keep this connection open.
                 std::thread::spawn(|| {
                     std::thread::sleep(Duration::from_millis(100));
                     fork_sleeper();
                 });
-                Ok("{\"simulated\":true}".to_owned())
+                Ok(self.said())
             }
-            ("POST", ("/begin", _)) => self.begin().map(|()| "{\"simulated\":true}".to_owned()),
+            ("POST", ("/begin", _)) => self.begin().map(|()| self.said()),
             ("GET", ("/check", _)) => {
                 let model = self.model()?;
                 let (sum, kv) = (model.sum_now()?, model.kv_sum()?);
-                // SAFETY: a call without arguments.
-                let clobbered = unsafe { (model.driver.clobbered)() };
+                let (clobbered, simulated) = (model.driver.clobbered(), model.driver.is_simulated());
                 let spoiled = self.spoiled.load(Ordering::SeqCst);
                 Ok(format!(
-                    "{{\"simulated\":true,\"sum\":\"{sum:016x}\",\"expected\":\"{:016x}\",\"kv\":\"{kv:016x}\",\"clobbered\":{clobbered},\"spoiled\":{spoiled},\"churned\":{}}}",
+                    "{{\"simulated\":{simulated},\"sum\":\"{sum:016x}\",\"expected\":\"{:016x}\",\"kv\":\"{kv:016x}\",\"clobbered\":{clobbered},\"spoiled\":{spoiled},\"churned\":{}}}",
                     model.sum,
                     self.churned.load(Ordering::SeqCst)
                 ))
             }
             ("POST", ("/generate", _)) => {
-                let answer = self.model()?.generate(body)?;
-                Ok(format!("{{\"simulated\":true,\"answer\":\"{answer:016x}\"}}"))
+                let model = self.model()?;
+                let (answer, simulated) = (model.generate(body)?, model.driver.is_simulated());
+                Ok(format!("{{\"simulated\":{simulated},\"answer\":\"{answer:016x}\"}}"))
             }
             ("POST", ("/kernel", ms)) => {
                 let ms = ms.parse().map_err(|_| format!("milliseconds {ms:?}"))?;
                 let model = self.model()?;
-                // SAFETY: takes a number.
-                done("launch", unsafe { (model.driver.launch)(ms) })?;
-                Ok("{\"simulated\":true}".to_owned())
+                model.driver.launch(ms)?;
+                Ok(self.said())
             }
             _ => Err(format!("nothing at {method} {path}")),
         }

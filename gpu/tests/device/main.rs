@@ -3,7 +3,6 @@
 //! This program is also what is tested: with `helper` it is the helper, with `workload` a server that keeps its weights in
 //! simulated device memory.
 
-mod claims;
 mod devices;
 mod endings;
 mod failures;
@@ -34,11 +33,10 @@ fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let trials: Vec<Trial> =
-        [steps::trials(), claims::trials(), devices::trials(), failures::trials(), endings::trials()]
-            .into_iter()
-            .flatten()
-            .collect();
+    let trials: Vec<Trial> = [steps::trials(), devices::trials(), failures::trials(), endings::trials()]
+        .into_iter()
+        .flatten()
+        .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 

@@ -2,8 +2,10 @@
 
 use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::server::Server;
 
 use super::{start, world_with};
+use crate::world_for;
 
 #[test]
 fn a_server_with_device_memory_comes_back_with_the_same_answers() {
@@ -99,6 +101,51 @@ fn a_restore_that_fails_at_a_device_leaves_nothing() {
     let clones = Replica::of_restore(&world, server.port, &restore().ok());
     server_answers_as_before(&clones[0], &server, &before);
     server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn device_memory_comes_first_and_the_rest_while_the_server_runs() {
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    let server = devices.server(32);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("device", "v1")]).ok().json();
+    let manifest = &inspected["variants"][0]["manifest"];
+    assert_eq!(manifest["format"], 2, "{manifest}");
+    let regions = manifest["regions"].as_array().expect("a list");
+    let device = regions.iter().find(|region| region["kind"] == "device").expect("its device memory");
+    assert_eq!(device["gpu"], "GPU-00000000-0000-0000-0000-0000000000d0");
+    let bytes = device["bytes"].as_u64().expect("a number");
+    // A quarter of the weights is zeros, and so is most of the KV cache.
+    assert!((24 << 20..26 << 20).contains(&bytes), "{device}");
+    assert_eq!(manifest["facts"]["device"]["used"]["GPU-00000000-0000-0000-0000-0000000000d0"], 34 << 20);
+    for mode in ["lazy", "eager", "auto"] {
+        let call =
+            world.restore_call("device", "v1", server.port, &["--name", &world.name(mode), "--mode", mode]);
+        let clones = Replica::of_restore(&world, server.port, &devices.seen_by(call).ok());
+        server_answers_as_before(&clones[0], &server, &before);
+        clones[0].remove();
+    }
+    world.finish();
+}
+
+#[test]
+fn no_plugin_of_criu_is_loaded() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    // CRIU fails at a plugin that it cannot load.
+    let plugins = tempfile::tempdir().expect("a folder");
+    std::fs::write(plugins.path().join("cuda_plugin.so"), "no library").expect("write");
+    let name = world.name("plain");
+    let output = world.run_call(&name, &server, &[]).env("CRIU_LIBS_DIR", plugins.path()).ok();
+    let source = Replica::of_run(&world, name, server.port, &output);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let call = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    let clones = Replica::of_restore(&world, server.port, &call.env("CRIU_LIBS_DIR", plugins.path()).ok());
+    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 

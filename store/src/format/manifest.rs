@@ -265,6 +265,9 @@ pub struct Hooks {
     pub pre: Option<String>,
     /// After the restore, and on the source after it goes on.
     pub post: Option<String>,
+    /// Steps of the inference engine, opaque to the store.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub engine: Option<Value>,
 }
 
 #[derive(Deserialize)]

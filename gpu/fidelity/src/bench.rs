@@ -1,0 +1,203 @@
+//! What a claim is carried out with: a helper, servers that use a device, and a look at the device's memory. Dropping it ends all of it.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rewarm_gpu::{Helper, Launch, nvml};
+use rewarm_gpu_sim::{DEVICES_ENV, NODES_ENV};
+use tempfile::TempDir;
+
+/// How long anything may take here.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Memory of a simulated device.
+const SIMULATED_BYTES: u64 = 64 << 20;
+/// What simulated devices hold open.
+const SIMULATED_NODES: [&str; 2] = ["/dev/loop-control", "/dev/fuse"];
+
+/// A driver and what uses it.
+pub(crate) struct Bench {
+    library: PathBuf,
+    nvml: PathBuf,
+    /// Where the simulated devices lie.
+    simulated: Option<TempDir>,
+    servers: Vec<Child>,
+}
+
+/// A server that keeps its weights on a device.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Server {
+    pub(crate) pid: i32,
+    port: u16,
+}
+
+impl Bench {
+    /// The machine's driver, or the library that plays it.
+    pub(crate) fn new(simulated: Option<&Path>) -> Result<Self, String> {
+        let (library, nvml) = (rewarm_gpu::driver::LIBRARY.into(), nvml::LIBRARY.into());
+        let mut bench = Self { library, nvml, simulated: None, servers: Vec::new() };
+        if let Some(built) = simulated {
+            let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
+            let device = folder.path().join("devices/0");
+            let made = std::fs::create_dir_all(&device)
+                .and_then(|()| rewarm_sys::mount::tmpfs(&device, SIMULATED_BYTES, "0755"))
+                .and_then(|()| std::fs::write(device.join("uuid"), format!("{:032x}", 0xd0)));
+            (bench.library, bench.nvml) =
+                (folder.path().join("libcuda.so.1"), folder.path().join("libnvidia-ml.so.1"));
+            bench.simulated = Some(folder);
+            made.map_err(|error| format!("make a simulated device: {error}"))?;
+            for copy in [&bench.library, &bench.nvml] {
+                std::fs::copy(built, copy).map_err(|error| format!("{}: {error}", built.display()))?;
+            }
+        }
+        Ok(bench)
+    }
+
+    fn env(&self) -> Vec<(String, String)> {
+        let Some(folder) = &self.simulated else { return Vec::new() };
+        let devices = folder.path().join("devices").display().to_string();
+        vec![(DEVICES_ENV.to_owned(), devices), (NODES_ENV.to_owned(), SIMULATED_NODES.join(":"))]
+    }
+
+    /// A helper that is not started yet.
+    pub(crate) fn helper(&self) -> Helper {
+        let env = self.env().into_iter().map(|(name, value)| (name.into(), value.into()));
+        Helper::new(Launch {
+            program: "/proc/self/exe".into(),
+            args: vec!["helper".into(), self.library.clone().into(), self.nvml.clone().into()],
+            env: env.collect(),
+        })
+    }
+
+    /// The driver's release, as NVML tells it.
+    pub(crate) fn driver(&self) -> String {
+        if self.simulated.is_some() {
+            return "simulated".to_owned();
+        }
+        nvml::look(&self.nvml).map_or_else(|silent| silent.to_string(), |machine| machine.release)
+    }
+
+    /// Starts a server and waits until it answers.
+    pub(crate) fn serve(&mut self, flags: &[&str]) -> Result<Server, String> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("workload").arg("--library").arg(&self.library).args(flags).envs(self.env());
+        command.stdout(Stdio::piped());
+        let mut child = command.spawn().map_err(|error| error.to_string())?;
+        let (pid, output) = (child.id().cast_signed(), child.stdout.take());
+        self.servers.push(child);
+        let mut line = String::new();
+        BufReader::new(output.expect("piped")).read_line(&mut line).map_err(|error| error.to_string())?;
+        let port = line.trim().rsplit(' ').next().and_then(|port| port.parse().ok());
+        port.map(|port| Server { pid, port }).ok_or_else(|| format!("the server said {line:?}"))
+    }
+
+    /// Kills a server and waits until it is gone.
+    pub(crate) fn kill(&mut self, server: Server) {
+        self.servers.retain_mut(|child| {
+            let other = child.id().cast_signed() != server.pid;
+            if !other {
+                end(child);
+            }
+            other
+        });
+    }
+
+    /// MiB of all devices that somebody has, once that stands still.
+    pub(crate) fn used_mib(&mut self) -> Result<u64, String> {
+        let mut helper = self.helper();
+        let look = |helper: &mut Helper| {
+            let machine = helper.machine().map_err(|error| error.to_string())?.ok_or("no NVML")?;
+            Ok::<u64, String>(machine.gpus.iter().map(|gpu| (gpu.total_bytes - gpu.free_bytes) >> 20).sum())
+        };
+        let mut before = look(&mut helper)?;
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            std::thread::sleep(Duration::from_millis(200));
+            let now = look(&mut helper)?;
+            if now == before || Instant::now() > deadline {
+                return Ok(now);
+            }
+            before = now;
+        }
+    }
+
+    /// Whether a path is that of a device file.
+    pub(crate) fn is_device(&self, path: &str) -> bool {
+        match self.simulated {
+            Some(_) => SIMULATED_NODES.contains(&path),
+            None => path.starts_with("/dev/nvidia"),
+        }
+    }
+}
+
+fn end(child: &mut Child) {
+    // Stopped, it dies all the same.
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        self.servers.iter_mut().for_each(end);
+        if let Some(folder) = &self.simulated {
+            let _ = rewarm_sys::mount::detach(&folder.path().join("devices/0"));
+        }
+    }
+}
+
+impl Server {
+    pub(crate) fn ask(&self, method: &str, path: &str, body: &str) -> Result<String, String> {
+        let exchange = || {
+            let mut socket = TcpStream::connect(("127.0.0.1", self.port))?;
+            socket.set_read_timeout(Some(PATIENCE))?;
+            write!(socket, "{method} {path} HTTP/1.1\r\nContent-Length: {}\r\n\r\n{body}", body.len())?;
+            socket.shutdown(std::net::Shutdown::Write)?;
+            let mut answer = String::new();
+            socket.read_to_string(&mut answer)?;
+            Ok::<_, std::io::Error>(answer)
+        };
+        let answer = exchange().map_err(|error| error.to_string())?;
+        let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
+        if head.starts_with("HTTP/1.1 200") { Ok(body.to_owned()) } else { Err(body.to_owned()) }
+    }
+
+    /// Whether its device memory is what it was.
+    pub(crate) fn is_whole(&self) -> Result<bool, String> {
+        let found: serde_json::Value =
+            serde_json::from_str(&self.ask("GET", "/check", "")?).map_err(|error| error.to_string())?;
+        Ok(found["sum"] == found["expected"] && found["clobbered"] == 0 && found["spoiled"] == 0)
+    }
+
+    pub(crate) fn signal(&self, signal: Signal) {
+        let _ = kill(Pid::from_raw(self.pid), signal);
+    }
+
+    /// What it has open and mapped.
+    pub(crate) fn files(&self) -> Vec<String> {
+        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).into_iter().flatten().flatten();
+        let open = entries
+            .filter_map(|entry| std::fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
+        let maps = rewarm_sys::procmem::maps(self.pid).unwrap_or_default();
+        open.chain(maps.into_iter().map(|map| map.path)).collect()
+    }
+
+    /// The process that it forked, once it has.
+    pub(crate) fn child(&self) -> Option<i32> {
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while Instant::now() < deadline {
+            let tasks = std::fs::read_dir(format!("/proc/{}/task", self.pid)).into_iter().flatten().flatten();
+            let children = tasks
+                .filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok())
+                .find_map(|list| list.split_whitespace().next()?.parse().ok());
+            if children.is_some() {
+                return children;
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        None
+    }
+}

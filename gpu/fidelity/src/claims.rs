@@ -1,0 +1,259 @@
+//! The claims, by their numbers in `docs/gpu.md`: what is expected, and how it is seen.
+//!
+//! None of them changes a setting of the machine. Those that could leave a driver in disorder (full devices, killed
+//! processes) come last.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rewarm_gpu::ranges;
+use rewarm_gpu::{CallError, State};
+
+use crate::bench::Bench;
+
+/// What a lock may wait.
+const LOCK: Duration = Duration::from_secs(5);
+
+/// One claim.
+pub(crate) struct Claim {
+    /// Its number in the documentation.
+    pub(crate) number: u32,
+    /// In a few words.
+    pub(crate) what: &'static str,
+    /// What is seen where it holds.
+    pub(crate) expected: &'static str,
+    /// Carries it out.
+    pub(crate) check: fn(&mut Bench) -> Result<String, String>,
+}
+
+pub(crate) const ALL: [Claim; 16] = [
+    Claim {
+        number: 1,
+        what: "the version suffices and all functions are there",
+        expected: "yes",
+        check: version,
+    },
+    Claim {
+        number: 3,
+        what: "the restore thread's number and name",
+        expected: "cuda and 11 digits",
+        check: thread,
+    },
+    Claim {
+        number: 4,
+        what: "a process without CUDA has no restore thread",
+        expected: "none",
+        check: no_cuda,
+    },
+    Claim { number: 6, what: "a step out of order", expected: "401 and locked", check: order },
+    Claim { number: 7, what: "a lock under a kernel", expected: "600 and running", check: kernel },
+    Claim { number: 8, what: "a stopped process", expected: "late and locked", check: stopped },
+    Claim { number: 10, what: "device files after a checkpoint", expected: "0 of some", check: files },
+    Claim {
+        number: 11,
+        what: "copies are private anonymous memory",
+        expected: "at least the device memory",
+        check: copies,
+    },
+    Claim {
+        number: 12,
+        what: "zeros on the device are zeros in the copies",
+        expected: "at least a tenth",
+        check: zeros,
+    },
+    Claim { number: 13, what: "a restore", expected: "locked, then whole", check: restore },
+    Claim { number: 17, what: "an identity map is needless", expected: "locked, then whole", check: restore },
+    Claim {
+        number: 19,
+        what: "a caller that dies between two calls",
+        expected: "locked, then whole",
+        check: caller,
+    },
+    Claim { number: 20, what: "a forked child", expected: "none", check: child },
+    Claim { number: 22, what: "device memory while checkpointed", expected: "given back", check: given_back },
+    Claim { number: 23, what: "a second restore", expected: "401", check: second },
+    Claim { number: 18, what: "device memory of a killed process", expected: "given back", check: killed },
+];
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// The driver's result, in a word.
+fn code(result: Result<Duration, CallError>) -> String {
+    match result {
+        Ok(_) => "0".to_owned(),
+        Err(CallError::Late { .. }) => "late".to_owned(),
+        Err(error) => error.code().map_or_else(|| error.to_string(), |code| code.0.to_string()),
+    }
+}
+
+fn version(bench: &mut Bench) -> Result<String, String> {
+    // Too old a version and a missing function are errors of the start.
+    bench.helper().start().map_err(text).map(|_| "yes".to_owned())
+}
+
+fn thread(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2"])?;
+    let thread = bench.helper().restore_thread(server.pid).map_err(text)?.ok_or("no thread")?;
+    let name = std::fs::read_to_string(format!("/proc/{}/task/{thread}/comm", server.pid)).map_err(text)?;
+    let digits = name.trim().strip_prefix("cuda").unwrap_or_default();
+    let fits = digits.len() == 11 && digits.chars().all(|digit| digit.is_ascii_hexdigit());
+    Ok(if fits { "cuda and 11 digits".to_owned() } else { format!("{thread} called {}", name.trim()) })
+}
+
+fn no_cuda(bench: &mut Bench) -> Result<String, String> {
+    let own = std::process::id().cast_signed();
+    let thread = bench.helper().restore_thread(own).map_err(text)?;
+    Ok(thread.map_or_else(|| "none".to_owned(), |thread| thread.to_string()))
+}
+
+fn order(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    let refused = code(helper.restore(server.pid, 0, &[]));
+    let state = helper.state(server.pid).map_err(text)?;
+    let _ = helper.unlock(server.pid);
+    Ok(format!("{refused} and {state}"))
+}
+
+fn kernel(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2"])?;
+    server.ask("POST", "/kernel?3000", "")?;
+    let mut helper = bench.helper();
+    let refused = code(helper.lock(server.pid, Duration::from_millis(200)));
+    Ok(format!("{refused} and {}", helper.state(server.pid).map_err(text)?))
+}
+
+fn stopped(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
+    bench.helper().lock(server.pid, LOCK).map_err(text)?;
+    server.signal(Signal::SIGSTOP);
+    let mut helper = bench.helper().with_deadline(Duration::from_secs(10));
+    let blocked = code(helper.checkpoint(server.pid, 0));
+    Ok(format!("{blocked} and {}", helper.state(server.pid).map_err(text)?))
+}
+
+fn files(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
+    let held = |bench: &Bench| server.files().iter().filter(|path| bench.is_device(path)).count();
+    let before = held(bench);
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    Ok(format!("{} of {}", held(bench), if before > 0 { "some" } else { "none" }))
+}
+
+/// Checkpoints a server of 16 MiB and gives the ranges that were added.
+fn added(bench: &mut Bench) -> Result<(i32, Vec<ranges::Range>), String> {
+    let server = bench.serve(&["--mib", "16", "--threads", "0"])?;
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    let before = ranges::private_memory(server.pid).map_err(text)?;
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    let after = ranges::private_memory(server.pid).map_err(text)?;
+    Ok((server.pid, ranges::added(&before, &after)))
+}
+
+fn copies(bench: &mut Bench) -> Result<String, String> {
+    let (_, added) = added(bench)?;
+    let bytes: u64 = added.iter().map(ranges::Range::bytes).sum();
+    Ok(if bytes >= 16 << 20 {
+        "at least the device memory".to_owned()
+    } else {
+        format!("{bytes} bytes in {} ranges", added.len())
+    })
+}
+
+fn zeros(bench: &mut Bench) -> Result<String, String> {
+    let (pid, added) = added(bench)?;
+    let (mut all, mut zero) = (0_u64, 0_u64);
+    let mut page = vec![0; 4096];
+    for range in added {
+        for at in (range.start..range.end).step_by(page.len()) {
+            rewarm_sys::procmem::read(pid, at, &mut page).map_err(text)?;
+            all += 1;
+            zero += u64::from(page.iter().all(|byte| *byte == 0));
+        }
+    }
+    // A quarter of the weights is zeros.
+    Ok(if zero * 10 >= all { "at least a tenth".to_owned() } else { format!("{zero} of {all} pages") })
+}
+
+fn restore(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "16", "--threads", "0"])?;
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
+    let state = helper.state(server.pid).map_err(text)?;
+    helper.unlock(server.pid).map_err(text)?;
+    Ok(format!("{state}, then {}", if server.is_whole()? { "whole" } else { "changed" }))
+}
+
+fn caller(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "4", "--threads", "0"])?;
+    // Dropped, a helper is killed.
+    bench.helper().lock(server.pid, LOCK).map_err(text)?;
+    let mut helper = bench.helper();
+    let state = helper.state(server.pid).map_err(text)?;
+    helper.unlock(server.pid).map_err(text)?;
+    Ok(format!("{state}, then {}", if server.is_whole()? { "whole" } else { "changed" }))
+}
+
+fn child(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2"])?;
+    server.ask("POST", "/fork", "")?;
+    let child = server.child().ok_or("no child")?;
+    let mut helper = bench.helper();
+    if helper.state(server.pid).map_err(text)? != State::RUNNING {
+        return Ok("the parent does not run".to_owned());
+    }
+    let thread = helper.restore_thread(child).map_err(text)?;
+    let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), Signal::SIGKILL);
+    Ok(thread.map_or_else(|| "none".to_owned(), |thread| thread.to_string()))
+}
+
+fn given_back(bench: &mut Bench) -> Result<String, String> {
+    let empty = bench.used_mib()?;
+    let server = bench.serve(&["--mib", "32", "--threads", "0"])?;
+    let used = bench.used_mib()?;
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    let now = bench.used_mib()?;
+    let back = used >= empty + 32 && now <= empty + 1;
+    Ok(if back { "given back".to_owned() } else { format!("{empty}, {used}, then {now} MiB") })
+}
+
+fn second(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    helper.restore(server.pid, 0, &[]).map_err(text)?;
+    let again = code(helper.restore(server.pid, 0, &[]));
+    helper.unlock(server.pid).map_err(text)?;
+    Ok(again)
+}
+
+fn killed(bench: &mut Bench) -> Result<String, String> {
+    let empty = bench.used_mib()?;
+    for steps in 0..3 {
+        let server = bench.serve(&["--mib", "32", "--threads", "0"])?;
+        let mut helper = bench.helper();
+        if steps > 0 {
+            helper.lock(server.pid, LOCK).map_err(text)?;
+        }
+        if steps > 1 {
+            helper.checkpoint(server.pid, 0).map_err(text)?;
+        }
+        bench.kill(server);
+        let left = bench.used_mib()?;
+        if left > empty + 1 {
+            return Ok(format!("{empty}, then {left} MiB after {steps} steps"));
+        }
+    }
+    Ok("given back".to_owned())
+}

@@ -1,0 +1,86 @@
+//! The claims of `docs/gpu.md` about the CUDA driver, carried out one by one on the driver that is there.
+//!
+//! ```text
+//! fidelity list                        numbers of all claims
+//! fidelity claim N [--simulated SO]    carries one out, prints one line of JSON
+//! ```
+//!
+//! The program needs nothing but the driver: it is its own helper and its own server, so it can be carried to a machine that
+//! can install nothing (`gpu/fidelity/run`). With `--simulated` the library SO plays the driver. The exit code is 0 where what was seen is
+//! what was expected, else 1.
+
+mod bench;
+mod claims;
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use rewarm_gpu_sim::workload;
+
+use crate::bench::Bench;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    match words[..] {
+        ["helper", library, nvml] => {
+            ExitCode::from(rewarm_gpu::helper::main(library.as_ref(), nvml.as_ref()))
+        }
+        ["workload", ..] => {
+            let options = workload::Options::parse(&args[1..]);
+            told(options.and_then(|options| workload::main(&options)).map(|()| true))
+        }
+        ["list"] => {
+            claims::ALL.iter().for_each(|claim| say(&claim.number.to_string()));
+            ExitCode::SUCCESS
+        }
+        ["claim", number] => told(claim(number, None)),
+        ["claim", number, "--simulated", library] => told(claim(number, Some(library.into()))),
+        _ => told(Err("expected: list, or claim N [--simulated SO]".to_owned())),
+    }
+}
+
+fn claim(number: &str, simulated: Option<PathBuf>) -> Result<bool, String> {
+    let claim = claims::ALL.iter().find(|claim| claim.number.to_string() == number);
+    let claim = claim.ok_or_else(|| format!("there is no claim {number}"))?;
+    let machine = if simulated.is_some() { "simulated".to_owned() } else { machine() };
+    let (seen, driver) = match Bench::new(simulated.as_deref()) {
+        Ok(mut bench) => {
+            let driver = bench.driver();
+            ((claim.check)(&mut bench).unwrap_or_else(|error| format!("error: {error}")), driver)
+        }
+        Err(error) => (format!("error: {error}"), String::new()),
+    };
+    let line = serde_json::json!({
+        "claim": claim.number, "what": claim.what, "expected": claim.expected, "seen": seen,
+        "machine": machine, "driver": driver, "date": jiff::Timestamp::now().to_string(),
+    });
+    say(&line.to_string());
+    Ok(seen == claim.expected)
+}
+
+/// Kernel and processor, and nothing that names the machine.
+fn machine() -> String {
+    let kernel = rewarm_sys::machine::kernel_release().unwrap_or_default();
+    let cpu = rewarm_sys::machine::cpu().unwrap_or_default();
+    let sandbox = std::fs::read_to_string(Path::new("/proc/version"))
+        .is_ok_and(|text| text.starts_with("Linux version 4.4.0 "));
+    format!("{kernel}, {}{}", cpu.model, if sandbox { ", gVisor" } else { "" })
+}
+
+#[expect(clippy::print_stdout, reason = "the program's result")]
+fn say(line: &str) {
+    println!("{line}");
+}
+
+#[expect(clippy::print_stderr, reason = "the program's talk")]
+fn told(result: Result<bool, String>) -> ExitCode {
+    match result {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("fidelity: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! Bad luck with device memory: commands that are killed between any two steps, several at once, damage in the store.
+
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use rewarm_integration_tests::Replica;
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
+use rewarm_report::{Operation, Stage};
+
+use super::{start, world_with};
+
+fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
+    Stage::ALL.iter().copied().filter(move |stage| stage.operation() == operation)
+}
+
+#[test]
+fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let used = devices.used_mib(0);
+    // Hooks and a probe, so that no stage is passed over because it has nothing to do.
+    let probe = world.files().join("probe.toml");
+    let question = "port = 8000\n\n[[request]]\npath = \"/health\"\ncompare = \"body\"\n";
+    std::fs::write(&probe, question).expect("our own folder");
+    let probe = probe.display().to_string();
+    // The shim has its helper from the first use on.
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).ok();
+    let (traces, list) = (world.traces(), visible(&world));
+    let survived = |when: &str| {
+        // The shim may still be at it: the server answers as soon as it is done.
+        server_answers_as_before(&source, &server, &before);
+        assert_eq!(devices.used_mib(0), used, "{when}");
+        no_residue(&world, &traces);
+        assert_eq!(visible(&world), list, "{when}: a reader sees something new");
+    };
+    for stop in [&[][..], &["--stop"]] {
+        let flags: Vec<&str> =
+            ["--probe", &probe, "--pre", "true", "--post", "true"].iter().chain(stop).copied().collect();
+        for stage in stages(Operation::Snapshot) {
+            let running = world.snapshot_call(&source, "v1", &flags).pause_at(stage).spawn();
+            running.await_stderr(&format!("paused at {stage}"));
+            running.signal(Signal::SIGKILL);
+            let _ = running.wait();
+            survived(stage.name());
+        }
+        // Within the driver: each step takes so long that the kill comes in the middle of it.
+        for step in ["lock", "checkpoint", "restore", "unlock"] {
+            devices.control(&format!("{step} wait 700"));
+            let running = world.snapshot_call(&source, "v1", &flags).spawn();
+            std::thread::sleep(Duration::from_millis(450));
+            running.signal(Signal::SIGKILL);
+            let _ = running.wait();
+            devices.control("");
+            survived(step);
+        }
+    }
+    world.finish();
+}
+
+#[test]
+fn a_restore_killed_while_its_devices_are_restored_leaves_nothing() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let (traces, used) = (world.traces(), devices.used_mib(0));
+    let clone = world.name("clone");
+    let restore = || devices.seen_by(world.restore_call("device", "v1", server.port, &["--name", &clone]));
+    for step in ["restore", "unlock"] {
+        devices.control(&format!("{step} wait 3000"));
+        let running = restore().spawn();
+        world.await_state("the clone is there", Duration::from_secs(20), || {
+            let listed = world.rewarm_json().arg("ps").ok().stdout;
+            listed.contains(&clone)
+        });
+        std::thread::sleep(Duration::from_millis(300));
+        running.signal(Signal::SIGKILL);
+        let _ = running.wait();
+        no_residue(&world, &traces);
+        assert_eq!(devices.used_mib(0), used, "{step}");
+        devices.control("");
+    }
+    let clones = Replica::of_restore(&world, server.port, &restore().ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+#[test]
+fn two_snapshots_and_pauses_at_once_exclude_each_other() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    devices.control("checkpoint wait 2000");
+    let first = world.snapshot_call(&source, "v1", &[]).spawn();
+    world.await_state("the first has begun", Duration::from_secs(20), || {
+        let output = world.rewarm().args(["pause", source.name()]).run();
+        output.stderr.contains("is busy") || output.stderr.contains("dumps it")
+    });
+    let second = world.snapshot_call(&source, "v2", &[]).run();
+    assert!(second.code == Some(1) && second.stderr.contains("is busy"), "{second}");
+    assert_eq!(first.wait().code, Some(0));
+    devices.control("");
+    server_answers_as_before(&source, &server, &before);
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["pause", source.name()]).fails(1).says(&["is paused"]);
+    world.snapshot_call(&source, "v3", &[]).fails(3).says(&["paused"]);
+    world.rewarm().args(["wake", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).fails(1).says(&["needs a replica that is paused"]);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn damaged_device_memory_is_found_before_the_driver_sees_it() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    // Stored as it is, so that device memory can be found in the pack by its content.
+    world.snapshot(&source, "v1", &["--compression", "none"]);
+    let traces = world.traces();
+    let packs = std::fs::read_dir(world.store_folder().join("packs")).expect("packs").flatten();
+    // The workload's weights begin with this word, times and again from its seed.
+    let first = 1_u64.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    let damaged: Vec<_> = packs
+        .filter_map(|pack| {
+            let mut bytes = std::fs::read(pack.path()).expect("a pack");
+            let at = bytes.windows(8).position(|window| window == first.to_le_bytes())?;
+            let intact = bytes.clone();
+            bytes[at] ^= 1;
+            std::fs::write(pack.path(), bytes).expect("our own folder");
+            Some((pack.path(), intact))
+        })
+        .collect();
+    assert!(!damaged.is_empty(), "the weights lie in a pack");
+    // Any step of the driver would be another error.
+    devices.control("restore result 999");
+    let restore = || {
+        let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+        devices.seen_by(call)
+    };
+    restore().fails(5);
+    no_residue(&world, &traces);
+    devices.control("");
+    for (path, intact) in damaged {
+        std::fs::write(path, intact).expect("our own folder");
+    }
+    let clones = Replica::of_restore(&world, server.port, &restore().ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_machine_with_one_device_fewer_is_refused() {
+    let Some((world, devices)) = world_with(&[64, 64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let restore = || {
+        let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+        devices.seen_by(call)
+    };
+    devices.hide(1, true);
+    restore().fails(3).says(&["2 GPUs at the checkpoint, 1 here"]);
+    devices.hide(1, false);
+    let clones = Replica::of_restore(&world, server.port, &restore().ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
