@@ -34,6 +34,7 @@ bench: setup build ## the measured table of the README
 
 soak: setup build ## long proofs: fuzzers, faults and repeated snapshots for hours
 	REWARM_FUZZ_SECONDS=$${REWARM_FUZZ_SECONDS:-900} cargo test -p rewarm-integration-tests --test 'fuzz-*'
+	REWARM_SOAK_ROUNDS=$${REWARM_SOAK_ROUNDS:-200} cargo test -p rewarm-integration-tests --test main devices::soak
 	@setup/soak
 
 clean: ## remove what was built here; the cache folder stays

@@ -104,12 +104,15 @@ pub(crate) struct Usage {
     /// Bytes of host memory charged to it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) host_bytes: Option<u64>,
-    /// Bytes of device memory, known from its last pause; none while it is paused.
+    /// Bytes of device memory, known from its restore or its last pause; none while it is paused.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub(crate) device_bytes: Option<u64>,
     /// While it is paused: how long waking it takes.
     #[serde(skip_serializing_if = "Option::is_none")]
     wakes_in_seconds: Option<f64>,
+    /// How long the driver took to bring device memory back at its restore.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    restore_driver_seconds: Option<f64>,
 }
 
 impl Usage {
@@ -120,6 +123,10 @@ impl Usage {
             host_bytes: Cgroup::open(&record.cgroup).ok().and_then(|cgroup| cgroup.memory_bytes()),
             device_bytes: record.device.map(|device| if paused { 0 } else { device.bytes }),
             wakes_in_seconds: wake.map(|(wake, bytes)| wake.estimate(bytes).as_secs_f64()),
+            restore_driver_seconds: record
+                .device
+                .and_then(|device| device.restored_in)
+                .map(|time| time.as_secs_f64()),
         }
     }
 }

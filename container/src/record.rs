@@ -95,10 +95,14 @@ pub struct Record {
 /// Device memory of a replica.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
 pub struct Device {
-    /// Bytes of device memory, as its last pause found them. While the replica is paused they lie in its host memory.
+    /// Bytes of device memory, as its restore or its last pause found them. While the replica is paused they lie in its host
+    /// memory.
     pub bytes: u64,
-    /// What waking it costs, from its first pause on.
+    /// What waking it costs, from its restore or its first pause on.
     pub wake: Option<WakeCost>,
+    /// How long the driver took to bring device memory back at the restore.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub restored_in: Option<Duration>,
 }
 
 /// What it costs to wake a replica: a time that is always the same, and one for each byte of device memory.

@@ -18,9 +18,11 @@ use rewarm_sys::hold::Hold;
 use serde::{Deserialize, Serialize};
 
 use crate::client::{CallError, Helper};
+use crate::driver::Code;
 use crate::ranges::{self, Range};
 use crate::states::{State, Step};
 use crate::topology::Pair;
+use crate::wire::Call;
 
 /// How long the threads of a server may take to stand still.
 const HOLD_DEADLINE: Duration = Duration::from_secs(10);
@@ -147,6 +149,20 @@ pub enum Cause {
     },
 }
 
+impl Cause {
+    /// What a result means as a rule, where that cannot be seen before the call.
+    fn advice(&self) -> &'static str {
+        match self {
+            Self::Call(CallError::Refused { call: Call::Step { step: Step::Checkpoint, .. }, code })
+                if *code == Code::NOT_SUPPORTED =>
+            {
+                "; managed memory and CUDA IPC are what drivers refuse so (docs/gpu.md)"
+            }
+            _ => "",
+        }
+    }
+}
+
 /// What is true after a failure, read from the driver.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Aftermath {
@@ -175,7 +191,7 @@ impl std::fmt::Display for Aftermath {
 
 /// A suspend or a resume that failed.
 #[derive(Debug, thiserror::Error)]
-#[error("{cause}; {aftermath}")]
+#[error("{cause}; {aftermath}{}", cause.advice())]
 pub struct Failure {
     /// Why.
     #[source]

@@ -6,12 +6,14 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use rewarm_gpu_sim::device::Device;
 use rewarm_gpu_sim::{CONTROL_ENV, DEVICES_ENV, NODES_ENV};
 use tempfile::TempDir;
 
+use crate::World;
 use crate::command::Rewarm;
 use crate::server::{PORT, Question, Server};
 
@@ -78,7 +80,18 @@ impl Devices {
     /// # Panics
     /// When it cannot be written.
     pub fn control(&self, rules: &str) {
+        let _ = fs::remove_file(self.path("control.seen"));
         fs::write(self.path("control"), rules).expect("write");
+    }
+
+    /// Waits until a rule is being followed.
+    ///
+    /// # Panics
+    /// When none is within 20 seconds.
+    pub fn await_rule(&self, world: &World) {
+        world.await_state("the driver meets its rule", Duration::from_secs(20), || {
+            self.path("control.seen").exists()
+        });
     }
 
     /// MiB that are taken on a GPU.

@@ -65,7 +65,7 @@ impl Replica {
     }
 
     /// Changes what is written down about the replica's device memory.
-    fn device(&self, change: impl FnOnce(&mut Device)) {
+    pub(super) fn device(&self, change: impl FnOnce(&mut Device)) {
         self.change(|inner| {
             if let Some(record) = &mut inner.record {
                 change(record.device.get_or_insert_default());

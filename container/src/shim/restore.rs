@@ -12,7 +12,7 @@ use rewarm_gpu::{Group, order};
 use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
-use crate::record::{Cause, Memory, Status};
+use crate::record::{Cause, Memory, Status, WakeCost};
 use crate::rootfs;
 use crate::shim::children::{Outcome, descendants, hung_up, signal};
 use crate::shim::device::Tasks;
@@ -165,8 +165,15 @@ impl Replica {
         let stopped = Stopped(Tasks(&parts.cgroup));
         let processes = device.carried.find(&stopped)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        order::begin(&mut helper, &stopped, processes, &device.pairs)
+        let resumed = order::begin(&mut helper, &stopped, processes, &device.pairs)
             .map_err(|cause| Error::Begin(Box::new(cause)))?;
+        let bytes = device.carried.bytes();
+        let other = resumed.total.saturating_sub(resumed.restore);
+        self.device(|device| {
+            device.bytes = bytes;
+            device.wake.get_or_insert(WakeCost::guess(other, resumed.restore, bytes));
+            device.restored_in = Some(resumed.restore + resumed.unlock);
+        });
         Ok(())
     }
 

@@ -3,6 +3,8 @@
 //! One rule a line: `CALL[@PID][*COUNT] ACTION [NUMBER]`, the first that fits counts. CALL is `state`, `thread`, `lock`,
 //! `checkpoint`, `restore`, `unlock` or `any`; with a count the rule fits so often in each caller and then no more.
 //!
+//! Each rule that is followed is added to a file beside it, with `.seen` at the end of its name.
+//!
 //! | action | what happens |
 //! |---|---|
 //! | `result N` | answer N, and do nothing |
@@ -72,14 +74,24 @@ static SEEN: Mutex<BTreeMap<String, u32>> = Mutex::new(BTreeMap::new());
 /// The rule for a call.
 pub(crate) fn action(call: &str, pid: i32) -> Action {
     let Some(path) = std::env::var_os(CONTROL_ENV) else { return Action::Do };
-    let text = std::fs::read_to_string(path).unwrap_or_default();
+    let text = std::fs::read_to_string(&path).unwrap_or_default();
     for line in text.lines().map(str::trim).filter(|line| !line.is_empty()) {
         let rule = Rule::parse(line).unwrap_or_else(|| panic!("simulated driver: malformed rule {line:?}"));
         if rule.fits(call, pid) && rule.counts(line) {
+            note(path, line);
             return rule.action;
         }
     }
     Action::Do
+}
+
+/// A test that waits for a call looks here.
+fn note(mut path: std::ffi::OsString, line: &str) {
+    use std::io::Write;
+    path.push(".seen");
+    let opened = std::fs::OpenOptions::new().create(true).append(true).open(path);
+    // A folder that is gone belongs to a test that has ended.
+    let _ = opened.and_then(|mut file| writeln!(file, "{line}"));
 }
 
 #[derive(Debug, PartialEq, Eq)]

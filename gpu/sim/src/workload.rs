@@ -44,6 +44,8 @@ pub struct Options {
     pub seed: u64,
     /// Use the device only after `POST /begin`.
     pub late: bool,
+    /// Use no device: weights and KV cache lie in host memory. For comparisons.
+    pub host: bool,
 }
 
 impl Options {
@@ -60,12 +62,20 @@ impl Options {
             device: 0,
             seed: 1,
             late: false,
+            host: false,
         };
         let mut args = args.iter();
         while let Some(flag) = args.next() {
-            if flag == "--late" {
-                options.late = true;
-                continue;
+            match flag.as_str() {
+                "--late" => {
+                    options.late = true;
+                    continue;
+                }
+                "--host" => {
+                    options.host = true;
+                    continue;
+                }
+                _ => {}
             }
             let value = args.next().ok_or_else(|| format!("{flag} needs a value"))?;
             let number = || value.parse::<u64>().map_err(|error| format!("{flag} {value}: {error}"));
@@ -184,6 +194,9 @@ AGAIN:
 
 impl Driver {
     fn open(options: &Options) -> Result<Self, String> {
+        if options.host {
+            return Ok(Self::host());
+        }
         // SAFETY: the simulated driver, or the real one.
         let library = unsafe { Library::new(&options.library) }.map_err(|error| error.to_string())?;
         // It stays loaded, as the real one does.
@@ -247,6 +260,19 @@ impl Driver {
         done("cuCtxSetCurrent", unsafe { (self.set_current)(context) })
     }
 
+    /// Host memory in place of a device's.
+    fn host() -> Self {
+        Self {
+            alloc: in_host::allocate,
+            to_device: in_host::to_device,
+            to_host: in_host::to_host,
+            set_current: in_host::set_current,
+            kernel: Kernel::Simulated(in_host::launch),
+            clobbered: None,
+            context: 1,
+        }
+    }
+
     /// Whether it is the simulated one.
     fn is_simulated(&self) -> bool {
         matches!(self.kernel, Kernel::Simulated(_))
@@ -291,6 +317,40 @@ impl Driver {
     fn read(&self, at: u64, bytes: &mut [u8]) -> Result<(), String> {
         // SAFETY: fills the borrowed buffer.
         done("cuMemcpyDtoH", unsafe { (self.to_host)(bytes.as_mut_ptr().cast(), at, bytes.len()) })
+    }
+}
+
+/// The driver's calls on host memory.
+mod in_host {
+    use std::ffi::c_void;
+
+    pub(super) unsafe extern "C" fn allocate(out: *mut u64, bytes: usize) -> u32 {
+        let memory: &'static mut [u8] = Box::leak(vec![0; bytes].into_boxed_slice());
+        // SAFETY: the caller gives a place for one address.
+        unsafe { out.write(memory.as_mut_ptr().expose_provenance() as u64) };
+        0
+    }
+
+    pub(super) unsafe extern "C" fn to_device(at: u64, from: *const c_void, bytes: usize) -> u32 {
+        let to = std::ptr::with_exposed_provenance_mut::<u8>(usize::try_from(at).unwrap_or(0));
+        // SAFETY: within memory that was allocated above and is never freed.
+        unsafe { std::ptr::copy(from.cast(), to, bytes) };
+        0
+    }
+
+    pub(super) unsafe extern "C" fn to_host(to: *mut c_void, at: u64, bytes: usize) -> u32 {
+        let from = std::ptr::with_exposed_provenance::<u8>(usize::try_from(at).unwrap_or(0));
+        // SAFETY: as above.
+        unsafe { std::ptr::copy(from, to.cast(), bytes) };
+        0
+    }
+
+    pub(super) unsafe extern "C" fn set_current(_: *mut c_void) -> u32 {
+        0
+    }
+
+    pub(super) unsafe extern "C" fn launch(_: u64) -> u32 {
+        0
     }
 }
 

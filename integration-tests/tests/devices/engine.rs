@@ -18,7 +18,7 @@ fn a_kv_cache_is_left_out_of_a_snapshot_and_is_back_at_its_address() {
     let used = devices.used_mib(0);
     let steps = "[[before]]\nname = 'drop'\npost = '/sleep'\nstatus = 200\n\
                  [[after]]\nname = 'take'\npost = '/wake'\nretries = 2\npause = '100ms'\n\
-                 [[after]]\nname = 'health'\nget = '/health'\n";
+                 [[after]]\nname = 'check'\nget = '/check'\n";
     let folder = tempfile::tempdir().expect("a folder");
     let file = folder.path().join("engine.toml");
     std::fs::write(&file, steps).expect("write");
@@ -64,10 +64,10 @@ fn a_step_that_fails_is_named_and_leaves_the_server_serving() {
     };
     let (first, last) = (note("before", "first"), note("after", "last"));
     let file = write(&format!(
-        "{first}[[before]]\nname = 'absent'\npost = '/no/such'\nretries = 2\npause = '10ms'\n{last}"
+        "{first}[[before]]\nname = 'absent'\ncommand = 'exit 3'\nretries = 2\npause = '10ms'\n{last}"
     ));
     let output = world.snapshot_call(&source, "v1", &["--engine", &file]).fails(1);
-    output.says(&["step \"absent\" failed 3 times: answered 404", "serving"]);
+    output.says(&["step \"absent\" failed 3 times: ended with exit status: 3", "serving"]);
     assert_eq!(noted(source.name()), "first\nlast\n", "what was begun is undone");
     server_answers_as_before(&source, &server, &before);
     let file = write(&format!("{first}{last}"));

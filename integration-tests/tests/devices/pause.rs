@@ -128,7 +128,7 @@ fn a_pause_that_fails_leaves_the_server_serving() {
     let replica = start(&world, &devices, "device", &server);
     let before = answers(&replica, &server);
     for (rule, text) in [
-        ("checkpoint result 801", "not supported (801); the server runs on"),
+        ("checkpoint result 801", "not supported (801); the server runs on; managed memory and CUDA IPC"),
         ("lock result 600", "not ready (600); the server runs on"),
         ("checkpoint die", "the GPU helper ended during the call; the server runs on"),
     ] {

@@ -1,0 +1,106 @@
+"""The measurements of setup/bench-gpu. All of them are of a simulated driver, and say so."""
+
+import argparse
+import json
+import os
+import pathlib
+import shutil
+import statistics
+import subprocess
+
+PORT = 8000
+INSIDE, INSIDE_DEVICES = "/srv/gpu", "/srv/gpu-devices"
+
+
+class Bench:
+    def __init__(self, options):
+        self.options, self.work = options, options.work
+        self.state, self.inside = self.work / "state", self.work / "inside"
+        self.inside.mkdir()
+        for name in ("libcuda.so.1", "libnvidia-ml.so.1"):
+            shutil.copy(options.target / "librewarm_gpu_sim.so", self.inside / name)
+        shutil.copy(options.target / "gpu-workload", self.inside / "workload")
+        device = options.devices / "0"
+        device.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6g", "simulated", str(device)], check=True)
+        (device / "uuid").write_text(f"{0xD0:032x}")
+        self.env = os.environ | {
+            "REWARM_LIBCUDA": str(self.inside / "libcuda.so.1"),
+            "REWARM_LIBNVML": str(self.inside / "libnvidia-ml.so.1"),
+            "REWARM_SIM_DEVICES": str(options.devices),
+        }
+
+    def rewarm(self, *arguments):
+        command = [str(self.options.rewarm), "--state", str(self.state), "--json", *map(str, arguments)]
+        done = subprocess.run(command, env=self.env, capture_output=True, text=True, timeout=200)
+        if done.returncode != 0:
+            raise SystemExit(f"bench-gpu: rewarm {' '.join(map(str, arguments))}: {done.stderr.strip()}")
+        return json.loads(done.stdout)
+
+    def start(self, name, command):
+        mounts = ["--mount", f"{self.inside}:{INSIDE}:ro", "--mount", f"{self.options.devices / '0'}:{INSIDE_DEVICES}/0"]
+        env = ["--env", f"REWARM_SIM_DEVICES={INSIDE_DEVICES}", "--env", "REWARM_SIM_NODES="]
+        self.rewarm("run", name, *mounts, *env, "--port", PORT, "--ready", "http://localhost/health", "--ready-timeout", "3m", "--", *command)
+
+    def workload(self, mib, port=PORT, more=""):
+        return f"{INSIDE}/workload --library {INSIDE}/libcuda.so.1 --port {port} --mib {mib} --threads 0 {more}"
+
+    def stop(self, name):
+        self.rewarm("stop", name)
+        self.rewarm("rm", name)
+
+    def pauses(self, processes):
+        """Medians of our share of pause and wake, in seconds: all but the time within the driver's calls."""
+        ports = range(PORT, PORT + processes)
+        servers = " & ".join(self.workload(16, port) for port in reversed(ports))
+        name = f"pause-{processes}"
+        self.start(name, ["sh", "-c", f"{servers} & wait"])
+        shares = {"pause": [], "wake": []}
+        for turn in range(self.options.rounds + 1):
+            for verb, seen in shares.items():
+                report = self.rewarm(verb, name)
+                # The first pause starts the helper.
+                if turn > 0:
+                    seen.append(report["seconds"] - report["driver_seconds"])
+        self.stop(name)
+        return {verb: statistics.median(seen) for verb, seen in shares.items()}
+
+    def restores(self, name, more):
+        """Median of the time to ready less that within the driver, in seconds, and of the driver's."""
+        self.start(name, ["sh", "-c", f"exec {self.workload(self.options.mib, more=more)}"])
+        reference = f"{self.work / 'store'}/{name}@v1"
+        self.rewarm("snapshot", name, reference, "--stop")
+        self.rewarm("rm", name)
+        ours, driver = [], []
+        for turn in range(self.options.rounds + 1):
+            report = self.rewarm("restore", reference, "--name", name, "--mode", "eager")
+            listed = self.rewarm("ps")["replicas"]
+            spent = next(one for one in listed if one["name"] == name).get("restore_driver_seconds", 0.0)
+            # The first decodes; the others find it decoded in memory.
+            if turn > 0:
+                ours.append(report["replicas"][0]["ready_ms"] / 1000 - spent)
+                driver.append(spent)
+            self.stop(name)
+        return statistics.median(ours), statistics.median(driver)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("rewarm", "target", "work", "devices"):
+        parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--mib", type=int, default=1024)
+    bench = Bench(parser.parse_args())
+    print("simulated driver; medians of", bench.options.rounds, "rounds; 'ours' is all but the time within the driver's calls")
+    for processes in (1, 8):
+        shares = bench.pauses(processes)
+        print(f"{processes} process(es) of 16 MiB: ours of pause {shares['pause'] * 1000:.1f} ms, of wake {shares['wake'] * 1000:.1f} ms")
+    device, driver = bench.restores("device", "")
+    host, _ = bench.restores("host", "--host")
+    print(
+        f"restore of {bench.options.mib} MiB: device memory {device:.3f} s and {driver:.3f} s in the driver,"
+        f" the same bytes in host memory {host:.3f} s; ours {device / host:.2f} times"
+    )
+
+
+main()
