@@ -73,7 +73,7 @@ fn a_checkpoint_that_fails_for_the_second_of_three_undoes_all() -> Result<(), Fa
     let mut helper = world.helper();
     let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("refused");
     let text = format!(
-        "checkpoint of process {}: the driver says not supported (801); the server runs on",
+        "checkpoint of process {}: the driver says not supported (801); the server runs on; managed memory and CUDA IPC are what drivers refuse so (docs/gpu.md)",
         servers[1].pid
     );
     assert_eq!(failure.to_string(), text);
