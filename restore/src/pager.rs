@@ -30,9 +30,12 @@ mod pending;
 mod plan;
 mod ranges;
 mod serve;
+#[cfg(test)]
+mod simulation;
 mod source;
 mod space;
 mod tasks;
+mod userfault;
 mod working_set;
 
 use std::sync::Arc;

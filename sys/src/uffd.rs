@@ -22,9 +22,9 @@ use crate::abi;
 /// Messages taken from the kernel by one read.
 const MESSAGES_PER_READ: usize = 32;
 
-/// One message of a userfaultfd. Addresses and lengths are in bytes.
+/// One message of a userfaultfd. Addresses and lengths are in bytes. `U` is what stands for a child's userfaultfd.
 #[derive(Debug)]
-pub enum Event {
+pub enum Event<U = Uffd> {
     /// A thread waits for a page.
     Fault {
         /// The address that was touched, not rounded.
@@ -35,7 +35,7 @@ pub enum Event {
     /// The address space was duplicated by fork; the child waits for nothing and is registered in the same places.
     Fork {
         /// The child's own userfaultfd.
-        uffd: Uffd,
+        uffd: U,
     },
     /// Pages moved, with what was missing among them.
     Remap {

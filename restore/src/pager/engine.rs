@@ -24,6 +24,7 @@ use super::fill::{End, How, Patience, Unregistered, fill};
 use super::plan::PAGE;
 use super::source::Source;
 use super::space::{Claim, Space};
+use super::userfault::Userfault;
 use super::working_set::{Recorder, WorkingSet};
 
 /// Bytes of the faulting place that are put in first, before the rest of its chunk.
@@ -47,23 +48,23 @@ pub(super) struct Counters {
 
 /// A part of a chunk list that is filled in one go.
 #[derive(Debug)]
-struct Parts {
-    space: Arc<Space>,
+pub(super) struct Parts<U> {
+    space: Arc<Space<U>>,
     chunk: Range<u64>,
     parts: Vec<Range<u64>>,
 }
 
 #[derive(Debug)]
-enum Job {
-    Fault(Arc<Space>, Fault),
-    Parts(Parts),
-    Background(Parts),
+pub(super) enum Job<U> {
+    Fault(Arc<Space<U>>, Fault),
+    Parts(Parts<U>),
+    Background(Parts<U>),
     Stop,
 }
 
 /// What a thread takes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Duty {
+pub(super) enum Duty {
     /// Everything, and waits for content that has not arrived.
     All,
     /// Everything, but of the working set and the background only what is here: so a fault finds a thread that is free.
@@ -72,19 +73,19 @@ enum Duty {
     Faults,
 }
 
-#[derive(Debug, Default)]
-struct Queue {
-    faults: VecDeque<(Arc<Space>, Fault)>,
-    first: VecDeque<Parts>,
+#[derive(Debug)]
+struct Queue<U> {
+    faults: VecDeque<(Arc<Space<U>>, Fault)>,
+    first: VecDeque<Parts<U>>,
     background: bool,
-    spaces: Vec<Arc<Space>>,
+    spaces: Vec<Arc<Space<U>>>,
     stop: bool,
 }
 
 /// Shared by all threads of one pager.
-pub(super) struct Engine {
+pub(super) struct Engine<U> {
     source: Arc<dyn Source>,
-    queue: Mutex<Queue>,
+    queue: Mutex<Queue<U>>,
     work: Condvar,
     failure: Mutex<Option<Error>>,
     failed: AtomicBool,
@@ -96,11 +97,12 @@ pub(super) struct Engine {
     pub(super) counters: Counters,
 }
 
-impl Engine {
-    pub(super) fn new(source: Arc<dyn Source>, record: bool) -> io::Result<Engine> {
-        Ok(Engine {
+impl<U: Userfault> Engine<U> {
+    pub(super) fn new(source: Arc<dyn Source>, record: bool) -> io::Result<Self> {
+        let (faults, first, spaces) = (VecDeque::new(), VecDeque::new(), Vec::new());
+        Ok(Self {
             source,
-            queue: Mutex::default(),
+            queue: Mutex::new(Queue { faults, first, background: false, spaces, stop: false }),
             work: Condvar::new(),
             failure: Mutex::default(),
             failed: AtomicBool::new(false),
@@ -133,7 +135,7 @@ impl Engine {
             .collect()
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue> {
+    fn queue(&self) -> MutexGuard<'_, Queue<U>> {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -173,13 +175,13 @@ impl Engine {
         let _ = self.nudge.read();
     }
 
-    pub(super) fn add(&self, space: Arc<Space>) {
+    pub(super) fn add(&self, space: Arc<Space<U>>) {
         self.queue().spaces.push(space);
         self.work.notify_all();
     }
 
     /// Nothing is to be done in this address space any more.
-    pub(super) fn remove(&self, space: &Arc<Space>) {
+    pub(super) fn remove(&self, space: &Arc<Space<U>>) {
         let mut queue = self.queue();
         queue.spaces.retain(|other| !Arc::ptr_eq(other, space));
         queue.faults.retain(|(other, _)| !Arc::ptr_eq(other, space));
@@ -199,7 +201,7 @@ impl Engine {
     /// Puts a working set in front of the background; parts of one chunk are done together.
     pub(super) fn fill_first(&self, set: &WorkingSet) {
         let mut queue = self.queue();
-        let mut jobs: Vec<Parts> = Vec::new();
+        let mut jobs: Vec<Parts<U>> = Vec::new();
         let mut index = std::collections::HashMap::new();
         for extent in &set.extents {
             let Some(space) = queue.spaces.iter().find(|s| s.task == extent.task && !s.forked) else {
@@ -227,7 +229,7 @@ impl Engine {
     }
 
     /// Answers a fault here and now if that takes no time, else gives it to a thread. [`Need::Again`]: read events first.
-    pub(super) fn take_fault(&self, space: &Arc<Space>, fault: Fault) -> Result<Need, Error> {
+    pub(super) fn take_fault(&self, space: &Arc<Space<U>>, fault: Fault) -> Result<Need, Error> {
         match super::fault::answer(space, fault, true)? {
             Need::Content(offset) if self.source.is_near(space.task, offset) => {
                 self.fill_fault(space, fault, offset, Patience::Never)
@@ -254,7 +256,7 @@ impl Engine {
     }
 
     /// Fills all of these parts of the stream, from the chunks around them, without the queue.
-    pub(super) fn fill_now(&self, space: &Arc<Space>, part: Range<u64>) -> Result<(), Error> {
+    pub(super) fn fill_now(&self, space: &Arc<Space<U>>, part: Range<u64>) -> Result<(), Error> {
         let mut at = part.start;
         loop {
             let next = space.state().pending.next_in_stream(at);
@@ -270,56 +272,74 @@ impl Engine {
         loop {
             match self.next(duty) {
                 Job::Stop => return Ok(()),
-                Job::Fault(space, fault) => self.serve(&space, fault)?,
-                Job::Parts(job) => {
-                    let done = self.fill_parts(&job.space, &job.chunk, &job.parts, Patience::Always)?;
-                    self.counters.working_set_bytes.fetch_add(done, Ordering::Relaxed);
-                }
-                Job::Background(job) => {
-                    let done = self.fill_parts(&job.space, &job.chunk, &job.parts, Patience::Always)?;
-                    self.counters.background_bytes.fetch_add(done, Ordering::Relaxed);
-                }
+                job => self.carry_out(job)?,
             }
         }
     }
 
-    fn next(&self, duty: Duty) -> Job {
+    pub(super) fn carry_out(&self, job: Job<U>) -> Result<(), Error> {
+        match job {
+            Job::Stop => {}
+            Job::Fault(space, fault) => self.serve(&space, fault)?,
+            Job::Parts(job) => {
+                let done = self.fill_parts(&job.space, &job.chunk, &job.parts, Patience::Always)?;
+                self.counters.working_set_bytes.fetch_add(done, Ordering::Relaxed);
+            }
+            Job::Background(job) => {
+                let done = self.fill_parts(&job.space, &job.chunk, &job.parts, Patience::Always)?;
+                self.counters.background_bytes.fetch_add(done, Ordering::Relaxed);
+            }
+        }
+        Ok(())
+    }
+
+    fn next(&self, duty: Duty) -> Job<U> {
         let mut queue = self.queue();
         loop {
-            if queue.stop {
-                return Job::Stop;
-            }
-            if let Some((space, fault)) = queue.faults.pop_front() {
-                return Job::Fault(space, fault);
-            }
-            if duty != Duty::Faults {
-                if let Some(parts) = self.next_of_first(&mut queue.first, duty) {
-                    return Job::Parts(parts);
-                }
-                if queue.background
-                    && let Some(parts) = self.next_in_background(&queue.spaces, duty)
-                {
-                    return Job::Background(parts);
-                }
+            if let Some(job) = self.choose(&mut queue, duty) {
+                return job;
             }
             let waited = self.work.wait_timeout(queue, LOOK_AROUND);
             queue = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
+    /// What there is to do, without waiting for it.
+    #[cfg(test)]
+    pub(super) fn try_next(&self, duty: Duty) -> Option<Job<U>> {
+        self.choose(&mut self.queue(), duty)
+    }
+
+    fn choose(&self, queue: &mut Queue<U>, duty: Duty) -> Option<Job<U>> {
+        if queue.stop {
+            return Some(Job::Stop);
+        }
+        if let Some((space, fault)) = queue.faults.pop_front() {
+            return Some(Job::Fault(space, fault));
+        }
+        if duty == Duty::Faults {
+            return None;
+        }
+        if let Some(parts) = self.next_of_first(&mut queue.first, duty) {
+            return Some(Job::Parts(parts));
+        }
+        let parts = queue.background.then(|| self.next_in_background(&queue.spaces, duty))?;
+        parts.map(Job::Background)
+    }
+
     /// The next part of the working set; for who must not wait, of those that are here the first.
-    fn next_of_first(&self, first: &mut VecDeque<Parts>, duty: Duty) -> Option<Parts> {
+    fn next_of_first(&self, first: &mut VecDeque<Parts<U>>, duty: Duty) -> Option<Parts<U>> {
         if duty == Duty::All {
             return first.pop_front();
         }
-        let near = |parts: &Parts| self.source.is_near(parts.space.task, parts.chunk.start);
+        let near = |parts: &Parts<U>| self.source.is_near(parts.space.task, parts.chunk.start);
         let index = first.iter().take(LOOK_AHEAD).position(near)?;
         first.remove(index)
     }
 
     /// The next chunk in which something is pending and nobody is busy; one that is here, if there is any near. Space after
     /// space, each in the order of its stream, round again for what was left behind by a move or had not arrived.
-    fn next_in_background(&self, spaces: &[Arc<Space>], duty: Duty) -> Option<Parts> {
+    fn next_in_background(&self, spaces: &[Arc<Space<U>>], duty: Duty) -> Option<Parts<U>> {
         for space in spaces {
             let mut state = space.state();
             let (mut at, mut turns, mut waiting) = (state.cursor, 0, None);
@@ -353,7 +373,7 @@ impl Engine {
         None
     }
 
-    fn serve(&self, space: &Arc<Space>, fault: Fault) -> Result<(), Error> {
+    fn serve(&self, space: &Arc<Space<U>>, fault: Fault) -> Result<(), Error> {
         match insist(space, fault)? {
             Need::Content(offset) => self.fill_fault(space, fault, offset, Patience::Always).map(|_| ()),
             Need::Gone => {
@@ -368,7 +388,7 @@ impl Engine {
     /// Fetches the chunk at `offset` and puts the faulting place in first, then what comes along.
     fn fill_fault(
         &self,
-        space: &Arc<Space>,
+        space: &Arc<Space<U>>,
         fault: Fault,
         offset: u64,
         patience: Patience,
@@ -396,12 +416,12 @@ impl Engine {
     /// Fetches a chunk once and puts the parts into place, in their order. Returns the bytes that were put in.
     fn fill_parts(
         &self,
-        space: &Arc<Space>,
+        space: &Arc<Space<U>>,
         chunk: &Range<u64>,
         parts: &[Range<u64>],
         patience: Patience,
     ) -> Result<u64, Error> {
-        let claims: Vec<Claim<'_>> = parts.iter().filter_map(|part| space.claim(part.clone())).collect();
+        let claims: Vec<Claim<'_, U>> = parts.iter().filter_map(|part| space.claim(part.clone())).collect();
         let unregistered = match (self.finished.load(Ordering::Acquire), space.forked) {
             (_, true) => Unregistered::Forget,
             (false, false) => Unregistered::Skip,
@@ -425,7 +445,7 @@ impl Engine {
 
     fn place(
         &self,
-        space: &Arc<Space>,
+        space: &Arc<Space<U>>,
         chunk: &Range<u64>,
         parts: &[Range<u64>],
         bytes: &[u8],
@@ -453,7 +473,7 @@ impl Engine {
     }
 
     /// Faults that were left to a thread which is done: what is still pending was passed over.
-    fn requeue_left(&self, space: &Arc<Space>) {
+    fn requeue_left(&self, space: &Arc<Space<U>>) {
         for address in space.left() {
             if space.state().pending.at(address).is_some() {
                 self.queue().faults.push_back((Arc::clone(space), Fault { address, write: false }));

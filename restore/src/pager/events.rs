@@ -15,11 +15,12 @@
 
 use std::ops::Range;
 
-use rewarm_sys::uffd::{Event, Uffd};
+use rewarm_sys::uffd::Event;
 
 use super::error::Error;
 use super::ranges::Ranges;
 use super::space::{Space, State};
+use super::userfault::Userfault;
 
 /// A thread of the task that waits for a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,15 +35,27 @@ pub(super) struct Fault {
 ///
 /// `forked` is called for each child at once, before anything else: it must put a duplicate of the descriptor into
 /// safe hands, since the child runs from the moment of the read.
-pub(super) fn read(
-    space: &Space,
+pub(super) fn read<U: Userfault>(
+    space: &Space<U>,
     faults: &mut Vec<Fault>,
-    forked: &mut dyn FnMut(Uffd, &State) -> Result<(), Error>,
+    forked: &mut dyn FnMut(U, &State) -> Result<(), Error>,
 ) -> Result<usize, Error> {
     let gate = space.enter_alone();
     let Some(uffd) = gate.as_ref() else { return Ok(0) };
     let mut messages = Vec::new();
     let count = uffd.read(&mut messages).map_err(Error::Wait)?;
+    apply(space, uffd, messages, faults, forked)?;
+    Ok(count)
+}
+
+/// What [`read`] does behind the gate with what it has read.
+pub(super) fn apply<U: Userfault>(
+    space: &Space<U>,
+    uffd: &U,
+    messages: Vec<Event<U>>,
+    faults: &mut Vec<Fault>,
+    forked: &mut dyn FnMut(U, &State) -> Result<(), Error>,
+) -> Result<(), Error> {
     let mut changed = Vec::new();
     for message in messages {
         let mut state = space.state();
@@ -69,7 +82,7 @@ pub(super) fn read(
     for range in changed {
         let _ = uffd.wake(range.start, range.end - range.start);
     }
-    Ok(count)
+    Ok(())
 }
 
 fn apply_unmap(state: &mut State, range: &Range<u64>) {

@@ -7,6 +7,7 @@ use super::events::Fault;
 use super::fill::Backoff;
 use super::plan::PAGE;
 use super::space::Space;
+use super::userfault::Userfault;
 
 /// Zero pages that one read fault brings at most: they cost nothing but are mapped one by one.
 const ZERO_PAGES: u64 = 16;
@@ -27,7 +28,7 @@ pub(super) enum Need {
 }
 
 /// Answers a fault if no content belongs there, else says which does. `may_leave`: a thread that is busy with this content may answer it.
-pub(super) fn answer(space: &Space, fault: Fault, may_leave: bool) -> Result<Need, Error> {
+pub(super) fn answer<U: Userfault>(space: &Space<U>, fault: Fault, may_leave: bool) -> Result<Need, Error> {
     let page = fault.address / PAGE * PAGE;
     let gate = space.enter();
     let Some(uffd) = gate.as_ref() else { return Ok(Need::Gone) };
@@ -77,11 +78,11 @@ pub(super) fn answer(space: &Space, fault: Fault, may_leave: bool) -> Result<Nee
 }
 
 /// Answers a fault with a zero page as long as it takes, unless content is pending there; for threads that read no events.
-pub(super) fn insist(space: &Space, fault: Fault) -> Result<Need, Error> {
+pub(super) fn insist<U: Userfault>(space: &Space<U>, fault: Fault) -> Result<Need, Error> {
     let mut backoff = Backoff::default();
     loop {
         match answer(space, fault, false)? {
-            Need::Again => backoff.wait(),
+            Need::Again => backoff.wait::<U>(),
             need => return Ok(need),
         }
     }

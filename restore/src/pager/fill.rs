@@ -20,6 +20,7 @@ use super::error::Error;
 use super::pending::Piece;
 use super::plan::PAGE;
 use super::space::Space;
+use super::userfault::Userfault;
 
 /// Bytes of one UFFDIO_COPY at most. It bounds how long a fault waits at the gate: 0.5 MiB take about 0.13 ms. Larger steps are not faster.
 pub(super) const STEP: u64 = 512 << 10;
@@ -74,7 +75,10 @@ pub(super) struct Backoff(u32);
 
 impl Backoff {
     /// Waits a little, longer each time, 1 ms at most.
-    pub(super) fn wait(&mut self) {
+    pub(super) fn wait<U: Userfault>(&mut self) {
+        if U::turn() {
+            return;
+        }
         self.0 += 1;
         if self.0 < 8 {
             std::thread::yield_now();
@@ -90,8 +94,8 @@ impl Backoff {
 }
 
 /// One fill in progress.
-struct Fill<'a> {
-    space: &'a Space,
+struct Fill<'a, U> {
+    space: &'a Space<U>,
     chunk: Range<u64>,
     bytes: &'a [u8],
     how: How,
@@ -106,8 +110,8 @@ struct Fill<'a> {
 }
 
 /// Puts what is pending of `part` into place, from the `bytes` of the `chunk` around it. Returns the bytes put in.
-pub(super) fn fill(
-    space: &Space,
+pub(super) fn fill<U: Userfault>(
+    space: &Space<U>,
     chunk: Range<u64>,
     bytes: &[u8],
     part: &Range<u64>,
@@ -132,7 +136,7 @@ pub(super) fn fill(
         match fill.step(piece)? {
             Turn::Next => {}
             Turn::Again if how.patience == Patience::Never => break,
-            Turn::Again => fill.backoff.wait(),
+            Turn::Again => fill.backoff.wait::<U>(),
             Turn::Gone => return Ok((fill.done, End::Gone)),
         }
     }
@@ -145,7 +149,7 @@ enum Turn {
     Gone,
 }
 
-impl Fill<'_> {
+impl<U: Userfault> Fill<'_, U> {
     /// What comes next, by what is known without the gate.
     fn next(&self, end: u64) -> Option<Piece> {
         let state = self.space.state();

@@ -95,7 +95,7 @@ enum Arrival {
 
 /// An address space and the descriptor to wait at.
 struct Watched {
-    space: Arc<Space>,
+    space: Arc<Space<Uffd>>,
     uffd: Arc<Uffd>,
 }
 
@@ -103,12 +103,12 @@ struct Pager {
     config: Config,
     plans: BTreeMap<u32, Arc<Plan>>,
     source: Arc<dyn Source>,
-    engine: Arc<Engine>,
+    engine: Arc<Engine<Uffd>>,
     threads: Vec<JoinHandle<()>>,
     control: UnixStream,
     arrivals: Receiver<Arrival>,
     watched: Vec<Watched>,
-    again: VecDeque<(Arc<Space>, Fault)>,
+    again: VecDeque<(Arc<Space<Uffd>>, Fault)>,
     spaces: u32,
     connected: Instant,
     finished: Option<Instant>,
@@ -311,7 +311,7 @@ impl Pager {
         Ok(())
     }
 
-    fn answer(&mut self, space: &Arc<Space>, fault: Fault) -> Result<(), Error> {
+    fn answer(&mut self, space: &Arc<Space<Uffd>>, fault: Fault) -> Result<(), Error> {
         match self.engine.take_fault(space, fault)? {
             Need::Again => self.again.push_back((Arc::clone(space), fault)),
             Need::Gone => space.set_gone(),
@@ -354,7 +354,7 @@ impl Pager {
 
 impl Pager {
     /// Unregisters everything, unless events show up that make something pending. True: it can be let go.
-    fn close(&mut self, space: &Arc<Space>) -> Result<bool, Error> {
+    fn close(&mut self, space: &Arc<Space<Uffd>>) -> Result<bool, Error> {
         let mut faults = Vec::new();
         while self.apply_events(space, &mut faults)? > 0 {}
         let gate = space.enter_alone();
@@ -378,7 +378,7 @@ impl Pager {
     /// What is known to be registered, and the mappings around it as they are by now: a stack that grew, or memory
     /// that mremap made longer in place, is registered without an event that says so. A thread that touches what stays
     /// registered waits until the shim closes its duplicate.
-    fn to_unregister(&self, space: &Space, state: &State) -> Ranges {
+    fn to_unregister(&self, space: &Space<Uffd>, state: &State) -> Ranges {
         let mut ranges = state.registered.clone();
         // The pid of a child that was forked after the restore is not known.
         let pid = self.config.tasks.host_pid(space.task).filter(|_| !space.forked);
@@ -392,7 +392,7 @@ impl Pager {
     }
 
     /// Reads and applies once, and takes in the children that were forked.
-    fn apply_events(&mut self, space: &Arc<Space>, faults: &mut Vec<Fault>) -> Result<usize, Error> {
+    fn apply_events(&mut self, space: &Arc<Space<Uffd>>, faults: &mut Vec<Fault>) -> Result<usize, Error> {
         let mut children = Vec::new();
         let (control, first) = (&self.control, self.spaces);
         let count = events::read(space, faults, &mut |uffd, state| {
@@ -474,7 +474,7 @@ impl Pager {
 
 /// Gives an address space back to the kernel and takes what is pending out. Every range must be given back: a write
 /// from outside to a missing page that is registered waits for ever.
-fn unregister(space: &Space) -> Result<Vec<Piece>, Error> {
+fn unregister(space: &Space<Uffd>) -> Result<Vec<Piece>, Error> {
     let mut gate = space.enter_alone();
     let mut state = space.state();
     if let Some(uffd) = gate.take() {
@@ -490,7 +490,7 @@ fn unregister(space: &Space) -> Result<Vec<Piece>, Error> {
 }
 
 /// Takes CRIU's connection and passes on what comes.
-fn listen(listener: &Listener, within: Duration, sender: &Sender<Arrival>, engine: &Engine) {
+fn listen(listener: &Listener, within: Duration, sender: &Sender<Arrival>, engine: &Engine<Uffd>) {
     let tell = |arrival| {
         let _ = sender.send(arrival);
         engine.nudge();

@@ -13,11 +13,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use rewarm_sys::uffd::Uffd;
-
 use super::pending::Pending;
 use super::plan::{AtFork, Plan};
 use super::ranges::Ranges;
+use super::userfault::Userfault;
 
 /// What is known of an address space. Guarded by a mutex that is held for look-ups only, never over a system call.
 #[derive(Debug, Clone, Default)]
@@ -71,7 +70,7 @@ struct Busy {
 
 /// An address space. It holds its userfaultfd until it is wholly filled or gone.
 #[derive(Debug)]
-pub(super) struct Space {
+pub(super) struct Space<U> {
     /// Its number towards the shim.
     pub(super) id: u32,
     /// Whose content stream fills it.
@@ -79,7 +78,7 @@ pub(super) struct Space {
     /// Whether it came by fork after the restore.
     pub(super) forked: bool,
     /// See the head of this file. `None` when the address space is filled or gone.
-    gate: RwLock<Option<Arc<Uffd>>>,
+    gate: RwLock<Option<Arc<U>>>,
     state: Mutex<State>,
     busy: Mutex<Vec<Busy>>,
     /// Addresses whose faults were left to the thread that is busy with them, to be looked at when it is done.
@@ -89,12 +88,12 @@ pub(super) struct Space {
 
 /// A part of the stream that the holder is busy with, until dropped.
 #[derive(Debug)]
-pub(super) struct Claim<'a> {
-    space: &'a Space,
+pub(super) struct Claim<'a, U> {
+    space: &'a Space<U>,
     range: Range<u64>,
 }
 
-impl Drop for Claim<'_> {
+impl<U> Drop for Claim<'_, U> {
     fn drop(&mut self) {
         let mut busy = self.space.busy.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = busy.iter().position(|entry| entry.range == self.range) {
@@ -103,9 +102,9 @@ impl Drop for Claim<'_> {
     }
 }
 
-impl Space {
-    pub(super) fn new(id: u32, task: u32, forked: bool, uffd: Arc<Uffd>, state: State) -> Space {
-        Space {
+impl<U: Userfault> Space<U> {
+    pub(super) fn new(id: u32, task: u32, forked: bool, uffd: Arc<U>, state: State) -> Self {
+        Self {
             id,
             task,
             forked,
@@ -118,12 +117,14 @@ impl Space {
     }
 
     /// Through the gate, to copy. Not together with [`Space::state`] over a system call.
-    pub(super) fn enter(&self) -> RwLockReadGuard<'_, Option<Arc<Uffd>>> {
+    pub(super) fn enter(&self) -> RwLockReadGuard<'_, Option<Arc<U>>> {
+        U::turn();
         self.gate.read().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Through the gate alone, to read events or to close.
-    pub(super) fn enter_alone(&self) -> RwLockWriteGuard<'_, Option<Arc<Uffd>>> {
+    pub(super) fn enter_alone(&self) -> RwLockWriteGuard<'_, Option<Arc<U>>> {
+        U::turn();
         self.gate.write().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -133,7 +134,7 @@ impl Space {
     }
 
     /// Claims a part of the stream, unless another thread is busy with all of it.
-    pub(super) fn claim(&self, range: Range<u64>) -> Option<Claim<'_>> {
+    pub(super) fn claim(&self, range: Range<u64>) -> Option<Claim<'_, U>> {
         let mut busy = self.busy.lock().unwrap_or_else(PoisonError::into_inner);
         if busy.iter().any(|entry| entry.range.start <= range.start && range.end <= entry.range.end) {
             return None;

@@ -3,6 +3,7 @@
 use libtest_mimic::{Failed, Trial};
 use rewarm_restore::pager::{Command, Heard, Mode, Report, WorkingSet};
 
+use crate::source::Fault;
 use crate::world::{PATIENCE, Scene, World, seed};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -10,6 +11,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("fills::lazily_with_every_event", lazily_with_every_event),
         Trial::test("fills::lazily_from_a_near_source", lazily_from_a_near_source),
         Trial::test("fills::lazily_from_a_slow_source", lazily_from_a_slow_source),
+        Trial::test("fills::a_wrong_byte_is_noticed", a_wrong_byte_is_noticed),
         Trial::test("fills::eagerly_before_the_first_instruction", eagerly_before_the_first_instruction),
         Trial::test(
             "fills::a_working_set_is_recorded_and_comes_first",
@@ -61,6 +63,16 @@ fn lazily_from_a_slow_source() -> Result<(), Failed> {
         scene.manner.chunk = 64 << 10;
         ends_right(&scene)
     })
+}
+
+/// Were it not, the other scenes would show nothing.
+fn a_wrong_byte_is_noticed() -> Result<(), Failed> {
+    let mut scene = Scene::new(seed());
+    (scene.shape.dense, scene.operations, scene.manner.fault) = (true, 0, Fault::Wrong);
+    match ends_right(&scene) {
+        Err(error) if error.message().is_some_and(|text| text.contains("subject ended with")) => Ok(()),
+        other => Err(format!("{other:?}: a wrong byte was not noticed").into()),
+    }
 }
 
 fn eagerly_before_the_first_instruction() -> Result<(), Failed> {

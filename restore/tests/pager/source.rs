@@ -17,6 +17,8 @@ pub(crate) enum Fault {
     Gone,
     Short,
     Silent,
+    /// The right length and a wrong byte, as a source that checks nothing would give it.
+    Wrong,
     Panics,
     Stalls,
 }
@@ -61,6 +63,11 @@ impl Source for Made {
             Fault::Gone => return Err(SourceError::Gone("no answer".into())),
             Fault::Short => out(&bytes[..bytes.len() - PAGE as usize]),
             Fault::Silent => {}
+            Fault::Wrong => {
+                let middle = bytes.len() / 2;
+                bytes[middle] ^= 1;
+                out(&bytes);
+            }
             Fault::Panics => panic!("a bug in the source"),
             Fault::Stalls => std::thread::sleep(Duration::from_secs(3600)),
         }

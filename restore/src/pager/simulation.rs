@@ -1,0 +1,383 @@
+//! Random memory, stored and filled again by the pager's threads against a simulated kernel, compared page by page.
+//!
+//! Everything that could be otherwise in another run is drawn from a seed: what tasks do, which thread goes on, when a
+//! chunk arrives, where the kernel stops. A failure names the seed; `REWARM_SEED` repeats it. `REWARM_ROUNDS` sets how many runs
+//! there are. `tests/pager` does the same with real processes, where a run cannot be repeated.
+//!
+//! The pager's main thread is played here ([`Case::serve`]), since the real one waits for descriptors; faults, events, the gate and
+//! filling are those that serve real tasks.
+
+mod machine;
+mod schedule;
+
+use std::collections::{BTreeSet, VecDeque};
+use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use machine::{Machine, Virtual, stored};
+use rewarm_sys::uffd::Event;
+use schedule::{GivenUp, Random, Schedule, mix};
+
+use super::engine::{Duty, Engine, Job};
+use super::error::Error;
+use super::events::{self, Fault};
+use super::fault::Need;
+use super::plan::{AtFork, Mapping, PAGE, Plan, Run};
+use super::source::{Source, SourceError};
+use super::space::{Space, State};
+use super::userfault::Userfault;
+use super::working_set::{Extent, WorkingSet};
+
+/// The simulated task.
+const TASK: u32 = 1;
+/// Pages of a chunk.
+const CHUNK: u64 = 24;
+/// Turns for tasks to come to their end when all is filled.
+const REST_MAX: u32 = 1_000_000;
+
+/// What is wrong with the pager, on purpose: each must be found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Mistake {
+    None,
+    /// Events are read before the gate is closed, and applied behind it.
+    Ungated,
+    /// What a task gave up is filled all the same.
+    ForgetsRemoves,
+    /// A fault gets zeros before anybody looks whether content belongs there.
+    ZerosFirst,
+    /// One chunk in eight has the content of another.
+    WrongChunk,
+    /// A child that was forked is not filled.
+    ForgetsChildren,
+}
+
+/// The content stream, of which chunks arrive late.
+struct Stored {
+    seed: u64,
+    bytes: u64,
+    mistake: Mistake,
+    random: Mutex<Random>,
+    arrived: Mutex<BTreeSet<u64>>,
+}
+
+impl Source for Stored {
+    fn chunk(&self, _task: u32, offset: u64) -> Range<u64> {
+        let start = offset / (CHUNK * PAGE) * CHUNK * PAGE;
+        start..(start + CHUNK * PAGE).min(self.bytes)
+    }
+
+    fn read(&self, _task: u32, chunk: Range<u64>, out: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
+        let late = self.random.lock().unwrap_or_else(PoisonError::into_inner).below(40);
+        for _ in 0..late {
+            Virtual::turn();
+        }
+        let mut bytes = Vec::with_capacity((chunk.end - chunk.start) as usize);
+        let wrong = self.mistake == Mistake::WrongChunk && mix(chunk.start ^ self.seed).is_multiple_of(8);
+        for page in chunk.start / PAGE..chunk.end / PAGE {
+            let token = stored(self.seed, if wrong { page + CHUNK } else { page });
+            (0..PAGE / 8).for_each(|_| bytes.extend(token.to_le_bytes()));
+        }
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk.start);
+        out(&bytes);
+        Ok(())
+    }
+
+    fn is_near(&self, task: u32, offset: u64) -> bool {
+        let start = self.chunk(task, offset).start;
+        self.arrived.lock().unwrap_or_else(PoisonError::into_inner).contains(&start)
+    }
+}
+
+/// Areas of a task by their first page, for each page its place in the stream or nothing; and the length of the stream.
+fn areas(random: &mut Random) -> (Vec<(u64, Vec<Option<u64>>)>, u64) {
+    let mut stream = 0;
+    let mut areas = Vec::new();
+    for index in 1..=2 + random.below(3) {
+        let (pages, mut stored) = (20 + random.below(80), Vec::new());
+        while (stored.len() as u64) < pages {
+            let (run, hole) = (1 + random.below(30), random.below(3) * random.below(12));
+            for _ in 0..run.min(pages - stored.len() as u64) {
+                stored.push(Some(stream));
+                stream += 1;
+            }
+            stored.extend((0..hole.min(pages - stored.len() as u64)).map(|_| None));
+        }
+        areas.push((index << 20, stored));
+    }
+    (areas, stream)
+}
+
+fn plan(areas: &[(u64, Vec<Option<u64>>)], stream: u64) -> Plan {
+    let mapping = |(start, pages): &(u64, Vec<Option<u64>>)| Mapping {
+        start: start * PAGE,
+        end: (start + pages.len() as u64) * PAGE,
+        writable: true,
+        at_fork: AtFork::Copied,
+    };
+    let mut runs: Vec<Run> = Vec::new();
+    for (number, page) in areas.iter().flat_map(|(start, pages)| (*start..).zip(pages)) {
+        let Some(offset) = page else { continue };
+        match runs.last_mut() {
+            Some(last) if last.vaddr + last.bytes == number * PAGE => last.bytes += PAGE,
+            _ => runs.push(Run { vaddr: number * PAGE, bytes: PAGE, offset: offset * PAGE }),
+        }
+    }
+    Plan::new(areas.iter().map(mapping).collect(), &runs, stream * PAGE).expect("areas make a plan")
+}
+
+/// The pager's main thread and what it knows.
+struct Case {
+    mistake: Mistake,
+    machine: Arc<Machine>,
+    engine: Arc<Engine<Virtual>>,
+    watched: Vec<Arc<Space<Virtual>>>,
+    again: VecDeque<(Arc<Space<Virtual>>, Fault)>,
+    spaces: u32,
+}
+
+impl Case {
+    fn watch(&mut self, uffd: Virtual, forked: bool, state: State) {
+        let space = Arc::new(Space::new(self.spaces, TASK, forked, Arc::new(uffd), state));
+        self.spaces += 1;
+        self.engine.add(space.clone());
+        self.watched.push(space);
+    }
+
+    /// What `serve.rs` does, until nothing is left to be filled.
+    fn serve(&mut self) -> Result<(), Error> {
+        while !self.watched.is_empty() && self.machine.wrong().is_none() {
+            Virtual::turn();
+            self.machine.go_on();
+            if let Some(error) = self.engine.take_failure() {
+                return Err(error);
+            }
+            for space in self.watched.clone() {
+                let mut faults = Vec::new();
+                self.apply_events(&space, &mut faults)?;
+                faults.into_iter().try_for_each(|fault| self.answer(&space, fault))?;
+            }
+            for (space, fault) in std::mem::take(&mut self.again) {
+                self.answer(&space, fault)?;
+            }
+            self.close_filled()?;
+        }
+        self.engine.stop();
+        Ok(())
+    }
+
+    fn apply_events(&mut self, space: &Arc<Space<Virtual>>, faults: &mut Vec<Fault>) -> Result<usize, Error> {
+        let mut children = Vec::new();
+        let mut forked = |uffd: Virtual, state: &State| {
+            children.push((uffd, state.forked()));
+            Ok(())
+        };
+        let count = match self.mistake {
+            Mistake::Ungated | Mistake::ForgetsRemoves => {
+                let Some(uffd) = space.enter().clone() else { return Ok(0) };
+                let mut messages = Vec::new();
+                let count = uffd.read(&mut messages).map_err(Error::Wait)?;
+                if self.mistake == Mistake::ForgetsRemoves {
+                    messages.retain(|message| !matches!(message, Event::Remove { .. }));
+                }
+                let _gate = space.enter_alone();
+                events::apply(space, &uffd, messages, faults, &mut forked)?;
+                count
+            }
+            _ => events::read(space, faults, &mut forked)?,
+        };
+        for (uffd, state) in children {
+            let empty = State::new(&Plan::default());
+            self.watch(uffd, true, if self.mistake == Mistake::ForgetsChildren { empty } else { state });
+        }
+        Ok(count)
+    }
+
+    fn answer(&mut self, space: &Arc<Space<Virtual>>, fault: Fault) -> Result<(), Error> {
+        if self.mistake == Mistake::ZerosFirst
+            && let Some(uffd) = space.enter().as_ref()
+        {
+            let _ = uffd.zero(fault.address / PAGE * PAGE, PAGE);
+        }
+        match self.engine.take_fault(space, fault)? {
+            Need::Again => self.again.push_back((space.clone(), fault)),
+            Need::Gone => space.set_gone(),
+            Need::Nothing | Need::Content(_) => {}
+        }
+        Ok(())
+    }
+
+    fn close_filled(&mut self) -> Result<(), Error> {
+        for space in self.watched.clone() {
+            let filled = space.state().pending.is_empty();
+            if (filled && self.close(&space)?) || space.is_gone() {
+                let closed = space.enter_alone().take();
+                self.engine.remove(&space);
+                self.watched.retain(|other| !Arc::ptr_eq(other, &space));
+                self.again.retain(|(other, _)| !Arc::ptr_eq(other, &space));
+                drop(closed);
+            }
+        }
+        Ok(())
+    }
+
+    fn close(&mut self, space: &Arc<Space<Virtual>>) -> Result<bool, Error> {
+        let mut faults = Vec::new();
+        while self.apply_events(space, &mut faults)? > 0 {}
+        let gate = space.enter_alone();
+        let state = space.state();
+        if state.pending.is_empty() {
+            if let Some(uffd) = gate.as_ref() {
+                state
+                    .registered
+                    .iter()
+                    .for_each(|range| uffd.unregister(range.start, range.end - range.start));
+            }
+            return Ok(true);
+        }
+        drop((state, gate));
+        faults.into_iter().try_for_each(|fault| self.answer(space, fault))?;
+        Ok(false)
+    }
+}
+
+/// One of the threads that fill.
+fn fill(engine: &Engine<Virtual>, duty: Duty) -> Result<(), Error> {
+    loop {
+        Virtual::turn();
+        match engine.try_next(duty) {
+            Some(Job::Stop) => return Ok(()),
+            Some(job) => engine.carry_out(job)?,
+            None => {}
+        }
+    }
+}
+
+/// Runs a thread of a simulation; gives what went wrong in it.
+fn thread(schedule: &Arc<Schedule>, me: usize, work: impl FnOnce() -> Result<(), Error>) -> Option<String> {
+    let done = catch_unwind(AssertUnwindSafe(|| {
+        schedule.join(me);
+        work()
+    }));
+    if !matches!(done, Ok(Ok(()))) {
+        schedule.give_up();
+    }
+    schedule.leave(me);
+    match done {
+        Ok(Ok(())) => None,
+        Ok(Err(error)) => Some(format!("the pager gave up: {error:?}")),
+        Err(panic) if panic.is::<GivenUp>() => None,
+        Err(panic) => Some(format!("a panic: {}", super::engine::message(&*panic))),
+    }
+}
+
+/// One run. What went wrong, if anything did.
+fn run(seed: u64, mistake: Mistake) -> Result<(), String> {
+    let mut random = Random::new(seed);
+    let (areas, stream) = areas(&mut random);
+    let threads = 1 + random.below(2) as usize;
+    let machine = Machine::new(seed, &areas, threads);
+    let source = Arc::new(Stored {
+        seed,
+        bytes: stream * PAGE,
+        mistake,
+        random: Mutex::new(Random::new(mix(seed))),
+        arrived: Mutex::default(),
+    });
+    let engine = Arc::new(Engine::new(source, random.below(2) == 0).expect("an eventfd"));
+    let mut case = Case {
+        mistake,
+        machine: machine.clone(),
+        engine: engine.clone(),
+        watched: Vec::new(),
+        again: VecDeque::new(),
+        spaces: 0,
+    };
+    case.watch(machine.task(), false, State::new(&plan(&areas, stream)));
+    engine.set_finished();
+    let extents = (0..random.below(6)).map(|_| {
+        let offset = random.below(stream) * PAGE;
+        Extent { task: TASK, offset, length: random.below(30) * PAGE }
+    });
+    engine.fill_first(&WorkingSet { extents: extents.collect() });
+    engine.start_background();
+
+    let duties = [Duty::All, Duty::Near, Duty::Faults];
+    let schedule = Schedule::new(seed, duties.len() + 1);
+    let failures: Vec<String> = std::thread::scope(|scope| {
+        let fillers = duties.into_iter().enumerate().map(|(index, duty)| {
+            let (schedule, engine) = (&schedule, &engine);
+            scope.spawn(move || thread(schedule, index + 1, || fill(engine, duty)))
+        });
+        let fillers: Vec<_> = fillers.collect();
+        let served = thread(&schedule, 0, || case.serve());
+        let filled = fillers.into_iter().filter_map(|filler| filler.join().expect("panics are caught"));
+        filled.chain(served).collect()
+    });
+    if let Some(wrong) = machine.wrong() {
+        return Err(wrong);
+    }
+    if let Some(failure) = failures.into_iter().next() {
+        return Err(failure);
+    }
+    if schedule.was_given_up() {
+        return Err("nothing moves any more".to_owned());
+    }
+    drop(case);
+    for _ in 0..REST_MAX {
+        if machine.is_over() || machine.wrong().is_some() {
+            break;
+        }
+        machine.go_on();
+    }
+    match machine.wrong() {
+        None if machine.is_over() => Ok(()),
+        None => Err("a task waits for a page that nobody will bring".to_owned()),
+        Some(wrong) => Err(wrong),
+    }
+}
+
+fn rounds() -> u64 {
+    std::env::var("REWARM_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150)
+}
+
+#[test]
+fn every_page_is_right_whatever_happens_in_whatever_order() {
+    let given = std::env::var("REWARM_SEED").ok().and_then(|text| text.parse::<u64>().ok());
+    let seeds = given.map_or_else(
+        || {
+            let new = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+            let new = mix(new.map_or(1, |time| time.as_nanos() as u64));
+            new..new.saturating_add(rounds())
+        },
+        |seed| seed..seed + 1,
+    );
+    for seed in seeds {
+        if let Err(wrong) = run(seed, Mistake::None) {
+            panic!("seed {seed} (repeat with REWARM_SEED): {wrong}");
+        }
+    }
+}
+
+/// The same runs must find each of these.
+#[test]
+fn pagers_with_a_mistake_are_found_out() {
+    for mistake in [
+        Mistake::Ungated,
+        Mistake::ForgetsRemoves,
+        Mistake::ZerosFirst,
+        Mistake::WrongChunk,
+        Mistake::ForgetsChildren,
+    ] {
+        let found = (1..=500).find(|&seed| run(seed, mistake).is_err());
+        assert!(found.is_some(), "{mistake:?} was not found in 500 runs");
+    }
+}
+
+#[test]
+fn a_seed_gives_the_same_run_again() {
+    let outcome = |seed| run(seed, Mistake::Ungated).err();
+    let found = (1..=500).find(|&seed| outcome(seed).is_some()).expect("a run that fails");
+    let first = outcome(found);
+    assert!((0..3).all(|_| outcome(found) == first), "{first:?}");
+}
