@@ -89,8 +89,11 @@ impl Source for Stored {
     }
 }
 
-/// Areas of a task by their first page, for each page its place in the stream or nothing; and the length of the stream.
-fn areas(random: &mut Random) -> (Vec<(u64, Vec<Option<u64>>)>, u64) {
+/// An area by its first page: for each page its place in the content stream, or nothing.
+type Laid = (u64, Vec<Option<u64>>);
+
+/// The areas of a task, and the length of its stream in pages.
+fn areas(random: &mut Random) -> (Vec<Laid>, u64) {
     let mut stream = 0;
     let mut areas = Vec::new();
     for index in 1..=2 + random.below(3) {
@@ -108,8 +111,8 @@ fn areas(random: &mut Random) -> (Vec<(u64, Vec<Option<u64>>)>, u64) {
     (areas, stream)
 }
 
-fn plan(areas: &[(u64, Vec<Option<u64>>)], stream: u64) -> Plan {
-    let mapping = |(start, pages): &(u64, Vec<Option<u64>>)| Mapping {
+fn plan(areas: &[Laid], stream: u64) -> Plan {
+    let mapping = |(start, pages): &Laid| Mapping {
         start: start * PAGE,
         end: (start + pages.len() as u64) * PAGE,
         writable: true,

@@ -138,8 +138,8 @@ pub(super) fn stored(seed: u64, page: u64) -> u64 {
 }
 
 impl Machine {
-    /// A task with these areas: for each page its place in the content stream, or nothing. Each of `threads` uses its own.
-    pub(super) fn new(seed: u64, areas: &[(u64, Vec<Option<u64>>)], threads: usize) -> Arc<Self> {
+    /// A task with these areas. Each of `threads` uses its own.
+    pub(super) fn new(seed: u64, areas: &[super::Laid], threads: usize) -> Arc<Self> {
         let mut space = AddressSpace { threads: vec![Thread::default(); threads], ..AddressSpace::default() };
         for (index, (start, pages)) in areas.iter().enumerate() {
             for (number, page) in (*start..).zip(pages) {
