@@ -42,8 +42,9 @@ impl Rewarm {
         let arguments: Vec<&str> = arguments.iter().map(AsRef::as_ref).collect();
         let mut command = Command::new(&self.program);
         command.arg("--json").arg("--state").arg(&self.state).arg("--criu").arg(&self.criu).args(&arguments);
-        // The fetcher ends when it is told to, not meanwhile.
+        // The fetcher ends when it is told to, not meanwhile. What is read from a store is read from the store.
         command.env("REWARM_FETCHER_IDLE", "1h").env_remove("REWARM_CACHE_MEMORY");
+        command.env("REWARM_CACHE_DISK", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let output =
             command.output().await.map_err(Error::io(format!("start {}", self.program.display())))?;

@@ -658,8 +658,14 @@ pub(crate) struct Simulate {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  rewarm cache --json | jq '.streams[] | select(.holders == 0)'")]
-pub(crate) struct Cache {}
+#[command(
+    after_help = "Examples:\n  rewarm cache\n  rewarm cache --clear\n  rewarm cache --json | jq '.streams[] | select(.holders == 0)'"
+)]
+pub(crate) struct Cache {
+    /// Drop all that nobody is restored from at the moment, in memory and on disk.
+    #[arg(long)]
+    pub(crate) clear: bool,
+}
 
 #[derive(Debug, Args)]
 #[command(after_help = "Example:\n  rewarm completions bash > /etc/bash_completion.d/rewarm")]
@@ -702,6 +708,9 @@ pub(crate) struct Fetcher {
     /// Bytes of memory for decoded content that nobody holds.
     #[arg(long, value_name = "BYTES", default_value_t = 0)]
     pub(crate) limit: u64,
+    /// Bytes on disk for what is fetched over a network.
+    #[arg(long, value_name = "BYTES", default_value_t = 0)]
+    pub(crate) disk: u64,
     /// How long to stay when nobody needs it.
     #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "5m")]
     pub(crate) idle: Duration,

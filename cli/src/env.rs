@@ -41,6 +41,7 @@ variables! {
     CDI "REWARM_CDI" "Folders of CDI files, separated by colons, which say what a container needs to use GPUs. Default: `/etc/cdi:/var/run/cdi`.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
     CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
+    CACHE_DISK "REWARM_CACHE_DISK" "Bytes on disk, such as `20GiB`, in which parts of packs that came over a network are kept, in `packs` below the cache folder; `0` for none. Counts when the fetcher is started. Default: a tenth of what is free there.";
     FETCHER_IDLE "REWARM_FETCHER_IDLE" "How long the fetcher stays when nobody needs it, such as `30s`. Counts when it is started. Default: 5 minutes.";
     STORE_PATIENCE "REWARM_STORE_PATIENCE" "How long a store may bring nothing before a restore from it is given up, and with it a replica whose memory is not complete. Default: 1 minute.";
     PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute.";
@@ -118,6 +119,20 @@ pub fn log_filter() -> Option<String> {
 /// The text, if it is no number of bytes.
 pub fn cache_memory() -> Result<Option<u64>, String> {
     parsed(&CACHE_MEMORY, |text| if text == "0" { Ok(0) } else { crate::values::bytes(text) })
+}
+
+/// Bytes on disk for packs, where they are set.
+///
+/// # Errors
+/// The text, if it is no number of bytes.
+pub fn cache_disk() -> Result<Option<u64>, String> {
+    parsed(&CACHE_DISK, |text| if text == "0" { Ok(0) } else { crate::values::bytes(text) })
+}
+
+/// The folder of packs; absent when no cache folder is known.
+#[must_use]
+pub fn packs_dir() -> Option<PathBuf> {
+    cache_dir().map(|cache| cache.join("packs"))
 }
 
 /// How long the fetcher stays, where that is set.

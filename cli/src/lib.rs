@@ -97,7 +97,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Bench(args) => wait_for(commands::bench::run(args, global)),
         Command::BenchServer(args) => commands::bench::server(args),
         Command::Simulate(args) => commands::simulate::run(args, global),
-        Command::Cache(_) => commands::cache::run(global),
+        Command::Cache(args) => commands::cache::run(global, args),
         Command::Completions(args) => commands::completions::run(args),
         Command::Man(args) => commands::man::run(args, global),
         Command::Shim(args) => Ok(commands::shim::run(args, global)),

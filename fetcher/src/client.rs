@@ -12,6 +12,7 @@ use rewarm_sys::shared::{Missing, Reader};
 use serde::{Deserialize, Serialize};
 
 use crate::access::Access;
+use crate::disk::DiskStatus;
 use crate::error::{Error, Failure, Result};
 use crate::layout::{BLOCK_BYTES, Layout};
 use crate::protocol::{self, Extent, Reply, Request, memory_file};
@@ -30,6 +31,8 @@ pub struct Status {
     pub limit_bytes: u64,
     /// Whether their memory has huge pages.
     pub huge_pages: bool,
+    /// What is kept on disk, where anything is.
+    pub disk: Option<DiskStatus>,
     /// The streams.
     pub streams: Vec<StreamStatus>,
 }
@@ -125,7 +128,7 @@ impl Fetcher {
             patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
         };
         let (reply, files) = connection.ask(REQUEST, &request, &[manifest.as_fd()])?;
-        let (Reply::Opened { stream, regions, working_set }, Ok([boot, content, table])) =
+        let (Reply::Opened { stream, regions, working_set, rate }, Ok([boot, content, table])) =
             (&reply, <[OwnedFd; 3]>::try_from(files))
         else {
             return Err(unexpected(REQUEST, &reply));
@@ -145,6 +148,7 @@ impl Fetcher {
             boot,
             layout,
             working_set: working_set.clone(),
+            rate: *rate,
             reader,
             files,
         })
@@ -156,6 +160,17 @@ impl Fetcher {
     /// If no fetcher can be had.
     pub fn trim(&self, free_bytes: u64) -> Result<()> {
         self.connect()?.done("drop what is not needed", &Request::Trim { free_bytes })
+    }
+
+    /// Has everything dropped that nobody holds, in memory and on disk. False if no fetcher runs: then
+    /// [`crate::disk::clear`] does it.
+    ///
+    /// # Errors
+    /// If it does not answer as it should, or something cannot be removed.
+    pub fn clear(state: &std::path::Path) -> Result<bool> {
+        let Ok(socket) = start::connect(state) else { return Ok(false) };
+        Connection::over(socket)?.done("drop all that is kept", &Request::Clear)?;
+        Ok(true)
     }
 
     /// What the fetcher holds; `None` if none runs.
@@ -192,6 +207,7 @@ pub struct Stream {
     boot: Vec<u8>,
     layout: Layout,
     working_set: Option<WorkingSet>,
+    rate: Option<u64>,
     reader: Reader,
     files: [OwnedFd; 2],
 }
@@ -226,6 +242,13 @@ impl Stream {
     #[must_use]
     pub fn working_set(&self) -> Option<&WorkingSet> {
         self.working_set.as_ref()
+    }
+
+    /// Bytes of content that came from its store in a second when the last snapshot was fetched from there, if one was
+    /// while this fetcher runs.
+    #[must_use]
+    pub fn usual_rate(&self) -> Option<u64> {
+        self.rate
     }
 
     /// Tells what a restore touched first, for the next ones. `save`: have it written into the store too.

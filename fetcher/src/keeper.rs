@@ -1,6 +1,6 @@
 //! The keeper: takes requests from root, holds the memory of decoded streams, and has workers fetch them.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,22 +17,25 @@ use crate::USER;
 use crate::access::Access;
 use crate::cache::{self, Entry};
 use crate::client::{Status, StreamStatus};
+use crate::disk::Disk;
 use crate::error::Failure;
 use crate::layout::{BLOCK_BYTES, Layout};
 use crate::protocol::{self, Extent, FromWorker, Reply, Request, ToWorker};
-use crate::start::{FOLDER_FD, SOCKET_FD};
+use crate::start::{DISK_FD, FOLDER_FD, SOCKET_FD};
 use crate::workers::{Worker, Workers};
 
 /// How often a worker may die without having brought a single block before the stream is given up.
 const DEATHS_MAX: u32 = 20;
+/// What is shorter says more about round trips than about the rate of a store.
+const RATED_BYTES: u64 = 8 << 20;
 /// How often the keeper looks whether anybody still needs it.
 const LOOK_AROUND: Duration = Duration::from_millis(250);
 
-/// The hidden verb `fetcher`: serves until nobody has needed it for `idle`. Gives the exit code. No thread may have been
-/// started yet.
+/// The hidden verb `fetcher`: serves until nobody has needed it for `idle`. `limit` bounds memory in bytes, `disk` what is
+/// kept on disk. Gives the exit code. No thread may have been started yet.
 #[must_use]
-pub fn main(limit: u64, idle: Duration) -> u8 {
-    match run(limit, idle) {
+pub fn main(limit: u64, disk: u64, idle: Duration) -> u8 {
+    match run(limit, disk, idle) {
         Ok(()) => 0,
         Err(error) => {
             tracing::error!(%error, "the fetcher failed");
@@ -41,15 +44,19 @@ pub fn main(limit: u64, idle: Duration) -> u8 {
     }
 }
 
-fn run(limit: u64, idle: Duration) -> io::Result<()> {
+fn run(limit: u64, disk: u64, idle: Duration) -> io::Result<()> {
     let listener = UnixListener::from(process::take_inherited(SOCKET_FD)?);
     // Absent where the kernel gives no huge pages to a tmpfs.
     let folder = process::take_inherited(FOLDER_FD).ok();
+    let disk =
+        if disk > 0 { process::take_inherited(DISK_FD).ok().map(|fd| Disk::new(fd, disk)) } else { None };
+    let disk = disk.map(Arc::new);
     confine::confine(USER, USER, Some(confine::READ_ANY_FILE))?;
     let keeper = Arc::new(Keeper {
         limit,
         folder,
-        workers: Workers::default(),
+        workers: Workers::new(disk.clone()),
+        disk,
         inner: Mutex::default(),
         changed: Condvar::new(),
         clock: AtomicU64::new(1),
@@ -139,6 +146,8 @@ impl Entry for Stream {
 #[derive(Debug, Default)]
 struct Inner {
     streams: Vec<Arc<Stream>>,
+    /// Content that came from a store in a second, the last time.
+    rates: HashMap<Access, u64>,
     /// Digests whose stream is being made.
     opening: HashSet<Digest>,
     clients: usize,
@@ -148,6 +157,7 @@ struct Keeper {
     limit: u64,
     folder: Option<OwnedFd>,
     workers: Workers,
+    disk: Option<Arc<Disk>>,
     inner: Mutex<Inner>,
     changed: Condvar,
     clock: AtomicU64,
@@ -213,7 +223,8 @@ impl Keeper {
             Request::Open { access, digest, patience_ms } => {
                 let manifest = fds.into_iter().next().ok_or_else(|| nonsense("open without a manifest"))?;
                 let stream = self.open(access, digest, patience_ms, manifest)?;
-                let opened = opened(&stream);
+                let rate = self.lock().rates.get(&stream.access).copied();
+                let opened = opened(&stream, rate);
                 *held = Some(Held { keeper: self, stream });
                 opened
             }
@@ -251,6 +262,12 @@ impl Keeper {
             },
             Request::Trim { free_bytes } => {
                 self.trim(free_bytes);
+                done
+            }
+            Request::Clear => {
+                let gone = cache::make_room(&mut self.lock().streams, 0, 0);
+                drop(gone);
+                self.disk.as_ref().map_or(Ok(()), |disk| disk.clear()).map_err(|error| system(&error))?;
                 done
             }
             Request::Status => Ok((Reply::Status(self.status()), Vec::new())),
@@ -405,13 +422,18 @@ impl Keeper {
     fn fill(&self, stream: &Arc<Stream>, first: &[Extent]) {
         let mut deaths = 0;
         loop {
-            let before = stream.owner.arrived_bytes();
+            let (before, began) = (stream.owner.arrived_bytes(), Instant::now());
             let answer = match self.workers.of(&stream.access) {
                 Ok(worker) => self.fill_by(&worker, stream, first),
                 Err(error) => Some((FromWorker::Failed { id: 0, failure: system(&error) }, None)),
             };
             match answer {
                 Some((FromWorker::Filled { read_bytes, .. }, _)) => {
+                    let bytes = stream.owner.arrived_bytes().saturating_sub(before);
+                    let rate = bytes as f64 / began.elapsed().as_secs_f64().max(0.001);
+                    if bytes >= RATED_BYTES {
+                        self.lock().rates.insert(stream.access.clone(), rate as u64);
+                    }
                     let mut state = stream.state();
                     state.complete = true;
                     state.worker = None;
@@ -476,17 +498,18 @@ impl Keeper {
             pid: std::process::id(),
             limit_bytes: self.limit,
             huge_pages: self.folder.is_some(),
+            disk: self.disk.as_ref().and_then(|disk| disk.status().ok()),
             streams: inner.streams.iter().map(one).collect(),
         }
     }
 }
 
-fn opened(stream: &Stream) -> Result<Answer, Failure> {
+fn opened(stream: &Stream, rate: Option<u64>) -> Result<Answer, Failure> {
     let copy = |fd: &OwnedFd| fd.try_clone();
     let [content, table] = stream.owner.for_reading().map_err(|error| system(&error))?;
     let boot = copy(&stream.boot).map_err(|error| system(&error))?;
     let working_set = stream.working_set.lock().unwrap_or_else(PoisonError::into_inner).clone();
-    let reply = Reply::Opened { stream: stream.id, regions: stream.regions.clone(), working_set };
+    let reply = Reply::Opened { stream: stream.id, regions: stream.regions.clone(), working_set, rate };
     Ok((reply, vec![boot, content, table]))
 }
 

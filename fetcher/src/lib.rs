@@ -16,15 +16,19 @@
 //! and no other store's credentials. It writes decoded blocks into the keeper's memory and marks those that are
 //! complete. If it dies, another one goes on: what is not marked is done again.
 //!
+//! What came over a network stays on disk as well ([`disk`]), as far as a limit goes; it outlives both.
+//!
 //! A [`Lease`] keeps a stream in memory. Streams that nobody holds stay as a cache, the least recently used leave first.
 
 mod access;
 mod broker;
 mod cache;
 mod client;
+pub mod disk;
 mod error;
 mod fill;
 pub mod keeper;
+mod kept;
 mod layout;
 mod protocol;
 mod start;
@@ -33,9 +37,10 @@ mod workers;
 
 pub use access::Access;
 pub use client::{Fetcher, Found, Lease, Status, Stream, StreamStatus};
+pub use disk::DiskStatus;
 pub use error::{Error, Kind, Result};
 pub use layout::{BLOCK_BYTES, Layout};
-pub use start::Settings;
+pub use start::{DiskSettings, Settings};
 
 /// User and group of the fetcher's processes: a number of its own, so that no other process can signal or trace them.
 /// It lies in the range that Debian keeps free for such uses (60000 to 61183).

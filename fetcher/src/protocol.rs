@@ -69,6 +69,8 @@ pub(crate) enum Request {
     Trim {
         free_bytes: u64,
     },
+    /// Drop every stream that nobody holds, and what is kept on disk.
+    Clear,
     Status,
 }
 
@@ -89,6 +91,8 @@ pub(crate) enum Reply {
         stream: u64,
         regions: Vec<u64>,
         working_set: Option<WorkingSet>,
+        /// Content that came from its store in a second, the last time.
+        rate: Option<u64>,
     },
     Status(Status),
     Failed(Failure),
@@ -153,6 +157,16 @@ pub(crate) enum FromWorker {
     List {
         id: u64,
         folder: String,
+    },
+    /// Open the file of a pack of this length on disk, for reading and writing. Answered by [`ToWorker::Opened`].
+    Pack {
+        id: u64,
+        name: String,
+        bytes: u64,
+    },
+    /// Something could not be kept on disk.
+    NotKept {
+        trouble: String,
     },
 }
 

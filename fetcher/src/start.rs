@@ -5,7 +5,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,15 +13,19 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use nix::sys::statvfs::statvfs;
 use rewarm_sys::{machine, process, shared};
 
 use crate::USER;
+use crate::disk;
 use crate::error::{Error, Result};
 
 /// The number under which the keeper finds its listening socket.
 pub(crate) const SOCKET_FD: i32 = 3;
 /// The number under which it finds the folder for the content of streams.
 pub(crate) const FOLDER_FD: i32 = 4;
+/// The number under which it finds the folder for packs on disk.
+pub(crate) const DISK_FD: i32 = 5;
 
 const SOCKET: &str = "fetcher.sock";
 const LOCK: &str = "fetcher.lock";
@@ -33,6 +37,9 @@ const FOLDER_BYTES: u64 = 1 << 46;
 /// Part of the free memory that decoded streams may take unless told otherwise.
 const LIMIT_PART: u64 = 4;
 
+/// Part of the free disk that packs may take unless told otherwise.
+const DISK_PART: u64 = 10;
+
 /// How a fetcher is started where none runs.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -42,8 +49,19 @@ pub struct Settings {
     pub program: PathBuf,
     /// Bytes that decoded streams may take while nobody holds them; without it a quarter of the free memory.
     pub limit_bytes: Option<u64>,
+    /// Where what was fetched over a network is kept; nowhere if nothing is said.
+    pub disk: Option<DiskSettings>,
     /// How long it stays when nobody needs it.
     pub idle: Duration,
+}
+
+/// What is kept on disk.
+#[derive(Debug, Clone)]
+pub struct DiskSettings {
+    /// The folder. It is made, and belongs to the fetcher's user.
+    pub folder: PathBuf,
+    /// Bytes that packs may take there; without it a tenth of what is free.
+    pub limit_bytes: Option<u64>,
 }
 
 /// Connects to the fetcher of a state folder if one runs.
@@ -102,6 +120,10 @@ fn start(settings: &Settings, state: &File) -> Result<()> {
     if let Ok(folder) = shared::huge_folder(FOLDER_BYTES, USER, USER) {
         fds.push((folder, FOLDER_FD));
     }
+    if let Some((folder, limit)) = settings.disk.as_ref().and_then(open_disk) {
+        fds.push((folder, DISK_FD));
+        command.arg("--disk").arg(limit.to_string());
+    }
     process::inherit(&mut command, fds).map_err(Error::start("prepare its descriptors"))?;
     process::new_session(&mut command);
     let mut child = command.spawn().map_err(Error::start(format!("run {}", settings.program.display())))?;
@@ -109,4 +131,16 @@ fn start(settings: &Settings, state: &File) -> Result<()> {
     // It outlives this process as a rule. Where it does not, it must not stay a zombie.
     std::thread::spawn(move || child.wait());
     Ok(())
+}
+
+/// The folder for packs and how much may lie in it. Without one nothing is kept: that costs time only.
+fn open_disk(settings: &DiskSettings) -> Option<(OwnedFd, u64)> {
+    let opened = disk::prepare(&settings.folder).and_then(|folder| {
+        let free = statvfs(&settings.folder)?;
+        let free = free.blocks_available().saturating_mul(free.fragment_size());
+        Ok((folder, settings.limit_bytes.unwrap_or(free / DISK_PART)))
+    });
+    let folder = settings.folder.display();
+    let opened = opened.inspect_err(|error| tracing::warn!(%folder, %error, "nothing is kept on disk"));
+    opened.ok().filter(|(_, limit)| *limit > 0)
 }

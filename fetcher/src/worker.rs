@@ -21,6 +21,7 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use crate::access::Access;
 use crate::error::Failure;
 use crate::fill::{Fill, Word};
+use crate::kept::{KeptPacks, Opener};
 use crate::layout::Layout;
 use crate::protocol::{self, Extent, FromWorker, ToWorker, memory_file};
 
@@ -52,7 +53,8 @@ fn run() -> io::Result<()> {
     };
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let line = Arc::new(Line::new(socket));
-    let worker = Arc::new(Worker { access, line, store: OnceCell::new(), fills: Mutex::default() });
+    let kept = Arc::new(KeptPacks::new(line.clone()));
+    let worker = Arc::new(Worker { access, line, kept, store: OnceCell::new(), fills: Mutex::default() });
     while let Some((message, fds)) = protocol::receive(&worker.line.socket)? {
         worker.take(message, fds, runtime.handle());
     }
@@ -109,6 +111,19 @@ impl Line {
     }
 }
 
+impl Opener for Line {
+    fn open(&self, name: String, bytes: u64) -> io::Result<File> {
+        match self.ask(|id| FromWorker::Pack { id, name, bytes })? {
+            Answer::Opened(file) => file.map(File::from),
+            Answer::Listed(_) => Err(io::ErrorKind::InvalidData.into()),
+        }
+    }
+
+    fn note(&self, trouble: String) {
+        self.tell(&FromWorker::NotKept { trouble }, None);
+    }
+}
+
 /// The store's folder, opened by the keeper.
 #[derive(Debug)]
 struct Remote(Arc<Line>);
@@ -132,6 +147,8 @@ impl Files for Remote {
 struct Worker {
     access: Access,
     line: Arc<Line>,
+    /// What is on disk of the packs of a store that lies behind a network.
+    kept: Arc<KeptPacks>,
     /// Made when it is first needed, and kept for its connections.
     store: OnceCell<Store>,
     /// Where a running fill hears who waits for what.
@@ -217,7 +234,7 @@ impl Worker {
             let opened = tokio::task::spawn_blocking(move || Store::from_files(files, &shown));
             opened.await.expect("opening a folder does not panic")
         } else {
-            Store::open(&url).await
+            Store::open(&url).await.map(|store| store.cached(self.kept.clone()))
         };
         store.map_err(|error| Failure::of_store(&error))
     }
@@ -289,6 +306,7 @@ impl Worker {
         let mut rest = fds.into_iter().skip(2);
         let (Some(content), Some(table)) = (rest.next(), rest.next()) else { return Err(missing()) };
         let writer = Writer::open(content, table, layout.regions()).map_err(system)?;
+        self.kept.begin();
         let fill = Fill::new(boot, layout, writer, &first).await?;
         fill.run(hear, patience).await
     }

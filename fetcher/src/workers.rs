@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use crate::access::Access;
 use crate::broker::Broker;
+use crate::disk::Disk;
 use crate::protocol::{self, FromWorker, ToWorker};
 use crate::worker::SOCKET_FD;
 
@@ -36,6 +37,15 @@ pub(crate) struct Worker {
     used: Mutex<Instant>,
 }
 
+/// What the keeper opens for a worker.
+#[derive(Debug)]
+struct Reach {
+    /// The store, where it is a folder.
+    folder: Option<Broker>,
+    /// What is kept on disk, where anything is.
+    disk: Option<Arc<Disk>>,
+}
+
 /// A question under way.
 #[derive(Debug)]
 pub(crate) struct Asked {
@@ -52,7 +62,7 @@ impl Asked {
 }
 
 impl Worker {
-    fn start(access: &Access) -> io::Result<Arc<Self>> {
+    fn start(access: &Access, disk: Option<Arc<Disk>>) -> io::Result<Arc<Self>> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
         command.args(["fetcher", "--worker"]).current_dir("/").stdin(Stdio::null());
@@ -72,7 +82,7 @@ impl Worker {
         let folder = access.url().ok().and_then(|url| url.folder().map(Broker::new));
         let listening = worker.clone();
         std::thread::Builder::new().name("worker".to_owned()).spawn(move || {
-            listening.listen(folder.as_ref());
+            listening.listen(&Reach { folder, disk });
             listening.dead.store(true, Ordering::Release);
             // Whoever waits for an answer hears that there is none.
             lock(&listening.asked).clear();
@@ -83,10 +93,10 @@ impl Worker {
         Ok(worker)
     }
 
-    fn listen(&self, folder: Option<&Broker>) {
+    fn listen(&self, reach: &Reach) {
         loop {
             match protocol::receive::<FromWorker>(&self.socket) {
-                Ok(Some((message, fds))) => self.take(message, fds.into_iter().next(), folder),
+                Ok(Some((message, fds))) => self.take(message, fds.into_iter().next(), reach),
                 Ok(None) => return,
                 Err(error) => {
                     tracing::warn!(%error, "a worker sent nonsense");
@@ -96,13 +106,20 @@ impl Worker {
         }
     }
 
-    fn take(&self, message: FromWorker, file: Option<OwnedFd>, folder: Option<&Broker>) {
+    fn take(&self, message: FromWorker, file: Option<OwnedFd>, reach: &Reach) {
+        let folder = reach.folder.as_ref();
         let missing = || io::Error::from_raw_os_error(nix::libc::EACCES);
         match message {
             FromWorker::Open { id, path } => {
-                match folder.ok_or_else(missing).and_then(|folder| folder.open(&path)) {
-                    Ok(file) => self.tell(&ToWorker::Opened { id, errno: None }, &[file.as_fd()]),
-                    Err(error) => self.tell(&ToWorker::Opened { id, errno: Some(errno(&error)) }, &[]),
+                self.opened(id, folder.ok_or_else(missing).and_then(|folder| folder.open(&path)));
+            }
+            FromWorker::Pack { id, name, bytes } => {
+                let disk = reach.disk.as_ref().ok_or_else(missing);
+                self.opened(id, disk.and_then(|disk| disk.open(&name, bytes)));
+            }
+            FromWorker::NotKept { trouble } => {
+                if let Some(disk) = &reach.disk {
+                    disk.note(trouble);
                 }
             }
             FromWorker::List { id, folder: path } => {
@@ -123,6 +140,13 @@ impl Worker {
                     let _ = asked.send((message, file));
                 }
             }
+        }
+    }
+
+    fn opened(&self, id: u64, file: io::Result<OwnedFd>) {
+        match file {
+            Ok(file) => self.tell(&ToWorker::Opened { id, errno: None }, &[file.as_fd()]),
+            Err(error) => self.tell(&ToWorker::Opened { id, errno: Some(errno(&error)) }, &[]),
         }
     }
 
@@ -159,25 +183,33 @@ impl Worker {
 }
 
 /// All workers, by what they read.
-#[derive(Debug, Default)]
-pub(crate) struct Workers(Mutex<HashMap<Access, Arc<Worker>>>);
+#[derive(Debug)]
+pub(crate) struct Workers {
+    all: Mutex<HashMap<Access, Arc<Worker>>>,
+    disk: Option<Arc<Disk>>,
+}
 
 impl Workers {
+    /// None yet; what is fetched over a network is kept in `disk`.
+    pub(crate) fn new(disk: Option<Arc<Disk>>) -> Self {
+        Self { all: Mutex::default(), disk }
+    }
+
     /// The worker of a store, started if there is none.
     pub(crate) fn of(&self, access: &Access) -> io::Result<Arc<Worker>> {
-        let mut workers = lock(&self.0);
+        let mut workers = lock(&self.all);
         workers.retain(|_, worker| !worker.is_dead());
         if let Some(worker) = workers.get(access) {
             return Ok(worker.clone());
         }
-        let worker = Worker::start(access)?;
+        let worker = Worker::start(access, self.disk.clone())?;
         workers.insert(access.clone(), worker.clone());
         Ok(worker)
     }
 
     /// Ends those that have had nothing to do for a while.
     pub(crate) fn end_idle(&self) {
-        lock(&self.0).retain(|_, worker| {
+        lock(&self.all).retain(|_, worker| {
             let keep = !worker.is_dead() && !worker.is_idle();
             if !keep {
                 let _ = worker.socket.shutdown(std::net::Shutdown::Both);

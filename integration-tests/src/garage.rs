@@ -120,6 +120,16 @@ impl Garage {
             .to_vec()
     }
 
+    /// Whether the key of [`Garage::env`] may read the bucket: credentials that expire, and come back.
+    ///
+    /// # Panics
+    ///
+    /// When Garage does not do it.
+    pub fn let_read(&self, may: bool) {
+        let verb = if may { "allow" } else { "deny" };
+        self.administer(&["bucket", verb, "--read", &self.bucket, "--key", ACCESS_KEY]);
+    }
+
     fn administer(&self, arguments: &[&str]) -> String {
         let output = Command::new(needs::cache().join("garage/bin/garage"))
             .args(arguments)

@@ -1,4 +1,5 @@
-//! A slow or broken way to a server: both directions can be throttled, and what comes back stalled and cut, while it runs.
+//! A slow or broken way to a server: both directions can be throttled, requests refused, and what comes back stalled, cut
+//! and changed, while it runs.
 
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -20,6 +21,13 @@ struct Wrong {
     stalled: AtomicBool,
     /// A connection is cut when so many bytes have come back over it; 0 for never.
     cut_after: AtomicU64,
+    /// One request out of so many is not answered: its connection is cut; 0 for never.
+    fail_every: AtomicU64,
+    /// Requests so far, and those that were not answered.
+    requests: AtomicU64,
+    failed: AtomicU64,
+    /// Whether a bit is flipped in everything that comes back but the beginnings of answers.
+    flips: AtomicBool,
     /// Bytes that have come back.
     passed: AtomicU64,
     ended: AtomicBool,
@@ -33,6 +41,18 @@ impl Wrong {
             let _turn = self.line.lock().unwrap_or_else(PoisonError::into_inner);
             std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64));
         }
+    }
+}
+
+impl Wrong {
+    /// Whether this is the beginning of a request that is not to be answered.
+    fn refuses(&self, piece: &[u8]) -> bool {
+        let begins = [&b"GET "[..], b"HEAD "].iter().any(|verb| piece.starts_with(verb));
+        let every = self.fail_every.load(Ordering::Relaxed);
+        let number = if begins { self.requests.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
+        let refuses = begins && every > 0 && number.is_multiple_of(every);
+        self.failed.fetch_add(u64::from(refuses), Ordering::Relaxed);
+        refuses
     }
 }
 
@@ -91,6 +111,22 @@ impl Slow {
         self.wrong.cut_after.store(bytes, Ordering::Relaxed);
     }
 
+    /// Does not answer one request out of so many; 0 for answering all.
+    pub fn fail_every(&self, requests: u64) {
+        self.wrong.fail_every.store(requests, Ordering::Relaxed);
+    }
+
+    /// Requests that were not answered.
+    #[must_use]
+    pub fn failed(&self) -> u64 {
+        self.wrong.failed.load(Ordering::Relaxed)
+    }
+
+    /// Whether content is changed on its way back.
+    pub fn flip(&self, flips: bool) {
+        self.wrong.flips.store(flips, Ordering::Relaxed);
+    }
+
     /// Bytes that have come back.
     #[must_use]
     pub fn passed(&self) -> u64 {
@@ -114,6 +150,10 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
         let mut piece = vec![0; PIECE];
         while let Ok(count @ 1..) = from.read(&mut piece) {
             shared.wait_for(count);
+            if shared.refuses(&piece[..count]) {
+                let _ = from.shutdown(Shutdown::Both);
+                break;
+            }
             if to.write_all(&piece[..count]).is_err() {
                 break;
             }
@@ -129,6 +169,9 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
             std::thread::sleep(POLL);
         }
         wrong.wait_for(count);
+        if wrong.flips.load(Ordering::Relaxed) && count > 1 && !piece.starts_with(b"HTTP/") {
+            piece[count / 2] ^= 1;
+        }
         carried += count as u64;
         let limit = wrong.cut_after.load(Ordering::Relaxed);
         if count == 0 || (limit > 0 && carried > limit) || wrong.ended.load(Ordering::Relaxed) {

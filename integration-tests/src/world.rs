@@ -254,6 +254,8 @@ impl World {
             .env("TMPDIR", self.root().join("tmp"))
             .env("NO_COLOR", "1")
             .env("REWARM_FETCHER_IDLE", FETCHER_IDLE)
+            // One test's packs are no other's business; those that try it have a folder of their own.
+            .env("REWARM_CACHE_DISK", "0")
             .env_remove("REWARM_STATE")
             .env_remove("RUST_LOG");
         for (name, value) in &self.store_env {

@@ -2,6 +2,7 @@
 
 mod contents;
 mod criu;
+mod disk_cache;
 mod filling;
 mod freeze;
 mod input;
@@ -9,4 +10,5 @@ mod killed;
 mod machine;
 mod servers;
 mod signatures;
+mod slow_stores;
 mod stores;

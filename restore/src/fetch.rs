@@ -21,8 +21,8 @@ use rewarm_report::{Progress, Stage};
 use crate::blueprint::{Blueprint, Place};
 use crate::error::Cause;
 use crate::lazy::Lazy;
+use crate::mode::Mode;
 use crate::pages::{PagesImage, Reads};
-use crate::pipeline::Mode;
 use crate::replica::Replica;
 
 /// How long one block may take to arrive. The fetcher gives a store up long before.

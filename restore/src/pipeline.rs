@@ -20,6 +20,7 @@ use crate::error::{Cause, Error, Result};
 use crate::fetch::{self, Fetching};
 use crate::lazy::Lazy;
 use crate::machine::{HostView, here};
+use crate::mode::{Known, Mode};
 use crate::recording::{self, Recorder};
 use crate::replica::Replica;
 use crate::verdict::{Reason, memory_reasons, reasons};
@@ -61,37 +62,9 @@ pub struct Request {
     pub cold_fallback: Option<Vec<String>>,
 }
 
-/// When a replica's memory is filled.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub enum Mode {
-    /// By what is known: see [`Mode::choose`]. Lazily, the replica is ready when all of the snapshot has arrived, unless
-    /// that takes long.
-    #[default]
-    Auto,
-    /// While the server runs already, also after the replica is ready; what is touched comes first.
-    Lazy,
-    /// Before the server runs.
-    Eager,
-}
-
-/// From this part of a snapshot on a working set counts as dense: nearly all will be wanted before the first answer.
-const DENSE: f64 = 0.5;
 /// A ready replica waits for the rest of its snapshot if that arrives within this time: what nobody notices is worth never
 /// having to be killed for a store that fails. Longer would hold back answers that could be given.
 const WAIT_FOR_REST: Duration = Duration::from_millis(50);
-
-impl Mode {
-    /// What `auto` means. Filling before the server runs is twice as fast as filling while it does, and nobody faults; it
-    /// pays where nearly all is touched anyway and nothing has to be waited for.
-    #[must_use]
-    pub fn choose(self, content_bytes: u64, arrived_bytes: u64, working_set_bytes: Option<u64>) -> Self {
-        let dense = working_set_bytes.is_some_and(|bytes| bytes as f64 >= content_bytes as f64 * DENSE);
-        match self {
-            Self::Auto if dense && arrived_bytes >= content_bytes => Self::Eager,
-            chosen => chosen,
-        }
-    }
-}
 
 /// What the pipeline works with.
 #[derive(Clone)]
@@ -558,8 +531,12 @@ async fn fetch(
     }
     let blueprint = Blueprint::of(&boot)?;
     let progress = context.clock.progress().clone();
-    let known = stream.working_set().map(WorkingSet::bytes);
-    let mode = mode.choose(stream.layout().content_bytes(), stream.reader().arrived_bytes(), known);
+    let mode = mode.choose(Known {
+        content: stream.layout().content_bytes(),
+        arrived: stream.reader().arrived_bytes(),
+        working_set: stream.working_set().map(WorkingSet::bytes),
+        rate: stream.usual_rate(),
+    });
     blocking(move || fetch::begin(&replicas, &blueprint, stream, mode, &progress).map(Some)).await
 }
 
@@ -623,19 +600,4 @@ pub(crate) async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> std::result::Result<T, Cause> + Send + 'static,
 ) -> std::result::Result<T, Cause> {
     tokio::task::spawn_blocking(work).await.expect("calls to the shim do not panic")
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn auto_fills_before_the_server_runs_only_what_is_here_and_wanted_as_a_whole() {
-        assert_eq!(Mode::Auto.choose(100, 100, Some(80)), Mode::Eager);
-        assert_eq!(Mode::Auto.choose(100, 99, Some(80)), Mode::Auto, "something has to be waited for");
-        assert_eq!(Mode::Auto.choose(100, 100, Some(10)), Mode::Auto, "most is not touched");
-        assert_eq!(Mode::Auto.choose(100, 100, None), Mode::Auto, "nothing is known");
-        assert_eq!(Mode::Lazy.choose(100, 100, Some(100)), Mode::Lazy);
-        assert_eq!(Mode::Eager.choose(100, 0, None), Mode::Eager);
-    }
 }

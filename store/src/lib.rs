@@ -4,6 +4,7 @@
 //! or of what a region's content means. A [`Store`] is opened by its [`StoreUrl`]; a [`Session`] writes a snapshot and
 //! makes it visible with its last step; a [`Snapshot`] reads one and gives out nothing that was not checked.
 
+mod cache;
 mod chunk;
 mod codec;
 mod collect;
@@ -28,6 +29,7 @@ mod url;
 mod working_sets;
 mod writer;
 
+pub use cache::PackCache;
 pub use codec::Compression;
 pub use collect::{Collect, Collected, Count};
 pub use copy::Copied;

@@ -19,6 +19,7 @@ use object_store::client::{HttpError, HttpErrorKind};
 use object_store::path::Path;
 use object_store::{GetOptions, GetRange, ObjectStore, ObjectStoreExt, PutMode, PutPayload};
 
+use crate::cache::PackCache;
 use crate::error::{Damage, Error, Result};
 use crate::files::Files;
 use crate::limits::{ATTEMPTS, BACKOFF, BACKOFF_MAX};
@@ -31,6 +32,8 @@ pub(crate) struct Objects {
     name: Arc<str>,
     /// The files that objects are, if they are.
     files: Option<Arc<dyn Files>>,
+    /// Copies of packs that are nearer, if there are any.
+    cache: Option<Arc<dyn PackCache>>,
 }
 
 /// An object as a listing shows it.
@@ -52,12 +55,22 @@ pub(crate) enum Put {
 
 impl Objects {
     pub(crate) fn new(store: Arc<dyn ObjectStore>, name: Arc<str>) -> Self {
-        Self { store, name, files: None }
+        Self { store, name, files: None, cache: None }
     }
 
     /// The same store, whose objects are files and may be read as such.
     pub(crate) fn with_files(self, files: Arc<dyn Files>) -> Self {
         Self { files: Some(files), ..self }
+    }
+
+    /// The same store, of whose packs there are copies nearer.
+    pub(crate) fn with_cache(self, cache: Arc<dyn PackCache>) -> Self {
+        Self { cache: Some(cache), ..self }
+    }
+
+    /// Copies of packs that are nearer than the store, where the store is no folder itself.
+    pub(crate) fn cache(&self) -> Option<&Arc<dyn PackCache>> {
+        self.cache.as_ref()
     }
 
     /// Opens an object that a manifest refers to as a file; `None` where objects are no files. Blocks.

@@ -15,6 +15,7 @@ use object_store::prefix::PrefixStore;
 use object_store::{BackoffConfig, ClientConfigKey, ObjectStore, RetryConfig};
 use tokio::sync::OnceCell;
 
+use crate::cache::PackCache;
 use crate::codec;
 use crate::digest::Digest;
 use crate::error::{Damage, Error, Result};
@@ -119,6 +120,16 @@ impl Store {
     #[must_use]
     pub fn requiring(self, trust: Trust) -> Self {
         Self { trust: Some(Arc::new(trust)), ..self }
+    }
+
+    /// The same store, read through copies of its packs that are nearer. A folder needs none.
+    #[must_use]
+    pub fn cached(self, cache: Arc<dyn PackCache>) -> Self {
+        let Some(objects) = self.inner.objects.get() else { return self };
+        let objects = OnceCell::new_with(Some(objects.clone().with_cache(cache)));
+        let (url, name) = (self.inner.url.clone(), self.inner.name.clone());
+        let inner = Inner { url, name, objects, conditional: OnceCell::new() };
+        Self { inner: Arc::new(inner), ..self }
     }
 
     /// A store that holds nothing: `name` stands in the errors of what another process fetched and this one decodes.

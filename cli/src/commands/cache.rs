@@ -1,9 +1,10 @@
 //! `rewarm cache`
 
-use rewarm_fetcher::{Fetcher, Status};
+use rewarm_fetcher::{DiskStatus, Fetcher, Status, disk};
 use serde::Serialize;
 
-use crate::args::Global;
+use crate::args::{Cache, Global};
+use crate::env;
 use crate::failure::Cause;
 use crate::render::{Output, bytes, table};
 
@@ -11,18 +12,52 @@ use crate::render::{Output, bytes, table};
 struct Report {
     /// Whether a fetcher runs: without one nothing is in memory.
     running: bool,
+    /// What is kept on disk, whether one runs or not.
+    disk: Option<DiskStatus>,
     #[serde(flatten)]
-    status: Option<Status>,
+    status: Option<Held>,
 }
 
-pub(crate) fn run(global: &Global) -> Result<u8, Cause> {
+/// What a fetcher holds in memory.
+#[derive(Serialize)]
+struct Held {
+    pid: u32,
+    limit_bytes: u64,
+    huge_pages: bool,
+    streams: Vec<rewarm_fetcher::StreamStatus>,
+}
+
+pub(crate) fn run(global: &Global, args: &Cache) -> Result<u8, Cause> {
+    let folder = env::packs_dir();
+    let file = |doing, source| {
+        let path = folder.clone().unwrap_or_default();
+        Cause::File { doing, path, source }
+    };
+    if args.clear {
+        Fetcher::clear(&global.state)?;
+        // The fetcher may keep nothing, or run for another folder.
+        folder.as_deref().map_or(Ok(()), disk::clear).map_err(|error| file("clear", error))?;
+    }
     let status = Fetcher::status(&global.state)?;
-    Output::new(global).answer(&Report { running: status.is_some(), status }, text)?;
+    let (disk, status) = match status {
+        Some(Status { pid, limit_bytes, huge_pages, streams, disk }) => {
+            (disk, Some(Held { pid, limit_bytes, huge_pages, streams }))
+        }
+        None => {
+            let looked = folder.as_deref().map(disk::look_at).transpose();
+            (looked.map_err(|error| file("look into", error))?, None)
+        }
+    };
+    Output::new(global).answer(&Report { running: status.is_some(), disk, status }, text)?;
     Ok(0)
 }
 
 fn text(report: &Report) -> String {
-    let Some(status) = &report.status else {
+    memory(report.status.as_ref()) + &on_disk(report.disk.as_ref())
+}
+
+fn memory(status: Option<&Held>) -> String {
+    let Some(status) = status else {
         return "no fetcher runs: the next restore starts one\n".to_owned();
     };
     let rows = status.streams.iter().map(|stream| {
@@ -39,4 +74,15 @@ fn text(report: &Report) -> String {
     let table = table(&["SNAPSHOT", "MEMORY", "ARRIVED", "READ", "HOLDERS", "STORE"], rows);
     let pages = if status.huge_pages { "in huge pages" } else { "in ordinary pages" };
     format!("{table}\nat most {} while nobody holds them, {pages}\n", bytes(status.limit_bytes))
+}
+
+fn on_disk(disk: Option<&DiskStatus>) -> String {
+    let Some(disk) = disk else { return "nothing is kept on disk\n".to_owned() };
+    let limit = match disk.limit_bytes {
+        0 => String::new(),
+        limit => format!(", at most {}", bytes(limit)),
+    };
+    let trouble = disk.trouble.as_ref().map(|trouble| format!("not all could be kept: {trouble}\n"));
+    let packs = if disk.packs == 1 { "pack" } else { "packs" };
+    format!("on disk {} of {} {packs}{limit}\n", bytes(disk.bytes), disk.packs) + &trouble.unwrap_or_default()
 }

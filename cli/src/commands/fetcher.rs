@@ -6,6 +6,6 @@ pub(crate) fn run(args: &Fetcher) -> u8 {
     if args.worker {
         rewarm_fetcher::worker::main()
     } else {
-        rewarm_fetcher::keeper::main(args.limit, args.idle)
+        rewarm_fetcher::keeper::main(args.limit, args.disk, args.idle)
     }
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rewarm_fetcher::{Fetcher, Settings};
+use rewarm_fetcher::{DiskSettings, Fetcher, Settings};
 use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Timing};
 use rewarm_restore::{Context, Mode, Outcome, Request, Restored};
@@ -122,10 +122,13 @@ fn usage(problem: String) -> Cause {
 
 /// How the fetcher is started where none runs.
 fn settings(global: &Global) -> Result<Settings, Cause> {
+    let limit_bytes = env::cache_disk().map_err(usage)?;
+    let disk = env::packs_dir().map(|folder| DiskSettings { folder, limit_bytes });
     Ok(Settings {
         state: global.state.clone(),
         program: replicas::program(),
         limit_bytes: env::cache_memory().map_err(usage)?,
+        disk: disk.filter(|disk| disk.limit_bytes != Some(0)),
         idle: env::fetcher_idle().map_err(usage)?.unwrap_or(FETCHER_IDLE),
     })
 }

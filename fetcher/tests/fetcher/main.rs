@@ -49,7 +49,7 @@ fn play_role(arguments: &[String]) -> Option<u8> {
     if verb && let (Some(limit), Some(idle)) = (value("--limit"), value("--idle")) {
         let idle = idle.trim_end_matches("ms").parse().expect("milliseconds");
         let limit = limit.parse().expect("bytes");
-        return Some(rewarm_fetcher::keeper::main(limit, Duration::from_millis(idle)));
+        return Some(rewarm_fetcher::keeper::main(limit, 0, Duration::from_millis(idle)));
     }
     value("knock").map(|path| rights::knock(&path))
 }

@@ -62,6 +62,7 @@ impl World {
             state: folder.path().join("state"),
             program: std::env::current_exe().expect("this program"),
             limit_bytes: Some(limit_bytes),
+            disk: None,
             idle,
         };
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");

@@ -12,22 +12,22 @@ use serde_json::Value;
 
 use crate::{world, world_for};
 
-const MIB: u64 = 1 << 20;
+pub(crate) const MIB: u64 = 1 << 20;
 /// Memory of servers that must still be filled when they are ready: what is ready needs several ranges of 8 MiB.
-const LARGE_MIB: u32 = 400;
+pub(crate) const LARGE_MIB: u32 = 400;
 /// How long a killed replica may take to be told as such.
-const TOLD_MAX: Duration = Duration::from_secs(60);
+pub(crate) const TOLD_MAX: Duration = Duration::from_secs(60);
 /// How long memory may take to be complete once nothing is slow any more.
 const PRESENT_MAX: Duration = Duration::from_secs(60);
 
 /// A world with a bucket behind a slow way, and a snapshot of a server with memory in it.
-fn far(server: &Server) -> Option<(World, Slow)> {
+pub(crate) fn far(server: &Server) -> Option<(World, Slow)> {
     let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
     Some(world(&needs)?.on_garage().behind()).inspect(|(world, _)| drop(snapshot_of(world, server)))
 }
 
 /// Takes a snapshot of a server, which is removed. What it answered.
-fn snapshot_of(world: &World, server: &Server) -> Answers {
+pub(crate) fn snapshot_of(world: &World, server: &Server) -> Answers {
     let source = world.start(server.name, server);
     let before = answers(&source, server);
     world.snapshot(&source, "v1", &["--compression", "none"]);
@@ -36,24 +36,24 @@ fn snapshot_of(world: &World, server: &Server) -> Answers {
 }
 
 /// The answers of a server that nobody has snapshotted are the same: its content is known.
-fn answers_of(world: &World, server: &Server) -> Answers {
+pub(crate) fn answers_of(world: &World, server: &Server) -> Answers {
     let again = world.start("again", server);
     let answers = answers(&again, server);
     again.remove();
     answers
 }
 
-fn lazily<'w>(world: &'w World, server: &Server, patience: &str) -> Replica<'w> {
+pub(crate) fn lazily<'w>(world: &'w World, server: &Server, patience: &str) -> Replica<'w> {
     let call = world.restore_call(server.name, "v1", server.port, &["--mode", "lazy"]);
     let output = call.env("REWARM_STORE_PATIENCE", patience).ok();
     Replica::of_restore(world, server.port, &output).remove(0)
 }
 
-fn entry(replica: &Replica<'_>) -> Value {
+pub(crate) fn entry(replica: &Replica<'_>) -> Value {
     replica.entry().expect("it is listed")
 }
 
-fn await_present(world: &World, replica: &Replica<'_>) -> Value {
+pub(crate) fn await_present(world: &World, replica: &Replica<'_>) -> Value {
     world.await_state("memory is complete", PRESENT_MAX, || entry(replica)["memory"] == "present");
     entry(replica)
 }
@@ -64,7 +64,7 @@ fn pagers(world: &World) -> Vec<i32> {
 }
 
 /// Waits until the replica was killed, and gives the reason.
-fn await_crash(world: &World, replica: &Replica<'_>) -> String {
+pub(crate) fn await_crash(world: &World, replica: &Replica<'_>) -> String {
     world.await_state("the replica was killed", TOLD_MAX, || entry(replica)["status"] == "crashed");
     let exit = entry(replica)["exit"].clone();
     assert_eq!(exit["code"], 128 + Signal::SIGKILL as i32, "{exit}");

@@ -7,15 +7,19 @@
 
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use rewarm_sys::procmem;
 
+use super::engine::Engine;
 use super::error::Error;
 use super::pending::{Pending, Piece};
+use super::ranges::Ranges;
 use super::source::Source;
+use super::space::Space;
+use super::userfault::Userfault;
 
 /// A stopped task and what it lacks. Its ranges are not registered with a userfaultfd any more.
 #[derive(Debug)]
@@ -35,6 +39,38 @@ pub struct Written {
     pub bytes: u64,
     /// How long it took.
     pub time: Duration,
+}
+
+/// Gives an address space back to the kernel and takes what is pending out, to be written from outside. What cannot be
+/// written so is copied before: what is not `writable` by its owner, and what the kernel keeps registered, since a write
+/// from outside to a missing page that is registered waits for ever.
+pub(super) fn give_back<U: Userfault>(
+    engine: &Engine<U>,
+    space: &Arc<Space<U>>,
+    writable: &Ranges,
+) -> Result<Vec<Piece>, Error> {
+    let copy = |range: Range<u64>| {
+        let pieces = space.state().pending.within(&range);
+        pieces.iter().try_for_each(|piece| engine.fill_now(space, piece.stream()))
+    };
+    let mut protected = Ranges::default();
+    for piece in space.state().pending.within(&(0..u64::MAX)) {
+        protected.insert(piece.addresses());
+    }
+    writable.iter().for_each(|range| protected.remove(range));
+    protected.iter().try_for_each(copy)?;
+    let registered: Vec<Range<u64>> = space.state().registered.iter().collect();
+    for range in registered {
+        let length = range.end - range.start;
+        let given =
+            space.enter_alone().as_ref().is_none_or(|uffd| uffd.unregister(range.start, length).is_ok());
+        if !given {
+            copy(range)?;
+        }
+    }
+    // Whoever still holds a duplicate keeps registered what the kernel would not give back, and nothing is missing there.
+    space.enter_alone().take();
+    Ok(space.state().pending.take(&(0..u64::MAX)))
 }
 
 /// Fills stopped tasks with several threads. On return everything is in place.

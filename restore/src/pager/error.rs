@@ -101,6 +101,15 @@ pub enum Error {
         #[source]
         errno: Errno,
     },
+    /// What a stopped task has mapped could not be read.
+    #[error("look at what task {task} has mapped")]
+    Look {
+        /// The task.
+        task: u32,
+        /// Why.
+        #[source]
+        source: io::Error,
+    },
     /// The process behind a task was not found.
     #[error("find the process of task {task}")]
     NoProcess {

@@ -18,12 +18,11 @@ use rewarm_sys::uffd::Uffd;
 
 use super::control::{self, Command, Report};
 use super::device;
-use super::eager::{Stopped, Written, fill_stopped};
+use super::eager::{Stopped, Written, fill_stopped, give_back};
 use super::engine::{Engine, message};
 use super::error::Error;
 use super::events::{self, Fault};
 use super::fault::Need;
-use super::pending::Piece;
 use super::plan::Plan;
 use super::ranges::Ranges;
 use super::source::Source;
@@ -420,17 +419,14 @@ impl Pager {
     fn fill_eagerly(&mut self) -> Result<(), Error> {
         let mut stopped = Vec::new();
         for Watched { space, .. } in &self.watched {
-            let plan = Arc::clone(&self.plans[&space.task]);
-            // What its owner may not write cannot be written from outside either.
-            for mapping in plan.mappings().iter().filter(|mapping| !mapping.writable) {
-                let pieces = space.state().pending.within(&(mapping.start..mapping.end));
-                for piece in pieces {
-                    self.engine.fill_now(space, piece.stream())?;
-                }
-            }
             let task = space.task;
             let pid = self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?;
-            stopped.push(Stopped { pid, task, pieces: unregister(space)? });
+            let maps = procmem::maps(pid).map_err(|source| Error::Look { task, source })?;
+            let mut writable = Ranges::default();
+            for mapping in maps.iter().filter(|mapping| mapping.write && !mapping.shared) {
+                writable.insert(mapping.start..mapping.end);
+            }
+            stopped.push(Stopped { pid, task, pieces: give_back(&self.engine, space, &writable)? });
         }
         self.eager = fill_stopped(&stopped, &*self.source, self.config.threads)?;
         Ok(())
@@ -470,23 +466,6 @@ impl Pager {
         let _ = self.report(&Report::Done { summary: summary.clone() }, None);
         Ok(summary)
     }
-}
-
-/// Gives an address space back to the kernel and takes what is pending out. Every range must be given back: a write
-/// from outside to a missing page that is registered waits for ever.
-fn unregister(space: &Space<Uffd>) -> Result<Vec<Piece>, Error> {
-    let mut gate = space.enter_alone();
-    let mut state = space.state();
-    if let Some(uffd) = gate.take() {
-        for range in state.registered.iter() {
-            uffd.unregister(range.start, range.end - range.start).map_err(|errno| Error::Refused {
-                task: space.task,
-                vaddr: range.start,
-                errno,
-            })?;
-        }
-    }
-    Ok(state.pending.take(&(0..u64::MAX)))
 }
 
 /// Takes CRIU's connection and passes on what comes.

@@ -19,11 +19,13 @@ use machine::{Machine, Virtual, stored};
 use rewarm_sys::uffd::Event;
 use schedule::{GivenUp, Random, Schedule, mix};
 
+use super::eager::give_back;
 use super::engine::{Duty, Engine, Job};
 use super::error::Error;
 use super::events::{self, Fault};
 use super::fault::Need;
 use super::plan::{AtFork, Mapping, PAGE, Plan, Run};
+use super::ranges::Ranges;
 use super::source::{Source, SourceError};
 use super::space::{Space, State};
 use super::userfault::Userfault;
@@ -231,10 +233,9 @@ impl Case {
         let state = space.state();
         if state.pending.is_empty() {
             if let Some(uffd) = gate.as_ref() {
-                state
-                    .registered
-                    .iter()
-                    .for_each(|range| uffd.unregister(range.start, range.end - range.start));
+                for range in state.registered.iter() {
+                    uffd.unregister(range.start, range.end - range.start).expect("the kernel gives it back");
+                }
             }
             return Ok(true);
         }
@@ -383,4 +384,33 @@ fn a_seed_gives_the_same_run_again() {
     let found = (1..=500).find(|&seed| outcome(seed).is_some()).expect("a run that fails");
     let first = outcome(found);
     assert!((0..3).all(|_| outcome(found) == first), "{first:?}");
+}
+
+/// Before the first instruction: what can be written from outside is left to that, all else is in place.
+#[test]
+fn what_cannot_be_written_from_outside_is_copied_before() {
+    let areas: Vec<Laid> =
+        (0..3).map(|n| ((n + 1) << 20, (n * 10..(n + 1) * 10).map(Some).collect())).collect();
+    let machine = Machine::new(5, &areas, 1);
+    let (random, arrived) = (Mutex::new(Random::new(1)), Mutex::default());
+    let source = Stored { seed: 5, bytes: 30 * PAGE, mistake: Mistake::None, random, arrived };
+    let engine = Engine::new(Arc::new(source), false).expect("an eventfd");
+    let state = State::new(&plan(&areas, 30));
+    let space = Arc::new(Space::new(0, TASK, false, Arc::new(machine.task()), state));
+    engine.set_finished();
+    // Of the first area five pages are read-only, the second stays registered.
+    let mut writable = Ranges::default();
+    writable.insert(((1 << 20) + 5) * PAGE..(4 << 20) * PAGE);
+    machine.be_stubborn_about(2 << 20..(2 << 20) + 10);
+    let left = give_back(&engine, &space, &writable).expect("all can be had");
+    let left: Vec<_> = left.iter().map(|piece| (piece.offset / PAGE, piece.length / PAGE)).collect();
+    assert_eq!(left, [(5, 5), (20, 10)]);
+    let expected = |pages: Range<u64>| pages.map(|page| Some(stored(5, page))).collect::<Vec<_>>();
+    let area = |number: u64, pages: Range<u64>| {
+        machine.seen((number << 20) + pages.start..(number << 20) + pages.end)
+    };
+    assert_eq!(area(1, 0..5), expected(0..5));
+    assert_eq!(area(2, 0..10), expected(10..20));
+    assert_eq!([area(1, 5..10), area(3, 0..10)].concat(), [None; 15]);
+    assert!(space.enter().is_none());
 }

@@ -12,6 +12,7 @@ pub(super) trait Userfault: Debug + Send + Sync + Sized + 'static {
     fn copy(&self, target: u64, source: &[u8]) -> Progress;
     fn zero(&self, start: u64, length: u64) -> Progress;
     fn wake(&self, start: u64, length: u64) -> Result<(), Errno>;
+    fn unregister(&self, start: u64, length: u64) -> Result<(), Errno>;
 
     /// Called where another thread may come first and the caller holds no lock: a test decides here who goes on.
     /// True if somebody else was given the turn, so that there is no need to wait for him.
@@ -35,5 +36,9 @@ impl Userfault for Uffd {
 
     fn wake(&self, start: u64, length: u64) -> Result<(), Errno> {
         Uffd::wake(self, start, length)
+    }
+
+    fn unregister(&self, start: u64, length: u64) -> Result<(), Errno> {
+        Uffd::unregister(self, start, length)
     }
 }

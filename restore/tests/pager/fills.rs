@@ -13,6 +13,7 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("fills::lazily_from_a_slow_source", lazily_from_a_slow_source),
         Trial::test("fills::a_wrong_byte_is_noticed", a_wrong_byte_is_noticed),
         Trial::test("fills::eagerly_before_the_first_instruction", eagerly_before_the_first_instruction),
+        Trial::test("fills::eagerly_into_what_may_not_be_written", eagerly_into_what_may_not_be_written),
         Trial::test(
             "fills::a_working_set_is_recorded_and_comes_first",
             a_working_set_is_recorded_and_comes_first,
@@ -76,7 +77,16 @@ fn a_wrong_byte_is_noticed() -> Result<(), Failed> {
 }
 
 fn eagerly_before_the_first_instruction() -> Result<(), Failed> {
-    let mut scene = Scene::new(seed());
+    eagerly(&Scene::new(seed()))
+}
+
+/// What the plan calls writable is not when it comes to be written from outside.
+fn eagerly_into_what_may_not_be_written() -> Result<(), Failed> {
+    eagerly(&Scene { protected: 500, ..Scene::new(seed()) })
+}
+
+fn eagerly(scene: &Scene) -> Result<(), Failed> {
+    let mut scene = scene.clone();
     scene.mode = Mode::Eager;
     scene.shape.pages = 3000;
     let mut world = World::start(&scene);

@@ -35,6 +35,8 @@ pub(crate) struct Orders {
     pub(crate) operations: u64,
     /// Stop before anything, as CRIU's `leave-stopped` does.
     pub(crate) stop: bool,
+    /// Pages of the first area that may not be written by then, whatever the plan says.
+    pub(crate) protected: u64,
     /// Wait for a line on standard input, touch so many pages of the first area, say so, wait for another line.
     pub(crate) touch_first: u64,
 }
@@ -158,6 +160,8 @@ fn try_play(orders: &Orders) -> Result<(), String> {
     drop(uffd);
     criu.write_all(&FINISHED.to_le_bytes()).map_err(|error| error.to_string())?;
     drop(criu);
+    let protected = held[0].area.part(0..orders.protected as usize);
+    protected.protect(false).map_err(|error| format!("protect: {error}"))?;
     if orders.stop {
         nix::sys::signal::raise(nix::sys::signal::Signal::SIGSTOP).map_err(|error| error.to_string())?;
         let resident: usize = held.iter().map(|held| held.area.resident().unwrap_or(0)).sum();
@@ -168,6 +172,7 @@ fn try_play(orders: &Orders) -> Result<(), String> {
             ));
         }
     }
+    protected.protect(true).map_err(|error| format!("unprotect: {error}"))?;
     if orders.touch_first > 0 {
         wait_for_a_line()?;
         (0..orders.touch_first as usize).try_for_each(|page| held[0].check(seed, page))?;

@@ -115,6 +115,7 @@ pub(crate) struct Scene {
     pub(crate) threads: u64,
     pub(crate) operations: u64,
     pub(crate) touch_first: u64,
+    pub(crate) protected: u64,
     pub(crate) mode: Mode,
     pub(crate) record: bool,
     pub(crate) working_set: WorkingSet,
@@ -130,6 +131,7 @@ impl Scene {
             threads: 2,
             operations: 1500,
             touch_first: 0,
+            protected: 0,
             mode: Mode::Lazy,
             record: false,
             working_set: WorkingSet::default(),
@@ -172,6 +174,7 @@ impl World {
             operations: scene.operations,
             stop: scene.mode == Mode::Eager,
             touch_first: scene.touch_first,
+            protected: scene.protected,
         };
         let mut program = this_program(&Role::Subject(orders));
         let mut subject = program.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().expect("a subject");

@@ -33,7 +33,7 @@ pub trait Sink: Send + Sync {
 pub struct Fetched {
     /// Bytes given to the sink.
     pub bytes: u64,
-    /// Bytes read from the store, gaps included.
+    /// Bytes read from the store, gaps included; not those of a copy nearby.
     pub read_bytes: u64,
     /// Requests made for them.
     pub requests: u64,
@@ -198,16 +198,42 @@ enum Source {
 }
 
 async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<Fetched> {
-    let (pack, _) = job.boot.packs[request.pack as usize];
+    let (pack, length) = job.boot.packs[request.pack as usize];
     let path = pack_path(pack);
-    let (source, read_bytes) = match job.boot.objects.open(&path) {
-        Some(file) => (Source::File(Arc::new(file?)), request.range.end - request.range.start),
-        None => {
-            let bytes = job.boot.objects.get_range(&path, request.range.clone()).await?;
-            let read_bytes = bytes.len() as u64;
-            (Source::Answer(bytes, request.range.start), read_bytes)
+    let asked = request.range.end - request.range.start;
+    if let Some(file) = job.boot.objects.open(&path) {
+        let bytes = put_all(&job, &cores, &request, Source::File(Arc::new(file?))).await?;
+        return Ok(Fetched { bytes, read_bytes: asked, requests: 1 });
+    }
+    let cache = job.boot.objects.cache().cloned();
+    if let Some(cache) = cache.clone() {
+        let range = request.range.clone();
+        let read = tokio::task::spawn_blocking(move || cache.read(pack, length, range));
+        if let Some(near) = read.await.expect("reading a copy does not panic") {
+            let source = Source::Answer(near.into(), request.range.start);
+            match put_all(&job, &cores, &request, source).await {
+                Ok(bytes) => return Ok(Fetched { bytes, read_bytes: 0, requests: 0 }),
+                // The store has it whole, unless that says otherwise.
+                Err(error @ Error::Damaged { .. }) => tracing::info!(%error, "a copy nearby is damaged"),
+                Err(error) => return Err(error),
+            }
         }
-    };
+    }
+    let content = job.boot.objects.get_range(&path, request.range.clone()).await?;
+    let read_bytes = content.len() as u64;
+    let source = Source::Answer(content.clone(), request.range.start);
+    let bytes = put_all(&job, &cores, &request, source).await?;
+    if let Some(cache) = cache {
+        let offset = request.range.start;
+        let keep = tokio::task::spawn_blocking(move || cache.keep(pack, length, offset, &content));
+        keep.await.expect("keeping a copy does not panic");
+    }
+    Ok(Fetched { bytes, read_bytes, requests: 1 })
+}
+
+/// Checks, decodes and puts the chunks of a request. Returns the bytes of content.
+async fn put_all(job: &Arc<Job>, cores: &Arc<Semaphore>, request: &Request, source: Source) -> Result<u64> {
+    let (pack, _) = job.boot.packs[request.pack as usize];
     let parts = batches(&job.map, &request.chunks);
     let works = parts.into_iter().map(|chunks| {
         let (job, source, cores) = (job.clone(), source.clone(), cores.clone());
@@ -222,7 +248,7 @@ async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<F
         }
     });
     let done: Vec<u64> = futures::future::try_join_all(works).await?;
-    Ok(Fetched { bytes: done.iter().sum(), read_bytes, requests: 1 })
+    Ok(done.iter().sum())
 }
 
 thread_local! {

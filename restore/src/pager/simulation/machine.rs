@@ -7,6 +7,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::io;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use nix::errno::Errno;
@@ -40,7 +41,7 @@ struct Area {
 }
 
 impl Area {
-    fn numbers(self) -> std::ops::Range<u64> {
+    fn numbers(self) -> Range<u64> {
         self.start..self.start + self.pages
     }
 }
@@ -110,6 +111,8 @@ struct AddressSpace {
     threads: Vec<Thread>,
     gone: bool,
     released: bool,
+    /// Pages that the kernel does not give back.
+    stubborn: Option<Range<u64>>,
 }
 
 #[derive(Debug)]
@@ -168,6 +171,16 @@ impl Machine {
     /// The userfaultfd of its task.
     pub(super) fn task(self: &Arc<Self>) -> Virtual {
         Virtual { machine: self.clone(), space: 0 }
+    }
+
+    /// The kernel will not unregister these pages.
+    pub(super) fn be_stubborn_about(&self, pages: Range<u64>) {
+        self.lock().spaces[0].stubborn = Some(pages);
+    }
+
+    /// What is in these pages by now.
+    pub(super) fn seen(&self, pages: Range<u64>) -> Vec<Option<u64>> {
+        self.lock().spaces[0].pages.range(pages).map(|(_, page)| page.seen).collect()
     }
 
     /// What a task found that should not be.
@@ -468,18 +481,6 @@ impl Inner {
     }
 }
 
-impl Virtual {
-    /// Gives a range back to the kernel and wakes who waits in it.
-    pub(super) fn unregister(&self, start: u64, length: u64) {
-        let mut inner = self.machine.lock();
-        let (start, end) = (start / PAGE, (start + length) / PAGE);
-        for (_, page) in inner.spaces[self.space].pages.range_mut(start..end) {
-            page.registered = false;
-        }
-        inner.wake(self.space, start, end);
-    }
-}
-
 impl Drop for Virtual {
     fn drop(&mut self) {
         self.machine.lock().release(self.space);
@@ -518,6 +519,20 @@ impl Userfault for Virtual {
     fn wake(&self, start: u64, length: u64) -> Result<(), Errno> {
         self.machine.go_on();
         self.machine.lock().wake(self.space, start / PAGE, (start + length) / PAGE);
+        Ok(())
+    }
+
+    fn unregister(&self, start: u64, length: u64) -> Result<(), Errno> {
+        let mut inner = self.machine.lock();
+        let (start, end) = (start / PAGE, (start + length) / PAGE);
+        let space = &mut inner.spaces[self.space];
+        if space.stubborn.as_ref().is_some_and(|stubborn| stubborn.start < end && start < stubborn.end) {
+            return Err(Errno::EINVAL);
+        }
+        for (_, page) in space.pages.range_mut(start..end) {
+            page.registered = false;
+        }
+        inner.wake(self.space, start, end);
         Ok(())
     }
 
