@@ -24,6 +24,7 @@ pub mod client;
 mod device;
 mod dump;
 mod exec;
+mod executable;
 mod life;
 mod logs;
 mod paths;

@@ -131,11 +131,11 @@ impl Server {
         Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
-    /// Memory that is awkward in every way: a reservation of 16 GiB, tens of thousands of mappings, one that grows
-    /// downwards, locked pages, an orphan, processes and a userfaultfd of its own made while it is filled.
+    /// Memory that is awkward in every way: a reservation of 16 GiB, nearly as many mappings as the kernel allows (65,530),
+    /// one that grows downwards, locked pages, an orphan, processes and a userfaultfd of its own made while it is filled.
     #[must_use]
     pub fn edges() -> Self {
-        Self::python("edges", "edges.py", &["--mappings", "20000"])
+        Self::python("edges", "edges.py", &["--mappings", "65000"])
     }
 
     /// Private memory of `mib` MiB that does not compress, by a digest of all of it.

@@ -15,6 +15,7 @@ use crate::bundle::user;
 use crate::error::{Context, Error};
 use crate::runc::Runc;
 use crate::shim::children::signal;
+use crate::shim::executable::is_foreign;
 use crate::shim::protocol::{self, ExecOutput, ExecRequest, Request};
 use crate::shim::replica::{Asker, Replica};
 use crate::shim::start::read_pid;
@@ -36,6 +37,8 @@ impl Drop for Inside<'_> {
 /// What a shell says of a program that is not there, or cannot be run.
 const NOT_FOUND: i32 = 127;
 const NOT_EXECUTABLE: i32 = 126;
+/// With this runc ends where the kernel did not run the file.
+const EXECUTE_FAILED: i32 = 1;
 /// With this runc ends when it could not run the program; a program may end with it as well.
 const RUNC_FAILED: i32 = 255;
 
@@ -94,9 +97,14 @@ impl Replica {
         };
         let mut child = self.children.spawn(&mut command).context("start", "runc")?;
         drop(command);
+        let foreign = || is_foreign(&root, request.workdir.as_deref(), &request.env, &request.args[0]);
         let deadline = request.timeout_ms.map(|limit| Instant::now() + Duration::from_millis(limit));
         let ending = watch(&mut child, asker, deadline).context("wait for", "the command");
         let code = match &ending {
+            // runc has left its place to the program by then, and ends as a program that fails.
+            Ok(Ending::Ended(status)) if status.code() == Some(EXECUTE_FAILED) && foreign() => {
+                Ok(NOT_EXECUTABLE)
+            }
             Ok(Ending::Ended(status)) => self.exec_code(*status, &pid_file, &log),
             _ => {
                 // The command leads a session of its own; runc's death alone would not end it.

@@ -211,6 +211,38 @@ fn a_deleted_file_above_the_limit_is_refused_with_its_path() {
     world.finish();
 }
 
+/// A process of another user than the server's.
+const OTHER: &str = r"
+import os, signal
+if os.fork() == 0:
+    os.setgid(4343)
+    os.setuid(4242)
+    signal.pause()
+";
+
+/// What this machine cannot dump is refused before anything is touched; one that can dumps it.
+#[test]
+fn processes_of_two_users_are_refused_where_their_limits_cannot_be_read() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    server.command[2] = format!("{OTHER}\n{}", server.command[2]);
+    let source = world.start("plain", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    if rewarm_sys::process::may_change_limits() {
+        world.snapshot(&source, "v1", &[]);
+        let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
+        server_answers_as_before(&clones[0], &server, &before);
+    } else {
+        let output = world.snapshot_call(&source, "v1", &["--pre", "touch /srv/drained"]).fails(3);
+        output.says(&["preflight", "user 0 of group 0", "user 4242 of group 4343", "CAP_SYS_RESOURCE"]);
+        source.exec(&["test", "-e", "/srv/drained"]).fails(1);
+        no_residue(&world, &traces);
+        nothing_visible(&world, &source);
+    }
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
 /// Takes a descriptor over a socket in a mounted folder, and keeps it.
 const TAKE: &str = r"
 import socket, threading

@@ -2,11 +2,34 @@
 
 use std::time::Duration;
 
-use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{no_residue, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, Slow, World};
 
 use super::filling::{LARGE_MIB, MIB, answers_of, await_crash, await_present, entry, far, lazily};
+
+/// Does something to the store while nothing of it arrives, and ends the answers that are under way: what is missing must
+/// be asked for again.
+fn meanwhile(slow: &Slow, change: impl FnOnce()) {
+    slow.stall(true);
+    change();
+    slow.cut_after(1);
+    slow.stall(false);
+    std::thread::sleep(Duration::from_secs(1));
+    slow.cut_after(0);
+    slow.throttle(0);
+}
+
+/// Removes the snapshot and collects garbage, not by the slow way.
+fn collect(world: &World, server: &Server, flags: &[&str]) {
+    let call = || {
+        world.garage().env().into_iter().fold(world.rewarm(), |call, (name, value)| call.env(&name, value))
+    };
+    call().args(["rm", &world.reference(server.name, "v1")]).ok();
+    for _ in 0..2 {
+        call().args(["gc", world.store()]).args(flags).ok();
+    }
+}
 
 /// What a store is slow at for a while must not be taken for one that brings nothing.
 #[test]
@@ -70,7 +93,7 @@ fn credentials_that_expire_in_the_middle_end_what_is_being_filled_with_the_reaso
     slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "2s");
     assert_eq!(entry(&replica)["memory"], "filling");
-    world.garage().let_read(false);
+    meanwhile(&slow, || world.garage().let_read(false));
     let reason = await_crash(&world, &replica);
     assert!(reason.contains(world.id()), "the store is not named: {reason}");
     assert!(reason.contains("denied") || reason.contains("403"), "{reason}");
@@ -84,10 +107,9 @@ fn credentials_that_come_back_in_time_cost_time_only() {
     let before = answers_of(&world, &server);
     slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
-    world.garage().let_read(false);
-    std::thread::sleep(Duration::from_secs(3));
+    meanwhile(&slow, || world.garage().let_read(false));
+    std::thread::sleep(Duration::from_secs(2));
     world.garage().let_read(true);
-    slow.throttle(0);
     server_answers_as_before(&replica, &server, &before);
     await_present(&world, &replica);
     world.finish();
@@ -101,12 +123,7 @@ fn gc_leaves_alone_what_a_restore_reads() {
     let before = answers_of(&world, &server);
     slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
-    world.rewarm().args(["rm", &world.reference(server.name, "v1")]).ok();
-    for _ in 0..2 {
-        world.rewarm().args(["gc", world.store()]).ok();
-    }
-    assert_eq!(entry(&replica)["memory"], "filling", "gc was too slow to meet it");
-    slow.throttle(0);
+    meanwhile(&slow, || collect(&world, &server, &[]));
     server_answers_as_before(&replica, &server, &before);
     await_present(&world, &replica);
     world.finish();
@@ -119,10 +136,7 @@ fn gc_without_grace_ends_what_is_being_filled_with_the_reason() {
     let Some((world, slow)) = far(&server) else { return };
     slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
-    world.rewarm().args(["rm", &world.reference(server.name, "v1")]).ok();
-    for _ in 0..2 {
-        world.rewarm().args(["gc", world.store(), "--grace", "0s"]).ok();
-    }
+    meanwhile(&slow, || collect(&world, &server, &["--grace", "0s"]));
     let reason = await_crash(&world, &replica);
     assert!(reason.contains("damaged"), "{reason}");
     world.finish();

@@ -73,7 +73,9 @@ fn exec_of_what_cannot_be_run_has_the_status_of_a_shell() {
     for program in ["/no/such/program", "no-such-program-in-the-path"] {
         replica.exec(&[program]).fails(127).says(&[program]);
     }
-    for program in ["/srv/plain-text", "/srv"] {
+    // Executable by its mode, and no program of any kind.
+    replica.sh("printf 'garbage' > /srv/garbage && chmod +x /srv/garbage");
+    for program in ["/srv/plain-text", "/srv", "/srv/garbage"] {
         replica.exec(&[program]).fails(126).says(&[program]);
     }
     // The program's own status is never mistaken for it, and a folder that is missing is not a missing program.
