@@ -19,12 +19,13 @@ use super::plan::Mapping;
 use super::ranges::Ranges;
 use super::source::Source;
 use super::space::Space;
+use super::userfault::Userfault;
 
 /// Bytes of one write of zeros: a huge page.
 const STEP: u64 = 2 << 20;
 
 /// Takes the ranges of device memory of an address space out of its userfaultfd.
-pub(super) fn unregister(space: &Space, device: &Device) -> Result<(), Error> {
+pub(super) fn unregister<U: Userfault>(space: &Space<U>, device: &Device) -> Result<(), Error> {
     let gate = space.enter_alone();
     let mut state = space.state();
     for range in ranges(device) {
