@@ -115,7 +115,7 @@ pub struct Spare {
 }
 
 /// A way to decide.
-pub trait Policy {
+pub trait Policy: Send {
     /// Takes in what happened. `requests` are those held and in flight, after it.
     fn note(&mut self, now: Moment, event: Event, requests: u32);
 

@@ -14,7 +14,7 @@ use crate::ledger::{Hold, Ledger, Memory, Short};
 use crate::moment::Moment;
 
 /// Where a start comes from, fastest first.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Tier {
     /// A warm replica is woken.
@@ -43,6 +43,10 @@ pub struct Replica {
     ready_since: Moment,
     /// Requests since it was started last.
     assigned: u64,
+    /// It is on its way in order to wait.
+    parking: bool,
+    /// It is to go for good: it is neither taken back nor kept warm.
+    dismissed: bool,
     hold: Option<Hold>,
 }
 
@@ -93,11 +97,38 @@ impl Replica {
         matches!(self.state, State::Ready | State::Busy)
     }
 
-    /// Whether it is on its way.
+    /// Whether it is on its way to serve.
     #[must_use]
     pub fn is_starting(&self) -> bool {
-        matches!(self.state, State::Restoring | State::Waking)
+        matches!(self.state, State::Restoring | State::Waking) && !self.parking
     }
+
+    /// Whether it is on its way in order to wait.
+    #[must_use]
+    pub fn is_parking(&self) -> bool {
+        self.parking
+    }
+
+    /// Whether it is to go for good.
+    #[must_use]
+    pub fn is_dismissed(&self) -> bool {
+        self.dismissed
+    }
+
+    /// What it holds.
+    #[must_use]
+    pub fn memory(&self) -> Memory {
+        self.hold.as_ref().map(Hold::memory).unwrap_or_default()
+    }
+}
+
+/// What became of a replica that is not needed.
+#[derive(Debug)]
+pub enum Retired {
+    /// It is being paused: [`Pool::paused`] follows.
+    Pausing,
+    /// It is gone from the book, with what it holds until it is really gone.
+    Removed(Option<Hold>),
 }
 
 /// What the replicas of a pool are like.
@@ -125,6 +156,7 @@ pub struct Pool {
     counts: [u32; State::ALL.len()],
     in_flight: u32,
     in_flight_draining: u32,
+    parking: u32,
 }
 
 impl Pool {
@@ -132,13 +164,18 @@ impl Pool {
     #[must_use]
     pub fn new(shape: Shape, ledger: Ledger) -> Self {
         let counts = [0; State::ALL.len()];
-        Self { shape, ledger, replicas: Vec::new(), counts, in_flight: 0, in_flight_draining: 0 }
+        Self { shape, ledger, replicas: Vec::new(), counts, in_flight: 0, in_flight_draining: 0, parking: 0 }
     }
 
     /// What its replicas are like.
     #[must_use]
     pub fn shape(&self) -> &Shape {
         &self.shape
+    }
+
+    /// Changes what its replicas are like from now on. Those that exist keep the memory that they have taken.
+    pub fn reshape(&mut self, shape: Shape) {
+        self.shape = shape;
     }
 
     /// Every replica that exists.
@@ -158,10 +195,16 @@ impl Pool {
         self.count(State::Ready) + self.count(State::Busy)
     }
 
-    /// Replicas that are on their way.
+    /// Replicas that are on their way to serve.
     #[must_use]
     pub fn starting(&self) -> u32 {
-        self.count(State::Restoring) + self.count(State::Waking)
+        self.count(State::Restoring) + self.count(State::Waking) - self.parking
+    }
+
+    /// Replicas that are on their way in order to wait.
+    #[must_use]
+    pub fn parking(&self) -> u32 {
+        self.parking
     }
 
     /// Replicas that a decision counts: those that serve and those on their way.
@@ -188,10 +231,10 @@ impl Pool {
         self.in_flight_draining
     }
 
-    /// Slots that are free in replicas that serve.
+    /// Slots that are free in replicas that serve. After a [`Pool::reshape`] to fewer slots more may be taken than there are.
     #[must_use]
     pub fn free_slots(&self) -> u32 {
-        self.serving() * self.shape.concurrency - self.in_flight
+        (self.serving() * self.shape.concurrency).saturating_sub(self.in_flight)
     }
 
     /// Restores a replica that waits, complete and paused.
@@ -203,6 +246,60 @@ impl Pool {
         let id = self.admit(now, Tier::Restore, hold);
         self.step(id, Move::Parked, now);
         Ok(id)
+    }
+
+    /// Begins to restore a replica that is to wait; it counts as one on its way only when it is [`Pool::claim`]ed.
+    ///
+    /// # Errors
+    /// Where memory is short; then nothing was begun.
+    pub fn start_parking(&mut self, tier: Tier, expected: Moment) -> Result<ReplicaId, Short> {
+        let id = self.start(tier, expected)?;
+        self.get_mut(id).parking = true;
+        self.parking += 1;
+        Ok(id)
+    }
+
+    /// Lets a replica serve that was on its way in order to wait.
+    pub fn claim(&mut self, id: ReplicaId) {
+        assert!(self.get(id).parking, "{id:?} is not on its way in order to wait");
+        self.unpark(id);
+    }
+
+    fn unpark(&mut self, id: ReplicaId) {
+        let replica = self.get_mut(id);
+        if std::mem::take(&mut replica.parking) {
+            self.parking -= 1;
+        }
+    }
+
+    /// A replica that was restored in order to wait is paused.
+    ///
+    /// # Errors
+    /// Where a paused replica needs more host memory than there is; it must be removed then.
+    pub fn parked(&mut self, id: ReplicaId, now: Moment) -> Result<(), Short> {
+        let paused = self.shape.paused;
+        self.get_mut(id).hold.as_mut().expect("what exists holds memory").change(paused)?;
+        self.unpark(id);
+        self.step(id, Move::Parked, now);
+        Ok(())
+    }
+
+    /// A replica that served or waited before this book was opened.
+    ///
+    /// # Errors
+    /// Where memory is short; then it is not in the book.
+    pub fn adopt(&mut self, tier: Tier, warm: bool, now: Moment) -> Result<ReplicaId, Short> {
+        if warm {
+            return self.park(now);
+        }
+        let id = self.start(tier, now)?;
+        self.started(id, now);
+        Ok(id)
+    }
+
+    /// This replica is to go for good: once it is drained it is removed, and until then it is not taken back.
+    pub fn dismiss(&mut self, id: ReplicaId) {
+        self.get_mut(id).dismissed = true;
     }
 
     /// Begins to wake a warm replica; `expected` is when it should serve.
@@ -242,6 +339,22 @@ impl Pool {
             return None;
         }
         let id = if spare == 0 { self.busiest_with_a_slot() } else { self.busiest_of_many(spare) }?;
+        self.assign_to(id, now).then_some(id)
+    }
+
+    /// Gives a request to the replica with the fewest, where a slot is free.
+    pub fn assign_idlest(&mut self, now: Moment) -> Option<ReplicaId> {
+        let free = |r: &&Replica| r.serves() && r.in_flight < self.shape.concurrency;
+        let id = self.replicas.iter().filter(free).min_by_key(|r| (r.in_flight, r.id)).map(|r| r.id)?;
+        self.assign_to(id, now).then_some(id)
+    }
+
+    /// Gives a request to this replica. Whether it serves and has a free slot.
+    pub fn assign_to(&mut self, id: ReplicaId, now: Moment) -> bool {
+        let concurrency = self.shape.concurrency;
+        if !self.find(id).is_some_and(|replica| replica.serves() && replica.in_flight < concurrency) {
+            return false;
+        }
         self.in_flight += 1;
         let replica = self.get_mut(id);
         replica.in_flight += 1;
@@ -249,7 +362,7 @@ impl Pool {
         if replica.in_flight == 1 {
             self.step(id, Move::Fill, now);
         }
-        Some(id)
+        true
     }
 
     /// Of equals the older: the newer one is the next to go.
@@ -304,17 +417,17 @@ impl Pool {
     }
 
     /// Ends a replica that has drained, or a start that is not wanted any more: it is paused where a warm replica has room,
-    /// else it is removed. Whether it is being paused: then [`Pool::paused`] follows.
-    pub fn retire(&mut self, id: ReplicaId, now: Moment) -> bool {
+    /// else it is removed.
+    pub fn retire(&mut self, id: ReplicaId, now: Moment) -> Retired {
         let replica = self.get(id);
         assert_eq!(replica.in_flight, 0, "{id:?} would be cut off its requests");
         let room = self.count(State::Warm) + self.count(State::Pausing) < self.shape.warm;
-        if room && replica.state.after(Move::Pause).is_some() {
+        let stays = room && !replica.dismissed;
+        if stays && replica.state.after(Move::Pause).is_some() {
             self.step(id, Move::Pause, now);
-            true
+            Retired::Pausing
         } else {
-            self.remove(id, now);
-            false
+            Retired::Removed(self.remove(id, now))
         }
     }
 
@@ -332,6 +445,7 @@ impl Pool {
     /// The replica died or took too long. How many requests were cut off.
     pub fn fail(&mut self, id: ReplicaId, now: Moment) -> u32 {
         let draining = self.get(id).state == State::Draining;
+        self.unpark(id);
         self.step(id, Move::Fail, now);
         let cut = std::mem::take(&mut self.get_mut(id).in_flight);
         if draining {
@@ -342,11 +456,12 @@ impl Pool {
         cut
     }
 
-    /// The replica is gone, and its memory is free.
-    pub fn remove(&mut self, id: ReplicaId, now: Moment) {
+    /// The replica is gone from the book. Its memory is free when what is returned is dropped.
+    pub fn remove(&mut self, id: ReplicaId, now: Moment) -> Option<Hold> {
         assert_eq!(self.get(id).in_flight, 0, "{id:?} would be cut off its requests");
+        self.unpark(id);
         self.step(id, Move::Remove, now);
-        self.get_mut(id).hold = None;
+        self.get_mut(id).hold.take()
     }
 
     /// A replica, as long as it exists.
@@ -379,6 +494,8 @@ impl Pool {
             since,
             ready_since: since,
             assigned: 0,
+            parking: false,
+            dismissed: false,
             hold: Some(hold),
         };
         match free {
@@ -442,7 +559,7 @@ mod tests {
         assert!(!pool.drain(second, now));
         assert_eq!((pool.assign(now, 0), pool.assign(now, 0)), (Some(first), None));
         assert!(!pool.finish(second, now) && pool.finish(second, now));
-        assert!(!pool.retire(second, now));
+        assert!(matches!(pool.retire(second, now), Retired::Removed(Some(_))));
         assert!(pool.find(second).is_none() && pool.find(first).is_some());
     }
 
@@ -465,7 +582,7 @@ mod tests {
             let id = pool.start(Tier::Restore, now).expect("memory");
             pool.started(id, now);
             assert!(pool.drain(id, now));
-            assert_eq!(pool.retire(id, now), paused);
+            assert_eq!(matches!(pool.retire(id, now), Retired::Pausing), paused);
             if paused {
                 pool.paused(id, now).expect("memory");
             }
@@ -508,7 +625,7 @@ mod tests {
     proptest! {
         /// Every legal call in any order: the counters are what a count of the replicas gives, and memory is theirs.
         #[test]
-        fn the_book_agrees_with_the_replicas(steps in proptest::collection::vec((0..10_u8, 0..8_usize), 1..300)) {
+        fn the_book_agrees_with_the_replicas(steps in proptest::collection::vec((0..14_u8, 0..8_usize), 1..300)) {
             let mut pool = pool(9 * GIB, 2);
             for (index, (step, which)) in steps.into_iter().enumerate() {
                 let now = at(index as f64);
@@ -518,23 +635,32 @@ mod tests {
                     (0, _) => { let _ = pool.start(Tier::Restore, now); }
                     (1, _) => { let _ = pool.park(now); }
                     (2, Some((id, State::Warm, _))) => { let _ = pool.wake(id, now); }
-                    (3, Some((id, State::Restoring | State::Waking, _))) => pool.started(id, now),
+                    (3, Some((id, State::Restoring | State::Waking, _))) if !pool.get(id).is_parking() => pool.started(id, now),
                     (4, _) => { pool.assign(now, 0); }
                     (5, Some((id, _, 1..))) => { pool.finish(id, now); }
                     (6, Some((id, State::Ready | State::Busy, _))) => { pool.drain(id, now); }
                     (7, Some((id, State::Draining, _))) => pool.undrain(id, now),
                     (8, Some((id, State::Draining | State::Restoring | State::Waking, 0)))
-                        if pool.retire(id, now) && pool.paused(id, now).is_err() =>
+                        if matches!(pool.retire(id, now), Retired::Pausing) && pool.paused(id, now).is_err() =>
                     {
                         pool.fail_and_remove(id, now);
                     }
                     (9, Some((id, _, _))) => { pool.fail_and_remove(id, now); }
+                    (10, _) => { let _ = pool.start_parking(Tier::Restore, now); }
+                    (11, Some((id, State::Restoring, _))) if pool.get(id).is_parking() => {
+                        if pool.parked(id, now).is_err() { pool.fail_and_remove(id, now); }
+                    }
+                    (12, Some((id, State::Restoring, _))) if pool.get(id).is_parking() => pool.claim(id),
+                    (13, Some((id, State::Ready | State::Busy, _))) => { pool.assign_to(id, now); }
                     _ => {}
                 }
                 for state in State::ALL.into_iter().filter(|state| *state != State::Cold) {
                     let counted = pool.replicas().filter(|replica| replica.state == state).count() as u32;
                     prop_assert_eq!(pool.count(state), counted, "{:?}", state);
                 }
+                let starting = pool.replicas().filter(|replica| replica.is_starting()).count() as u32;
+                let parking = pool.replicas().filter(|replica| replica.is_parking()).count() as u32;
+                prop_assert_eq!((pool.starting(), pool.parking()), (starting, parking));
                 let in_flight: u32 = pool.replicas().map(Replica::in_flight).sum();
                 prop_assert_eq!(pool.in_flight(), in_flight);
                 prop_assert!(pool.replicas().all(|replica| replica.in_flight <= 2));

@@ -74,6 +74,17 @@ impl<T> Queue<T> {
         Some((self.arrivals.pop_front()?, request))
     }
 
+    /// The request that has waited longest.
+    #[must_use]
+    pub fn front(&self) -> Option<&T> {
+        self.requests.front().map(|(_, request)| request)
+    }
+
+    /// Changes its limits. What is held already stays, whatever they are.
+    pub fn limit(&mut self, limits: QueueLimits) {
+        self.limits = limits;
+    }
+
     /// Takes out a request whose client has left; nothing where it is not held any more.
     pub fn cancel(&mut self, ticket: Ticket) -> Option<T> {
         let place = self.requests.binary_search_by_key(&ticket, |(ticket, _)| *ticket).ok()?;

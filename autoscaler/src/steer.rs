@@ -23,6 +23,8 @@ pub enum Step {
     Undrain(ReplicaId),
     /// Wake this warm replica.
     Wake(ReplicaId),
+    /// Let this replica serve that is on its way in order to wait.
+    Claim(ReplicaId),
     /// Restore the snapshot.
     Restore,
     /// Let this replica finish what it has, then stop it.
@@ -45,7 +47,8 @@ pub fn next_step(pool: &Pool, wanted: u32, victim: Victim, undrains: bool) -> Op
         if pool.charged() >= pool.shape().max {
             return None;
         }
-        return Some(busiest(pool, State::Warm).map_or(Step::Restore, Step::Wake));
+        let parking = || pool.replicas().find(|replica| replica.is_parking()).map(|r| Step::Claim(r.id()));
+        return busiest(pool, State::Warm).map(Step::Wake).or_else(parking).or(Some(Step::Restore));
     }
     if active > wanted { leave(pool, victim) } else { None }
 }
@@ -54,7 +57,7 @@ fn busiest(pool: &Pool, state: State) -> Option<ReplicaId> {
     if pool.count(state) == 0 {
         return None;
     }
-    let found = pool.replicas().filter(|replica| replica.state() == state);
+    let found = pool.replicas().filter(|replica| replica.state() == state && !replica.is_dismissed());
     found.max_by_key(|replica| (replica.in_flight(), Reverse(replica.id()))).map(Replica::id)
 }
 
@@ -65,8 +68,8 @@ fn leave(pool: &Pool, victim: Victim) -> Option<Step> {
             .min_by_key(|replica| (replica.in_flight(), Reverse(replica.id())))
             .map(|r| Step::Drain(r.id())),
         Victim::Newest => {
-            let starting = |replica: &&Replica| matches!(replica.state(), State::Restoring | State::Waking);
-            let pending = pool.replicas().filter(starting).max_by_key(|replica| replica.since());
+            let pending =
+                pool.replicas().filter(|replica| replica.is_starting()).max_by_key(|replica| replica.since());
             pending
                 .map(|replica| Step::Cancel(replica.id()))
                 .or_else(|| serving.max_by_key(|r| (r.ready_since(), r.id())).map(|r| Step::Drain(r.id())))

@@ -104,6 +104,8 @@ pub(crate) enum Command {
     Key(Key),
     /// Show the steps of an inference engine, to be copied and changed.
     Engine(EngineArgs),
+    /// Put pools of replicas behind addresses: they follow their load, down to zero.
+    Serve(Serve),
     /// Measure cold start, stock CRIU and Rewarm side by side on this machine.
     Bench(Bench),
     /// Replay request traces through scaling policies, and compare them.
@@ -129,6 +131,9 @@ pub(crate) enum Command {
     /// Download, verify and decode for restores. Started by `restore`, not by hand.
     #[command(hide = true)]
     Fetcher(Fetcher),
+    /// Talk to clients. Started by `serve`, not by hand.
+    #[command(hide = true)]
+    Gateway,
     /// Print this help, or that of a verb, or the exit codes.
     Help(Help),
 }
@@ -613,6 +618,19 @@ pub(crate) struct BenchServer {
     /// Part that an answer reads.
     #[arg(long, value_name = "PART", value_parser = values::part)]
     pub(crate) touch: f64,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  \
+    rewarm serve -f pool.toml --check\n  \
+    rewarm serve -f pool.toml")]
+pub(crate) struct Serve {
+    /// The pools, their addresses and limits (docs/serve.md). SIGHUP reads it again.
+    #[arg(short = 'f', long, value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    /// Only say whether the file is good.
+    #[arg(long)]
+    pub(crate) check: bool,
 }
 
 #[derive(Debug, Args)]

@@ -145,6 +145,9 @@ pub(crate) enum Cause {
     /// A trace, a policy or the picture of a simulation.
     #[error(transparent)]
     Autoscaler(Box<rewarm_autoscaler::Error>),
+    /// Pools, their file, or the gateway.
+    #[error(transparent)]
+    Serve(Box<rewarm_serve::Error>),
     /// A file that the command line names.
     #[error("{doing} {}", path.display())]
     File {
@@ -183,6 +186,7 @@ boxed! {
     Probe rewarm_probe::Error;
     Bench rewarm_bench::Error;
     Autoscaler rewarm_autoscaler::Error;
+    Serve rewarm_serve::Error;
 }
 
 impl From<io::Error> for Cause {
@@ -202,6 +206,7 @@ impl Classify for Cause {
             Cause::Probe(error) => error.class(),
             Cause::Bench(error) => error.class(),
             Cause::Autoscaler(error) => error.class(),
+            Cause::Serve(error) => error.class(),
             Cause::Container(error) => error.class(),
             Cause::Store(error) => error.class(),
             Cause::Fetcher(error) => error.class(),
@@ -231,6 +236,7 @@ impl Cause {
             Cause::Fetcher(error) => hints::fetcher(error),
             Cause::Probe(error) => hints::probe(error),
             Cause::Autoscaler(error) => hints::autoscaler(error),
+            Cause::Serve(error) => hints::serve(error),
             Cause::Snapshot(error) => hints::snapshot(&error.cause),
             Cause::Restore(error) => hints::restore(&error.cause),
             Cause::Unprivileged { fix, .. } => Some(fix),
@@ -322,7 +328,7 @@ fn staged(stage: Stage, cause: &dyn Error) -> Vec<String> {
 }
 
 /// The message of an error and of each of its sources; a source that the message before it repeats is left out.
-fn messages(error: &dyn Error) -> Vec<String> {
+pub(crate) fn messages(error: &dyn Error) -> Vec<String> {
     let mut chain: Vec<String> = Vec::new();
     let mut next: Option<&dyn Error> = Some(error);
     while let Some(error) = next {

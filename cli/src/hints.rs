@@ -7,6 +7,7 @@ use rewarm_fetcher::{Error as Fetcher, Kind};
 use rewarm_probe::Error as Probe;
 use rewarm_report::{Class, Classify};
 use rewarm_restore::Cause as Restore;
+use rewarm_serve::Error as Serve;
 use rewarm_snapshot::Cause as Snapshot;
 use rewarm_store::{Error as Store, KeyError as Key};
 
@@ -138,6 +139,17 @@ pub(crate) fn autoscaler(error: &Autoscaler) -> Option<&'static str> {
         Autoscaler::UnknownPolicy { .. } => Some(
             "rewarm, kpa, hpa, tracker and fixed are built in; others need [policy.NAME] in a configuration",
         ),
+        _ => None,
+    }
+}
+
+pub(crate) fn serve(error: &Serve) -> Option<&'static str> {
+    match error {
+        Serve::UnknownKey { .. } | Serve::BadValue { .. } | Serve::Parse { .. } | Serve::Policy(_) => Some(
+            "docs/serve.md lists every key of the file; `rewarm serve --check` reads it and starts nothing",
+        ),
+        Serve::Taken { .. } => Some("stop the other one, or give this one a folder of its own with --state"),
+        Serve::Listen { .. } => Some("`ss -ltnp` says who listens there"),
         _ => None,
     }
 }

@@ -11,6 +11,7 @@ pub mod env;
 pub mod exit;
 mod failure;
 mod hints;
+mod pools;
 mod programs;
 mod render;
 mod replicas;
@@ -94,6 +95,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Gc(args) => wait_for(commands::gc::run(args, global)),
         Command::Key(args) => commands::key::run(args, global),
         Command::Engine(args) => commands::engine::run(args, global),
+        Command::Serve(args) => wait_for(commands::serve::run(args, global)),
         Command::Bench(args) => wait_for(commands::bench::run(args, global)),
         Command::BenchServer(args) => commands::bench::server(args),
         Command::Simulate(args) => commands::simulate::run(args, global),
@@ -104,6 +106,7 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
         Command::Pager(args) => Ok(commands::pager::run(args)),
         Command::GpuHelper => Ok(commands::gpu_helper::run()),
         Command::Fetcher(args) => Ok(commands::fetcher::run(args)),
+        Command::Gateway => Ok(commands::gateway::run()),
         Command::Help(args) => commands::help::run(args),
     }
 }
@@ -149,6 +152,8 @@ fn doing(command: &Command) -> String {
         Command::Gc(args) => format!("collect garbage in {}", args.store),
         Command::Key(args) => args.doing(),
         Command::Engine(_) => "show engines".to_owned(),
+        Command::Serve(args) => format!("serve {}", args.file.display()),
+        Command::Gateway => "talk to clients".to_owned(),
         Command::Bench(_) => "measure".to_owned(),
         Command::BenchServer(args) => format!("serve on port {}", args.port),
         Command::Simulate(_) => "simulate".to_owned(),

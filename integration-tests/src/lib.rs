@@ -15,6 +15,7 @@ pub mod http;
 pub mod load;
 pub mod mounts;
 pub mod needs;
+pub mod pool;
 pub mod replica;
 pub mod residue;
 pub mod server;

@@ -177,6 +177,12 @@ impl Server {
         Self::python("uring", "uring.py", &["--expect", "ENOSYS"])
     }
 
+    /// A server behind a gateway, with every kind of answer that a proxy can do wrong.
+    #[must_use]
+    pub fn pool() -> Self {
+        Self::python("pool", "pool.py", &[])
+    }
+
     /// A server with a random generator that a hook renews, and that ends when it is asked to.
     #[must_use]
     pub fn renewing() -> Self {

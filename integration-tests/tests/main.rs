@@ -7,6 +7,7 @@ mod cli;
 mod devices;
 mod faults;
 mod lifecycle;
+mod serve;
 
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Need, World};

@@ -10,6 +10,7 @@ mod device;
 mod error;
 mod fetch;
 mod lazy;
+mod look;
 mod machine;
 pub mod mappings;
 mod mode;
@@ -23,6 +24,7 @@ mod verdict;
 
 pub use begun::Ground;
 pub use error::{Cause, Error, Result};
+pub use look::{Seen, look};
 pub use machine::{HostView, here};
 pub use mode::Mode;
 pub use pipeline::{Context, Outcome, Request, Restored, run};

@@ -1,5 +1,6 @@
 //! The stages of a restore, in order. Open this file first.
 
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -44,6 +45,8 @@ pub struct Request {
     pub cpus: Option<f64>,
     /// Environment as `K=V`, for a cold start and for commands that are run inside.
     pub env: Vec<String>,
+    /// Labels beside those of the snapshot.
+    pub labels: BTreeMap<String, String>,
     /// The network.
     pub net: Option<Net>,
     /// The ready check.
@@ -458,7 +461,7 @@ fn missing_sources(spec: &Spec) -> Vec<Reason> {
 }
 
 /// The replica that the snapshot describes, with what the user wants otherwise.
-fn spec(request: &Request, manifest: &Manifest) -> std::result::Result<Spec, Cause> {
+pub(crate) fn spec(request: &Request, manifest: &Manifest) -> std::result::Result<Spec, Cause> {
     let stored: Spec = serde_json::from_value(manifest.facts.spec.clone())
         .map_err(|error| Cause::Inconsistent { what: format!("the replica's description: {error}") })?;
     Ok(overridden(request, stored))
@@ -472,6 +475,7 @@ fn overridden(request: &Request, spec: Spec) -> Spec {
         cpus: request.cpus.or(spec.cpus),
         net: request.net.clone().unwrap_or(spec.net),
         env: spec.env.into_iter().chain(request.env.clone()).collect(),
+        labels: spec.labels.into_iter().chain(request.labels.clone()).collect(),
         ..spec
     }
 }

@@ -1,6 +1,7 @@
 //! What can go wrong, by what the caller can do about it.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use rewarm_report::{Class, Classify};
@@ -53,6 +54,45 @@ pub enum Error {
         /// What would be good.
         expected: String,
     },
+    /// Another `serve` has the state folder.
+    #[error("another rewarm serve works in {}, expected at most one", state.display())]
+    Taken {
+        /// The folder.
+        state: PathBuf,
+    },
+    /// An address cannot be had.
+    #[error("listen on {address}")]
+    Listen {
+        /// The address.
+        address: SocketAddr,
+        /// Why not.
+        #[source]
+        source: io::Error,
+    },
+    /// Certificate or key.
+    #[error(transparent)]
+    Tls(#[from] rewarm_gateway::tls::TlsError),
+    /// The gateway process.
+    #[error("gateway: {doing}")]
+    Gateway {
+        /// What was done.
+        doing: &'static str,
+        /// What the system said.
+        #[source]
+        source: io::Error,
+    },
+    /// The gateway process ends again and again.
+    #[error("the gateway ended {times} times in a row; its log is the output of this program")]
+    GatewayDies {
+        /// How often.
+        times: u32,
+    },
+    /// The replicas that are there cannot be listed.
+    #[error("look for replicas: {reason}")]
+    Replicas {
+        /// Why not.
+        reason: String,
+    },
     /// A policy or one of its settings.
     #[error(transparent)]
     Policy(#[from] rewarm_autoscaler::Error),
@@ -60,6 +100,13 @@ pub enum Error {
 
 impl Classify for Error {
     fn class(&self) -> Class {
-        Class::Usage
+        match self {
+            Error::Taken { .. }
+            | Error::Listen { .. }
+            | Error::Gateway { .. }
+            | Error::GatewayDies { .. }
+            | Error::Replicas { .. } => Class::Failed,
+            _ => Class::Usage,
+        }
     }
 }

@@ -17,7 +17,7 @@
 //! `pause` and `remove` of a draining replica wait until nothing is in flight: [`super::Pool`] sees to that.
 
 /// What a replica is doing.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum State {
     /// It does not exist; its snapshot lies in the store.

@@ -10,7 +10,7 @@ use crate::config::PolicySpec;
 use crate::ledger::{Ledger, Memory};
 use crate::moment::Moment;
 use crate::policy::{Event, Policy, StartSeconds, View};
-use crate::pool::{Pool, ReplicaId, Shape, Tier};
+use crate::pool::{Pool, ReplicaId, Retired, Shape, Tier};
 use crate::queue::Queue;
 use crate::start_times::StartTimes;
 use crate::steer::{Step, Victim, next_step};
@@ -202,6 +202,8 @@ impl<'a> Engine<'a> {
                 self.pool.wake(replica, expected).expect("an unlimited ledger has room");
                 self.begin(expected, replica, Tier::Wake);
             }
+            // Nothing is restored here in order to wait.
+            Step::Claim(replica) => self.pool.claim(replica),
             Step::Restore => {
                 let (tier, samples) = match &self.scenario.restore {
                     Some(samples) => (Tier::Restore, samples),
@@ -227,7 +229,7 @@ impl<'a> Engine<'a> {
 
     /// A drained replica goes back to the warm ones without cost, where there is room.
     fn retire(&mut self, replica: ReplicaId) {
-        if self.pool.retire(replica, self.now) {
+        if matches!(self.pool.retire(replica, self.now), Retired::Pausing) {
             self.pool.paused(replica, self.now).expect("an unlimited ledger has room");
         }
     }

@@ -1,5 +1,6 @@
 //! `rewarm restore`
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rewarm_fetcher::{DiskSettings, Fetcher, Settings};
@@ -85,6 +86,7 @@ fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
         memory_bytes: args.memory,
         cpus: args.cpus,
         env: args.env.iter().map(|(key, value)| format!("{key}={value}")).collect(),
+        labels: BTreeMap::new(),
         net: args.net.clone(),
         ready: args.ready.clone(),
         ready_timeout: args.ready_timeout,
@@ -100,7 +102,7 @@ fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
     })
 }
 
-async fn context(global: &Global, clock: Clock) -> Result<Context, Cause> {
+pub(crate) async fn context(global: &Global, clock: Clock) -> Result<Context, Cause> {
     let state = replicas::open(global)?;
     let programs = programs::find(global).await?;
     Ok(Context {

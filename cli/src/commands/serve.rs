@@ -1,0 +1,60 @@
+//! `rewarm serve`
+
+use std::sync::Arc;
+
+use rewarm_serve::config::Config;
+use rewarm_serve::keeper::{self, Settings};
+use serde::Serialize;
+
+use crate::args::{Global, Serve};
+use crate::failure::Cause;
+use crate::pools::Pools;
+use crate::render::Output;
+use crate::{programs, replicas};
+
+#[derive(Serialize)]
+struct Report {
+    /// The file.
+    file: String,
+    pools: Vec<Served>,
+}
+
+#[derive(Serialize)]
+struct Served {
+    name: String,
+    snapshot: String,
+    listen: String,
+}
+
+pub(crate) async fn run(args: &Serve, global: &Global) -> Result<u8, Cause> {
+    if args.check {
+        tell(args, global, &Config::read(&args.file)?, "is good")?;
+        return Ok(0);
+    }
+    programs::fit_for_containers()?;
+    let config = Config::read(&args.file)?;
+    let pools = Pools::new(global, &config).await?;
+    let settings =
+        Settings { config: args.file.clone(), state: pools.state().to_owned(), program: replicas::program() };
+    let ready = |config: &Config| {
+        // A stdout that is gone is no reason not to serve.
+        let _ = tell(args, global, config, "is served");
+    };
+    keeper::run(settings, Arc::new(pools), ready).await?;
+    Ok(0)
+}
+
+fn tell(args: &Serve, global: &Global, config: &Config, what: &str) -> Result<(), Cause> {
+    let served = |pool: &rewarm_serve::config::PoolConfig| Served {
+        name: pool.name.clone(),
+        snapshot: pool.snapshot.clone(),
+        listen: pool.listen.to_string(),
+    };
+    let report =
+        Report { file: args.file.display().to_string(), pools: config.pools.iter().map(served).collect() };
+    Output::new(global).answer(&report, |report| {
+        let line = |pool: &Served| format!("  {} at {}: {}\n", pool.name, pool.listen, pool.snapshot);
+        format!("{} {what}\n{}", report.file, report.pools.iter().map(line).collect::<String>())
+    })?;
+    Ok(())
+}

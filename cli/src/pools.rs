@@ -1,0 +1,287 @@
+//! Replicas for `rewarm serve`: made by the restore pipeline, found again by their shims.
+//!
+//! A label in its record says to which pool a replica belongs, so another `serve` over the same state folder finds it.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rewarm_autoscaler::pool::Tier;
+use rewarm_container::shim::Client;
+use rewarm_container::{Error, Name, Origin, Spec, State, Status};
+use rewarm_probe::limits::HOOK_TIMEOUT;
+use rewarm_report::{Clock, Hidden};
+use rewarm_restore::{Context, Ground, Mode, Request, cold};
+use rewarm_serve::config::{Cold, Config as PoolsConfig, PoolConfig};
+use rewarm_serve::replicas::{Existing, GivenUp, Known, Order, Replicas, Started};
+use rewarm_store::Reference;
+
+use crate::args::Global;
+use crate::commands::restore;
+use crate::config::Config;
+use crate::failure::{Cause, messages};
+
+/// The label that says to which pool a replica belongs.
+const POOL: &str = "rewarm.pool";
+/// How long work on a device may take to finish before a replica is paused.
+const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the folder of a replica that has ended may take to go.
+const REMOVAL_TIMEOUT: Duration = Duration::from_secs(20);
+const REMOVAL_POLL: Duration = Duration::from_millis(5);
+
+/// What replicas are made with.
+pub(crate) struct Pools {
+    context: Context,
+    config: Config,
+    /// What each pool's snapshot described when it was looked at last: a cold start needs no store.
+    specs: Mutex<HashMap<String, Spec>>,
+    /// The network namespaces of replicas that were dialled.
+    networks: Mutex<HashMap<String, Arc<std::fs::File>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// An error with its causes, in one line.
+fn told(error: &dyn std::error::Error) -> String {
+    messages(error).join(": ")
+}
+
+impl Pools {
+    /// Looks for the programs and the configuration of stores, and whether the pools' snapshots can be understood.
+    pub(crate) async fn new(global: &Global, pools: &PoolsConfig) -> Result<Self, Cause> {
+        let config = Config::load(global)?;
+        for pool in &pools.pools {
+            let reference = reference(pool).map_err(|problem| Cause::Usage { problem })?;
+            config.demand(&reference.store, None)?;
+        }
+        let context = restore::context(global, Clock::start(Arc::new(Hidden))).await?;
+        Ok(Self { context, config, specs: Mutex::default(), networks: Mutex::default() })
+    }
+
+    /// The state folder.
+    pub(crate) fn state(&self) -> &Path {
+        self.context.state.dir()
+    }
+
+    /// A restore of one replica, timed from now on.
+    fn context(&self) -> (Context, Clock) {
+        let clock = Clock::start(Arc::new(Hidden));
+        (Context { clock: clock.clone(), ..self.context.clone() }, clock)
+    }
+
+    fn request(&self, pool: &PoolConfig, name: Option<Name>) -> Result<Request, String> {
+        let source = reference(pool)?;
+        let trust = self.config.demand(&source.store, None).map_err(|cause| told(&cause))?;
+        Ok(Request {
+            source,
+            trust,
+            name,
+            count: 1,
+            publish: Vec::new(),
+            memory_bytes: None,
+            cpus: None,
+            env: Vec::new(),
+            labels: label(pool),
+            net: None,
+            ready: None,
+            ready_timeout: pool.start_timeout,
+            mode: Mode::Auto,
+            no_probe: false,
+            hook_timeout: HOOK_TIMEOUT,
+            cold_fallback: None,
+        })
+    }
+
+    async fn restore(&self, pool: &PoolConfig, name: Name, given_up: GivenUp) -> Result<Started, String> {
+        let request = self.request(pool, Some(name))?;
+        let (context, clock) = self.context();
+        let outcome = rewarm_restore::run(request, context, not_wanted(given_up))
+            .await
+            .map_err(|error| told(&error))?;
+        let restored = outcome.replicas.into_iter().next().expect("one was asked for");
+        restored.map_err(|error| told(&error))?;
+        let port = lock(&self.specs).get(&pool.name).and_then(|spec| spec.ports.first().copied());
+        Ok(Started { source: outcome.source, port, stages: clock.timings() })
+    }
+
+    async fn cold(&self, pool: &PoolConfig, name: Name, given_up: GivenUp) -> Result<Started, String> {
+        let mut spec = self.spec(pool).await?;
+        if let Cold::Command(command) = &pool.cold {
+            spec.command.clone_from(command);
+        }
+        spec.labels.extend(label(pool));
+        let port = spec.ports.first().copied();
+        let (context, clock) = self.context();
+        let ground = Ground { state: context.state, program: context.program, clock: clock.clone() };
+        cold::run(&name, spec, None, pool.start_timeout, &ground, not_wanted(given_up))
+            .await
+            .map_err(|error| told(&error))?;
+        Ok(Started { source: None, port, stages: clock.timings() })
+    }
+
+    /// What a cold replica is made of: as the snapshot says, where that was ever seen.
+    async fn spec(&self, pool: &PoolConfig) -> Result<Spec, String> {
+        if let Some(spec) = lock(&self.specs).get(&pool.name) {
+            return Ok(spec.clone());
+        }
+        match (self.find(pool).await, &pool.cold) {
+            (Ok(_), _) => Ok(lock(&self.specs).get(&pool.name).cloned().unwrap_or_default()),
+            (Err(_), Cold::Command(_)) => {
+                Ok(Spec { ports: pool.port.into_iter().collect(), ..Spec::default() })
+            }
+            (Err(reason), _) => Err(format!("nothing is known of its command: {reason}")),
+        }
+    }
+
+    async fn with_client<T: Send + 'static>(
+        &self,
+        name: &str,
+        work: impl FnOnce(&Client) -> Result<T, Error> + Send + 'static,
+    ) -> Result<T, String> {
+        let (state, name) = (self.context.state.clone(), parse(name)?);
+        let work = move || Client::connect(&state, &name).and_then(|client| work(&client));
+        tokio::task::spawn_blocking(work)
+            .await
+            .expect("calls to the shim do not panic")
+            .map_err(|error| told(&error))
+    }
+
+    /// The network namespace that a replica's server lives in.
+    fn network(&self, name: &str) -> io::Result<Arc<std::fs::File>> {
+        if let Some(network) = lock(&self.networks).get(name) {
+            return Ok(network.clone());
+        }
+        let gone = || io::Error::from(io::ErrorKind::NotFound);
+        let parsed = parse(name).map_err(io::Error::other)?;
+        let entry = self.context.state.entry(&parsed).map_err(io::Error::other)?.ok_or_else(gone)?;
+        let pid =
+            entry.record.filter(|_| entry.exit.is_none()).and_then(|record| record.pid).ok_or_else(gone)?;
+        let network = Arc::new(std::fs::File::open(format!("/proc/{pid}/ns/net"))?);
+        lock(&self.networks).insert(name.to_owned(), network.clone());
+        Ok(network)
+    }
+}
+
+fn reference(pool: &PoolConfig) -> Result<Reference, String> {
+    let parsed = crate::values::spelled::<Reference>(&pool.snapshot);
+    parsed.map_err(|problem| format!("snapshot of pool {} is {}: {problem}", pool.name, pool.snapshot))
+}
+
+fn label(pool: &PoolConfig) -> BTreeMap<String, String> {
+    BTreeMap::from([(POOL.to_owned(), pool.name.clone())])
+}
+
+fn parse(name: &str) -> Result<Name, String> {
+    name.parse::<Name>().map_err(|error| error.to_string())
+}
+
+async fn not_wanted(given_up: GivenUp) -> &'static str {
+    // The other end is dropped where nobody is left who wants it.
+    let _ = given_up.await;
+    "the pool, which does not want it any more"
+}
+
+#[async_trait::async_trait]
+impl Replicas for Pools {
+    async fn find(&self, pool: &PoolConfig) -> Result<Known, String> {
+        let request = self.request(pool, None)?;
+        let (context, _) = self.context();
+        let seen = rewarm_restore::look(&request, &context).await.map_err(|error| told(&error))?;
+        let port = seen.spec.ports.first().copied();
+        lock(&self.specs).insert(pool.name.clone(), seen.spec);
+        Ok(Known { source: seen.source, host_bytes: seen.host_bytes, device_bytes: seen.device_bytes, port })
+    }
+
+    async fn start(&self, order: Order, given_up: GivenUp) -> Result<Started, String> {
+        let name = parse(&order.name)?;
+        match order.tier {
+            Tier::Cold => self.cold(&order.pool, name, given_up).await,
+            Tier::Restore | Tier::Wake => self.restore(&order.pool, name, given_up).await,
+        }
+    }
+
+    async fn pause(&self, name: &str) -> Result<(), String> {
+        self.with_client(name, |client| client.pause(LOCK_TIMEOUT).map(drop)).await
+    }
+
+    async fn wake(&self, name: &str) -> Result<(), String> {
+        self.with_client(name, |client| client.wake().map(drop)).await
+    }
+
+    async fn stop(&self, name: &str, timeout: Duration) -> Result<(), String> {
+        lock(&self.networks).remove(name);
+        let stopped = self.with_client(name, move |client| client.stop(timeout).map(drop)).await;
+        let (state, name) = (self.context.state.clone(), parse(name)?);
+        let removed = tokio::task::spawn_blocking(move || remove(&state, &name));
+        match removed.await.expect("removing a folder does not panic") {
+            // It had ended by itself, before or while it was asked.
+            Ok(()) => Ok(()),
+            Err(error) => stopped.and(Err(told(&error))),
+        }
+    }
+
+    async fn ended(&self, name: &str) -> String {
+        let (state, name) = match parse(name) {
+            Ok(name) => (self.context.state.clone(), name),
+            Err(problem) => return problem,
+        };
+        // A thread of its own: it waits for as long as the replica lives, and ends with this process.
+        let (tell, hear) = tokio::sync::oneshot::channel();
+        std::thread::spawn(move || {
+            let exit = Client::connect(&state, &name).and_then(|client| client.wait());
+            let text = exit.map_or_else(|error| told(&error), |exit| exit.to_string());
+            let _ = tell.send(text);
+        });
+        hear.await.unwrap_or_else(|_| "its shim is gone".to_owned())
+    }
+
+    fn dial(&self, name: &str, port: u16, timeout: Duration) -> io::Result<TcpStream> {
+        let network = self.network(name)?;
+        rewarm_sys::netns::dial(&*network, SocketAddr::from((Ipv4Addr::LOCALHOST, port)), timeout)
+    }
+
+    fn existing(&self) -> Result<Vec<Existing>, String> {
+        let state = &self.context.state;
+        state.sweep().map_err(|error| told(&error))?;
+        let entries = state.list().map_err(|error| told(&error))?;
+        let alive = entries.into_iter().filter(|entry| entry.exit.is_none());
+        let found = alive.filter_map(|entry| {
+            let warm = match entry.status {
+                Status::Ready | Status::Frozen => false,
+                Status::Paused => true,
+                // Its maker is gone, and it goes too.
+                Status::Starting | Status::Stopping | Status::Exited | Status::Crashed => return None,
+            };
+            let record = entry.record?;
+            Some(Existing {
+                pool: record.spec.labels.get(POOL)?.clone(),
+                name: entry.name.to_string(),
+                warm,
+                port: record.spec.ports.first().copied(),
+                source: match record.origin {
+                    Origin::Restored { source } => Some(source),
+                    Origin::Cold => None,
+                },
+            })
+        });
+        Ok(found.collect())
+    }
+}
+
+/// Frees the name of a replica that has ended.
+fn remove(state: &State, name: &Name) -> Result<(), Error> {
+    let deadline = Instant::now() + REMOVAL_TIMEOUT;
+    loop {
+        match state.remove(name) {
+            Ok(()) | Err(Error::UnknownName { .. }) => return Ok(()),
+            Err(error) if Instant::now() > deadline => return Err(error),
+            // Its shim is about to end.
+            Err(_) => std::thread::sleep(REMOVAL_POLL),
+        }
+    }
+}

@@ -1,0 +1,189 @@
+//! Bodies on their way through: counted, limited, never collected.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use hyper::body::Incoming;
+
+use crate::desk::{Slot, Traffic};
+use crate::upstream::Connection;
+
+/// Why a body ended early.
+#[derive(Debug, thiserror::Error)]
+pub enum Broken {
+    /// The other side of the gateway broke off.
+    #[error(transparent)]
+    Connection(#[from] hyper::Error),
+    /// More came than may come.
+    #[error("the body is longer than {max} bytes")]
+    TooLong {
+        /// The limit.
+        max: u64,
+    },
+}
+
+/// The body of a request, on its way to a replica.
+#[derive(Debug)]
+pub struct Outgoing {
+    /// What was read already, to look for the model.
+    first: Option<Bytes>,
+    rest: Option<Incoming>,
+    max: Option<u64>,
+    seen: u64,
+    traffic: Arc<Traffic>,
+}
+
+impl Outgoing {
+    pub(crate) fn new(
+        first: Option<Bytes>,
+        rest: Option<Incoming>,
+        max: Option<u64>,
+        traffic: Arc<Traffic>,
+    ) -> Self {
+        let rest = rest.filter(|rest| !rest.is_end_stream());
+        Self { first: first.filter(|first| !first.is_empty()), rest, max, seen: 0, traffic }
+    }
+
+    /// Another body without content, for a request that had none.
+    pub(crate) fn copy_of_nothing(&self) -> Self {
+        Self::new(None, None, self.max, self.traffic.clone())
+    }
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let frame = match (self.first.take(), &mut self.rest) {
+            (Some(first), _) => Frame::data(first),
+            (None, None) => return Poll::Ready(None),
+            (None, Some(rest)) => match ready!(Pin::new(rest).poll_frame(context)) {
+                Some(Ok(frame)) => frame,
+                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
+                None => return Poll::Ready(None),
+            },
+        };
+        if let Some(data) = frame.data_ref() {
+            self.seen += data.len() as u64;
+            Traffic::add(&self.traffic.requests, data.len());
+            if let Some(max) = self.max.filter(|max| self.seen > *max) {
+                return Poll::Ready(Some(Err(Broken::TooLong { max })));
+            }
+        }
+        Poll::Ready(Some(Ok(frame)))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.first.is_none() && self.rest.as_ref().is_none_or(Body::is_end_stream)
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        let first = self.first.as_ref().map_or(0, Bytes::len) as u64;
+        let rest = self.rest.as_ref().map_or_else(|| SizeHint::with_exact(0), Body::size_hint);
+        let mut hint = SizeHint::new();
+        hint.set_lower(first + rest.lower());
+        if let Some(upper) = rest.upper() {
+            hint.set_upper(first + upper);
+        }
+        hint
+    }
+}
+
+/// The body of a response, on its way to a client.
+pub enum Answer {
+    /// From a replica.
+    Carried(Carried),
+    /// The gateway's own.
+    Own(Option<Bytes>),
+}
+
+/// A replica's answer. Its end, or its loss, is the end of the request.
+pub struct Carried {
+    inner: Incoming,
+    traffic: Arc<Traffic>,
+    /// Given back together, at the end.
+    held: Option<(Slot, Connection)>,
+}
+
+impl Answer {
+    pub(crate) fn carried(
+        inner: Incoming,
+        slot: Slot,
+        connection: Connection,
+        traffic: Arc<Traffic>,
+    ) -> Self {
+        Answer::Carried(Carried { inner, traffic, held: Some((slot, connection)) })
+    }
+}
+
+impl Carried {
+    /// The answer has been read to its end, so its connection can carry another one.
+    fn finish(&mut self) {
+        if let Some((slot, connection)) = self.held.take() {
+            slot.upstream.keep(connection);
+        }
+    }
+}
+
+impl Drop for Carried {
+    /// The end may be known before anybody asks for it: an answer without a body.
+    fn drop(&mut self) {
+        if self.inner.is_end_stream() {
+            self.finish();
+        }
+    }
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let carried = match self.get_mut() {
+            Answer::Own(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
+            Answer::Carried(carried) => carried,
+        };
+        match ready!(Pin::new(&mut carried.inner).poll_frame(context)) {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    Traffic::add(&carried.traffic.responses, data.len());
+                }
+                Poll::Ready(Some(Ok(frame)))
+            }
+            Some(Err(error)) => {
+                if let Some((slot, _)) = &mut carried.held {
+                    slot.lease.broken("it broke off in the middle of an answer");
+                }
+                Poll::Ready(Some(Err(error.into())))
+            }
+            None => {
+                carried.finish();
+                Poll::Ready(None)
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Answer::Own(text) => text.is_none(),
+            Answer::Carried(carried) => carried.inner.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Answer::Own(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
+            Answer::Carried(carried) => carried.inner.size_hint(),
+        }
+    }
+}

@@ -1,0 +1,228 @@
+//! Which headers go on, which belong to one connection alone, and which are ours.
+
+use std::time::Duration;
+
+use hyper::header::{
+    CONNECTION, CONTENT_LENGTH, EXPECT, HOST, HeaderMap, HeaderName, HeaderValue, PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
+};
+use hyper::http::request::Parts;
+use hyper::{Method, StatusCode, Version};
+
+/// Says how long a request was held, in milliseconds.
+const HELD: HeaderName = HeaderName::from_static("x-rewarm-held-ms");
+/// Says which replica answered.
+const REPLICA: HeaderName = HeaderName::from_static("x-rewarm-replica");
+const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
+const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
+
+/// A request that is not carried on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Rejected {
+    pub(crate) status: StatusCode,
+    pub(crate) why: &'static str,
+}
+
+/// Refuses what two servers could read in two ways, and what no server behind a gateway is for.
+pub(crate) fn check(parts: &Parts) -> Result<(), Rejected> {
+    let bad = |why| Err(Rejected { status: StatusCode::BAD_REQUEST, why });
+    if parts.method == Method::CONNECT {
+        return Err(Rejected { status: StatusCode::METHOD_NOT_ALLOWED, why: "CONNECT is not for a gateway" });
+    }
+    let hosts = parts.headers.get_all(HOST).iter().count();
+    if hosts > 1 {
+        return bad("a request has one Host header");
+    }
+    if hosts == 0 && parts.version == Version::HTTP_11 && parts.uri.host().is_none() {
+        return bad("a request has a Host header");
+    }
+    if parts.headers.contains_key(TRANSFER_ENCODING) && parts.headers.contains_key(CONTENT_LENGTH) {
+        return bad("a request has either Content-Length or Transfer-Encoding");
+    }
+    if parts.headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
+        return bad("a request has one Content-Length header");
+    }
+    Ok(())
+}
+
+/// What the connection is to become, where client and server agree on that.
+pub(crate) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let asked = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
+    let asked =
+        asked.flat_map(|value| value.split(',')).any(|word| word.trim().eq_ignore_ascii_case("upgrade"));
+    headers.get(UPGRADE).filter(|_| asked).cloned()
+}
+
+/// Takes out what belongs to the connection that it came by.
+pub(crate) fn strip(headers: &mut HeaderMap) {
+    let named: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    let trailers = headers.get(TE).is_some_and(|te| {
+        te.to_str().is_ok_and(|te| te.split(',').any(|word| word.trim().eq_ignore_ascii_case("trailers")))
+    });
+    for name in &named {
+        headers.remove(name);
+    }
+    let hop_by_hop = [
+        CONNECTION,
+        KEEP_ALIVE,
+        PROXY_CONNECTION,
+        PROXY_AUTHENTICATE,
+        PROXY_AUTHORIZATION,
+        TE,
+        TRANSFER_ENCODING,
+        UPGRADE,
+    ];
+    for name in hop_by_hop {
+        headers.remove(name);
+    }
+    if trailers {
+        headers.insert(TE, HeaderValue::from_static("trailers"));
+    }
+}
+
+/// Makes a client's headers those of a request to a replica.
+pub(crate) fn for_replica(parts: &mut Parts) {
+    let upgrade = upgrade(&parts.headers);
+    let host = parts.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
+    strip(&mut parts.headers);
+    // The gateway answers it itself, when the body is wanted.
+    parts.headers.remove(EXPECT);
+    if !parts.headers.contains_key(HOST) {
+        // HTTP/2 has it in its target, HTTP/1.0 may have none.
+        parts.headers.insert(HOST, host.unwrap_or(HeaderValue::from_static("localhost")));
+    }
+    if let Some(protocol) = upgrade {
+        parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        parts.headers.insert(UPGRADE, protocol);
+    }
+    if !parts.headers.contains_key(REQUEST_ID)
+        && let Ok(id) = HeaderValue::from_str(&random_hex(16))
+    {
+        parts.headers.insert(REQUEST_ID, id);
+    }
+    if !parts.headers.contains_key(TRACEPARENT)
+        && let Ok(trace) = HeaderValue::from_str(&format!("00-{}-{}-00", random_hex(16), random_hex(8)))
+    {
+        parts.headers.insert(TRACEPARENT, trace);
+    }
+    let path = parts.uri.path_and_query().map_or("/", hyper::http::uri::PathAndQuery::as_str);
+    parts.uri = path.parse().unwrap_or_default();
+    parts.version = Version::HTTP_11;
+}
+
+/// The id of a request, as its replica was given it.
+pub(crate) fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
+    headers.get(REQUEST_ID).cloned()
+}
+
+/// Makes a replica's headers those of an answer to a client.
+pub(crate) fn for_client(
+    headers: &mut HeaderMap,
+    request_id: Option<HeaderValue>,
+    replica: &str,
+    held: Option<Duration>,
+) {
+    let upgrade = upgrade(headers);
+    strip(headers);
+    if let Some(protocol) = upgrade {
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, protocol);
+    }
+    if let Some(id) = request_id {
+        headers.entry(REQUEST_ID).or_insert(id);
+    }
+    if let Ok(name) = HeaderValue::from_str(replica) {
+        headers.insert(REPLICA, name);
+    }
+    if let Some(held) = held {
+        headers.insert(HELD, HeaderValue::from(u64::try_from(held.as_millis()).unwrap_or(u64::MAX)));
+    }
+}
+
+/// Random bytes in hexadecimal digits. Where the kernel has none, as it does only at boot, all are zero.
+fn random_hex(bytes: usize) -> String {
+    let mut buffer = [0_u8; 16];
+    let part = &mut buffer[..bytes];
+    if getrandom::fill(part).is_err() {
+        part.fill(0);
+    }
+    part.iter().map(|byte| format!("{byte:02x}")).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use hyper::Request;
+
+    fn parts(request: hyper::http::request::Builder) -> Parts {
+        request.body(()).expect("a good request").into_parts().0
+    }
+
+    #[test]
+    fn what_can_be_read_in_two_ways_is_refused() {
+        let ok = || Request::builder().uri("/").header("host", "a");
+        assert_eq!(check(&parts(ok())), Ok(()));
+        for (request, why) in [
+            (ok().header("host", "b"), "a request has one Host header"),
+            (Request::builder().uri("/"), "a request has a Host header"),
+            (
+                ok().header("content-length", "3").header("transfer-encoding", "chunked"),
+                "a request has either Content-Length or Transfer-Encoding",
+            ),
+            (
+                ok().header("content-length", "3").header("content-length", "3"),
+                "a request has one Content-Length header",
+            ),
+            (ok().method("CONNECT"), "CONNECT is not for a gateway"),
+        ] {
+            assert_eq!(check(&parts(request)).expect_err("refused").why, why);
+        }
+    }
+
+    #[test]
+    fn what_belongs_to_one_connection_stays_there() {
+        let mut parts = parts(
+            Request::builder()
+                .uri("http://a.example/v1?q=1")
+                .header("connection", "close, X-Secret")
+                .header("x-secret", "1")
+                .header("te", "trailers, gzip")
+                .header("keep-alive", "timeout=5")
+                .header("expect", "100-continue")
+                .header("x-request-id", "mine"),
+        );
+        for_replica(&mut parts);
+        let seen: Vec<String> = parts
+            .headers
+            .iter()
+            .filter(|(name, _)| *name != TRACEPARENT)
+            .map(|(name, value)| format!("{name}: {}", value.to_str().expect("text")))
+            .collect();
+        assert_eq!(seen, ["te: trailers", "x-request-id: mine", "host: a.example"]);
+        assert_eq!(parts.uri, "/v1?q=1");
+        assert_eq!(parts.headers[TRACEPARENT].len(), 55);
+    }
+
+    #[test]
+    fn an_upgrade_is_carried_on() {
+        let mut parts = parts(
+            Request::builder()
+                .uri("/")
+                .header("connection", "keep-alive, Upgrade")
+                .header("upgrade", "websocket"),
+        );
+        for_replica(&mut parts);
+        assert_eq!(
+            (&parts.headers[CONNECTION], &parts.headers[UPGRADE]),
+            (&"upgrade".parse().expect("good"), &"websocket".parse().expect("good"))
+        );
+    }
+}

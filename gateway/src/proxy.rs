@@ -1,0 +1,231 @@
+//! One request, from its head to the last byte of its answer.
+//!
+//! A request is sent at most twice. What was never sent (no connection, or a kept one that its server had closed) may be
+//! sent again whatever it is; what was sent and not answered, only if its method promises that twice is as good as once
+//! and it has no body.
+
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http_body::Body as _;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use hyper::http::request::Parts;
+use hyper::upgrade::OnUpgrade;
+use hyper::{Method, Request, Response, StatusCode};
+use hyper_util::rt::TokioIo;
+
+use crate::body::{Answer, Outgoing};
+use crate::desk::{Asked, Choice, Desk, Refusal, Slot, Traffic, Want};
+use crate::front::Front;
+use crate::headers;
+use crate::model::{LOOKED_AT_BYTES, model};
+use crate::upstream::{Connection, Unanswered};
+
+/// Answers a request, by a replica or, where that is not possible, with a reason.
+pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Response<Answer> {
+    let upgrade = headers::upgrade(request.headers()).map(|_| hyper::upgrade::on(&mut request));
+    let (parts, body) = request.into_parts();
+    if let Err(rejected) = headers::check(&parts) {
+        return own(rejected.status, "bad_request", rejected.why);
+    }
+    let max = front.limits().body_max;
+    if let Some(max) = max.filter(|max| announced(&parts).is_some_and(|bytes| bytes > *max)) {
+        let why = format!("the body is longer than {max} bytes");
+        return own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", &why);
+    }
+    let router = front.router();
+    let asked = asked(&parts);
+    let (desk, first, body) = match router.choose(&asked) {
+        Choice::Desk(desk) => (Some(desk), None, Some(body)),
+        Choice::Nobody => (None, None, None),
+        Choice::ByModel => match look_for_model(body).await {
+            Ok((first, body, model)) => (router.choose_by_model(&asked, model.as_deref()), Some(first), body),
+            // The client is gone in the middle of its body.
+            Err(_) => return own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off"),
+        },
+    };
+    let Some(desk) = desk else {
+        return own(StatusCode::NOT_FOUND, "no_pool", "no pool takes this request");
+    };
+    let body = Outgoing::new(first, body, max, desk.traffic());
+    let response = carry(parts, body, upgrade, &*desk).await;
+    desk.answered(response.status().as_u16());
+    response
+}
+
+/// What the client says its body will have.
+fn announced(parts: &Parts) -> Option<u64> {
+    parts.headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok()
+}
+
+fn asked(parts: &Parts) -> Asked<'_> {
+    let header =
+        || parts.headers.get(hyper::header::HOST).and_then(|host| host.to_str().ok()).map(without_port);
+    Asked { host: parts.uri.host().or_else(header), path: parts.uri.path(), headers: &parts.headers }
+}
+
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    }
+}
+
+/// Reads the beginning of a body and looks for its model.
+async fn look_for_model(
+    mut body: Incoming,
+) -> Result<(Bytes, Option<Incoming>, Option<String>), hyper::Error> {
+    let mut first = BytesMut::new();
+    while first.len() < LOOKED_AT_BYTES {
+        match body.frame().await {
+            None => {
+                let model = model(&first);
+                return Ok((first.freeze(), None, model));
+            }
+            Some(frame) => match frame?.into_data() {
+                Ok(data) => first.extend_from_slice(&data),
+                // Trailers: nothing follows, and nobody has asked for those of a body that ends here.
+                Err(_) => break,
+            },
+        }
+        if let Some(model) = model(&first) {
+            return Ok((first.freeze(), Some(body), Some(model)));
+        }
+    }
+    Ok((first.freeze(), Some(body), None))
+}
+
+/// Why a try with one slot gave no answer.
+enum Failed {
+    /// The request may be tried elsewhere.
+    Again(Box<(Parts, Outgoing)>, String),
+    Not(String),
+}
+
+async fn carry(
+    mut parts: Parts,
+    mut body: Outgoing,
+    upgrade: Option<OnUpgrade>,
+    desk: &dyn Desk,
+) -> Response<Answer> {
+    let session =
+        desk.affinity().and_then(|name| parts.headers.get(name)).map(|value| value.as_bytes().to_vec());
+    headers::for_replica(&mut parts);
+    let id = headers::request_id(&parts.headers);
+    let mut want = Want { session, again: false };
+    loop {
+        let slot = match desk.slot(want.clone()).await {
+            Ok(slot) => slot,
+            Err(refusal) => return refused(&refusal, desk.retry_after()),
+        };
+        let (name, held) = (slot.upstream.name().to_owned(), slot.held);
+        match try_once(parts, body, slot).await {
+            Ok((mut response, slot, connection)) => {
+                headers::for_client(response.headers_mut(), id, &name, held);
+                return match (response.status(), upgrade) {
+                    (StatusCode::SWITCHING_PROTOCOLS, Some(client)) => {
+                        let server = hyper::upgrade::on(&mut response);
+                        tokio::spawn(tunnel(client, server, slot, desk.traffic()));
+                        response.map(|_| Answer::Own(None))
+                    }
+                    _ => response.map(|inner| Answer::carried(inner, slot, connection, desk.traffic())),
+                };
+            }
+            Err(Failed::Again(request, _)) if desk.retries() && !want.again => {
+                desk.retried();
+                (parts, body) = *request;
+                want.again = true;
+            }
+            Err(Failed::Again(_, why) | Failed::Not(why)) => {
+                let why = format!("replica {name} did not answer: {why}");
+                return own(StatusCode::BAD_GATEWAY, "replica_lost", &why);
+            }
+        }
+    }
+}
+
+/// Sends a request to the slot's replica. A kept connection that turns out to be closed is replaced, which the server has
+/// never seen and no try.
+async fn try_once(
+    parts: Parts,
+    body: Outgoing,
+    mut slot: Slot,
+) -> Result<(Response<Incoming>, Slot, Connection), Failed> {
+    let repeatable = parts.method.is_safe() && parts.method != Method::CONNECT && body.is_end_stream();
+    let copy = repeatable.then(|| (parts.clone(), body.copy_of_nothing()));
+    let mut request = Request::from_parts(parts, body);
+    loop {
+        let mut connection = match slot.upstream.connection().await {
+            Ok(connection) => connection,
+            Err(error) => {
+                slot.lease.broken(&error.to_string());
+                return Err(Failed::Again(Box::new(request.into_parts()), error.to_string()));
+            }
+        };
+        match connection.ask(request).await {
+            Ok(response) => return Ok((response, slot, connection)),
+            Err(Unanswered::Unsent(again)) if connection.kept => request = *again,
+            Err(Unanswered::Unsent(again)) => {
+                slot.lease.broken("it closed a new connection");
+                return Err(Failed::Again(
+                    Box::new(again.into_parts()),
+                    "it closed a new connection".to_owned(),
+                ));
+            }
+            Err(Unanswered::Lost(error)) => {
+                let why = chain(&error);
+                slot.lease.broken(&why);
+                return Err(match copy {
+                    Some(copy) => Failed::Again(Box::new(copy), why),
+                    None => Failed::Not(why),
+                });
+            }
+        }
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut next = error.source();
+    while let Some(source) = next {
+        text = format!("{text}: {source}");
+        next = source.source();
+    }
+    text
+}
+
+/// Carries bytes both ways once client and server have left HTTP. The slot is taken as long as either side is open.
+async fn tunnel(client: OnUpgrade, server: OnUpgrade, slot: Slot, traffic: std::sync::Arc<Traffic>) {
+    if let (Ok(client), Ok(server)) = tokio::join!(client, server)
+        && let Ok((up, down)) =
+            tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await
+    {
+        Traffic::add(&traffic.requests, up as usize);
+        Traffic::add(&traffic.responses, down as usize);
+    }
+    drop(slot);
+}
+
+fn refused(refusal: &Refusal, retry_after: Duration) -> Response<Answer> {
+    let (status, kind) = match refusal {
+        Refusal::Full { .. } => (StatusCode::TOO_MANY_REQUESTS, "queue_full"),
+        Refusal::Late { .. } => (StatusCode::SERVICE_UNAVAILABLE, "queue_deadline"),
+        Refusal::Closed { .. } => (StatusCode::SERVICE_UNAVAILABLE, "pool_closed"),
+    };
+    let mut response = own(status, kind, &refusal.to_string());
+    let seconds = retry_after.as_secs_f64().ceil().max(1.0) as u64;
+    response.headers_mut().insert(RETRY_AFTER, HeaderValue::from(seconds));
+    response
+}
+
+/// An answer of the gateway itself, as clients of inference servers expect errors.
+fn own(status: StatusCode, kind: &str, why: &str) -> Response<Answer> {
+    let text =
+        serde_json::json!({ "error": { "message": why, "type": kind, "code": status.as_u16() } }).to_string();
+    let mut response = Response::new(Answer::Own(Some(Bytes::from(text))));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}

@@ -1,0 +1,115 @@
+//! `rewarm serve` under test: a configuration, the program, and what can be seen of it from outside.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use nix::sys::signal::Signal;
+use serde_json::Value;
+
+use crate::command::{Output, Running};
+use crate::replica::entries;
+use crate::world::World;
+
+/// `rewarm serve` in a world. Dropping it kills it; its replicas stay until the world ends.
+#[derive(Debug)]
+pub struct Serving<'a> {
+    world: &'a World,
+    running: Running,
+}
+
+/// A port of this machine that nobody has at the moment.
+///
+/// # Panics
+///
+/// When there is none.
+#[must_use]
+pub fn free_port() -> u16 {
+    let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+    listener.local_addr().expect("its address").port()
+}
+
+impl World {
+    /// Starts `rewarm serve` with this configuration, and waits until clients can come.
+    ///
+    /// # Panics
+    ///
+    /// When it ends before that.
+    #[must_use]
+    pub fn serve(&self, config: &str) -> Serving<'_> {
+        self.configure(config);
+        let running = self.serve_call().spawn();
+        running.await_stdout("is served");
+        Serving { world: self, running }
+    }
+
+    /// Writes the configuration of [`World::serve`].
+    ///
+    /// # Panics
+    ///
+    /// When the file cannot be written.
+    pub fn configure(&self, config: &str) {
+        std::fs::write(self.files().join("pool.toml"), config).expect("our own folder");
+    }
+
+    /// The call of `rewarm serve`.
+    #[must_use]
+    pub fn serve_call(&self) -> crate::Rewarm {
+        let file = self.files().join("pool.toml");
+        self.rewarm().args(["serve", "-f"]).arg(file).timeout(Duration::from_secs(300))
+    }
+}
+
+impl Serving<'_> {
+    /// Its process.
+    #[must_use]
+    pub fn running(&self) -> &Running {
+        &self.running
+    }
+
+    /// The replicas that live, as `rewarm ps` shows them: name and status.
+    #[must_use]
+    pub fn replicas(&self) -> Vec<(String, String)> {
+        let list = self.world.rewarm_json().arg("ps").ok();
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        entries(&list)
+            .iter()
+            .filter(|entry| !entry["labels"]["rewarm.pool"].is_null())
+            .map(|entry| (text(&entry["name"]), text(&entry["status"])))
+            .collect()
+    }
+
+    /// Waits until the replicas that live have these statuses, in any order.
+    ///
+    /// # Panics
+    ///
+    /// When they do not for a minute.
+    pub fn await_replicas(&self, statuses: &[&str]) {
+        let mut wanted: Vec<&str> = statuses.to_vec();
+        wanted.sort_unstable();
+        let what = format!("replicas are {wanted:?}");
+        self.world.await_state(&what, Duration::from_secs(60), || {
+            let replicas = self.replicas();
+            let mut seen: Vec<&str> = replicas.iter().map(|(_, status)| status.as_str()).collect();
+            seen.sort_unstable();
+            seen == wanted
+        });
+    }
+
+    /// Asks it to end, and waits for that.
+    ///
+    /// # Panics
+    ///
+    /// When it does not end with 0.
+    pub fn end(self) -> Output {
+        self.running.signal(Signal::SIGTERM);
+        let output = self.running.wait();
+        output.expect_code(0);
+        output
+    }
+
+    /// Kills it.
+    pub fn kill(self) {
+        self.running.signal(Signal::SIGKILL);
+        let _ = self.running.wait();
+    }
+}

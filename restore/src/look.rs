@@ -1,0 +1,63 @@
+//! What a snapshot is, without restoring it: for a caller that plans.
+
+use rewarm_container::Spec;
+use rewarm_fetcher::Access;
+use rewarm_gpu::carried::Carried;
+use rewarm_report::Stage;
+use rewarm_store::{Reference, Target};
+
+use crate::error::{Cause, Error, Result};
+use crate::machine::{HostView, here};
+use crate::pipeline::{Context, Request, blocking, spec};
+use crate::verdict::reasons;
+
+/// A snapshot in its store.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Seen {
+    /// Its reference with its digest.
+    pub source: String,
+    /// The replica that it describes, with what the request wants otherwise.
+    pub spec: Spec,
+    /// Host memory that a replica's pages take, in bytes.
+    pub host_bytes: u64,
+    /// Device memory that a replica takes, in bytes.
+    pub device_bytes: u64,
+    /// Whether it fits this machine, free memory and devices aside.
+    pub fits: bool,
+}
+
+/// Looks at the variant that a restore would take: the newest that fits this machine, else the newest.
+///
+/// # Errors
+/// There is no such snapshot, it is not signed as it must be, or the store does not answer.
+pub async fn look(request: &Request, context: &Context) -> Result<Seen> {
+    let failed = |cause: Cause| Error { name: request.source.to_string(), stage: Stage::Admit, cause };
+    let access = Access::new(&request.source.store, context.env.clone());
+    let (fetcher, reference, trust) =
+        (context.fetcher.clone(), request.source.clone(), request.trust.clone());
+    let variants = blocking(move || Ok(fetcher.find(&access, &reference, trust)?)).await.map_err(failed)?;
+    let machine =
+        here(&context.criu_version).map_err(|error| failed(Cause::io("look at this machine")(error)))?;
+    let mut newest = None;
+    for found in variants {
+        let manifest = found.snapshot.manifest();
+        let spec = spec(request, manifest).map_err(failed)?;
+        let (facts, known, view) = (manifest.facts.clone(), machine.clone(), HostView::new(&spec));
+        let fits = blocking(move || Ok(reasons(&facts, &known, &view).is_empty())).await.map_err(failed)?;
+        let device =
+            manifest.facts.device.clone().and_then(|value| serde_json::from_value::<Carried>(value).ok());
+        let digest = Reference { target: Target::Digest(found.digest()), ..request.source.clone() };
+        let seen = Seen {
+            source: digest.to_string(),
+            spec,
+            host_bytes: manifest.facts.memory.logical_bytes,
+            device_bytes: device.map_or(0, |carried| carried.bytes()),
+            fits,
+        };
+        if fits {
+            return Ok(seen);
+        }
+        newest.get_or_insert(seen);
+    }
+    Ok(newest.expect("a tag has at least one variant"))
+}

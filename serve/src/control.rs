@@ -1,0 +1,410 @@
+//! The gateway process: it has the clients and decides, and has no rights at all.
+//!
+//! What it needs of the machine it gets from its parent: listening sockets, connections into replicas, and replicas. When
+//! the parent is gone it ends at once, so that the next `rewarm serve` finds the addresses free.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rewarm_autoscaler::ledger::{Ledger, Memory};
+use rewarm_gateway::{Asked, Choice, Desk, Front, Limits, Router, tls};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, broadcast, mpsc};
+
+use crate::config::{Config, Matching, PoolConfig};
+use crate::link::{Configure, Line, Purpose, ToGateway, ToParent};
+use crate::live::{Dialler, Heard, Live, LiveDesk, Shared, Ticker};
+use crate::status::{self, Command, Handle, MemoryStatus, Notice, Refused, Source, Status, UnixMs};
+
+/// The number under which the gateway finds its socket to the parent.
+pub(crate) const SOCKET_FD: i32 = 3;
+/// The user that the gateway runs as: one that no machine has.
+pub const USER: u32 = 60872;
+/// How many notices a reader may be behind.
+const NOTICES_MAX: usize = 1024;
+/// How often is looked whether all is answered, before the end.
+const FINISH_POLL: Duration = Duration::from_millis(20);
+
+/// The hidden verb `gateway`: serves until its parent is gone or says so. Gives the exit code. No thread may have been
+/// started yet.
+#[must_use]
+pub fn main() -> u8 {
+    match run() {
+        Ok(()) => 0,
+        Err(error) => {
+            tracing::error!(%error, "the gateway failed");
+            1
+        }
+    }
+}
+
+fn run() -> io::Result<()> {
+    let socket = UnixStream::from(rewarm_sys::process::take_inherited(SOCKET_FD)?);
+    rewarm_sys::confine::confine(USER, USER, None)?;
+    let line = Line::new(socket);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let (told, heard) = mpsc::unbounded_channel();
+    let hearing = line.clone();
+    std::thread::Builder::new().name("parent".to_owned()).spawn(move || {
+        loop {
+            match hearing.hear::<ToGateway>() {
+                Ok(Some(message)) => {
+                    if told.send(message).is_err() {
+                        return;
+                    }
+                }
+                Ok(None) => return,
+                Err(error) => return tracing::error!(%error, "the parent sent nonsense"),
+            }
+        }
+    })?;
+    runtime.block_on(Control::new(line).serve(heard))?;
+    runtime.shutdown_background();
+    Ok(())
+}
+
+/// All pools and all addresses.
+struct Control {
+    line: Line,
+    world: Arc<World>,
+    ledger: Option<Ledger>,
+    fronts: HashMap<SocketAddr, Arc<Front>>,
+    places: Arc<Semaphore>,
+    drain: Duration,
+}
+
+/// What others may see and ask for.
+struct World {
+    since: UnixMs,
+    notices: broadcast::Sender<Notice>,
+    dialler: Arc<Dialler>,
+    pools: Mutex<Pools>,
+}
+
+#[derive(Default)]
+struct Pools {
+    /// In the order of the file.
+    served: Vec<Arc<Live>>,
+    /// Not in the file any more, with replicas that are still busy.
+    leaving: Vec<Arc<Live>>,
+    memory: Option<(Ledger, Option<u64>)>,
+}
+
+impl World {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Pools> {
+        self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pool(&self, name: &str) -> Option<Arc<Live>> {
+        self.lock().served.iter().find(|pool| pool.name() == name).cloned()
+    }
+
+    /// The pool that has a replica of this name.
+    fn pool_of(&self, replica: &str) -> Option<Arc<Live>> {
+        let pools = self.lock();
+        pools.served.iter().chain(&pools.leaving).find(|pool| pool.has(replica)).cloned()
+    }
+}
+
+#[async_trait::async_trait]
+impl Source for World {
+    fn status(&self) -> Status {
+        let (served, memory) = {
+            let pools = self.lock();
+            (pools.served.clone(), pools.memory.clone())
+        };
+        let memory = memory.map_or_else(MemoryStatus::default, |(ledger, host_limit)| {
+            let used = ledger.used();
+            MemoryStatus { host_used: used.host, host_limit, device_used: used.device }
+        });
+        Status {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            since: self.since,
+            now: status::now(),
+            memory,
+            pools: served.iter().map(|pool| pool.status()).collect(),
+        }
+    }
+
+    fn notices(&self) -> broadcast::Receiver<Notice> {
+        self.notices.subscribe()
+    }
+
+    async fn command(&self, command: Command) -> Result<String, Refused> {
+        let unknown = || Refused::UnknownPool { pool: command.pool().to_owned() };
+        self.pool(command.pool()).ok_or_else(unknown)?.command(&command)
+    }
+
+    async fn dial(&self, replica: &str) -> io::Result<TcpStream> {
+        let port = self.pool_of(replica).and_then(|pool| pool.port_of(replica));
+        let missing = || io::Error::new(io::ErrorKind::NotFound, format!("no replica is called {replica:?}"));
+        self.dialler.dial(replica, port.ok_or_else(missing)?).await
+    }
+}
+
+impl Control {
+    fn new(line: Line) -> Self {
+        let (notices, _) = broadcast::channel(NOTICES_MAX);
+        let dialler = Arc::new(Dialler::new(line.clone()));
+        let world = World { since: status::now(), notices, dialler, pools: Mutex::default() };
+        Self {
+            line,
+            world: Arc::new(world),
+            ledger: None,
+            fronts: HashMap::new(),
+            places: Arc::new(Semaphore::new(0)),
+            drain: Duration::ZERO,
+        }
+    }
+
+    async fn serve(
+        mut self,
+        mut heard: mpsc::UnboundedReceiver<(ToGateway, Vec<OwnedFd>)>,
+    ) -> io::Result<()> {
+        let ticker = Ticker::start();
+        while let Some((message, fds)) = heard.recv().await {
+            match message {
+                ToGateway::Configure(configure) => {
+                    self.configure(*configure, fds, ticker)?;
+                    self.line.tell(&ToParent::Configured, &[])?;
+                }
+                ToGateway::Known { pool, known } => {
+                    if let Some(pool) = self.world.pool(&pool) {
+                        pool.known(known);
+                    }
+                }
+                ToGateway::Started { name, started } => self.heard(&name, Heard::Started(started)),
+                ToGateway::Paused { name } => self.heard(&name, Heard::Paused),
+                ToGateway::Woken { name } => self.heard(&name, Heard::Woken),
+                ToGateway::Failed { name, reason } => self.heard(&name, Heard::Failed(reason)),
+                ToGateway::Stopped { name } => self.heard(&name, Heard::Stopped),
+                ToGateway::Ended { name, reason } => self.heard(&name, Heard::Ended(reason)),
+                ToGateway::Dialled { number, error } => {
+                    let answer = match (error, fds.into_iter().next()) {
+                        (None, Some(socket)) => Ok(socket),
+                        (Some((0, what)), _) => Err(io::Error::other(what)),
+                        (Some((errno, _)), _) => Err(io::Error::from_raw_os_error(errno)),
+                        (None, None) => Err(io::ErrorKind::InvalidData.into()),
+                    };
+                    self.world.dialler.answered(number, answer);
+                }
+                ToGateway::Finish => self.finish(),
+            }
+        }
+        Ok(())
+    }
+
+    fn heard(&self, replica: &str, heard: Heard) {
+        if let Some(pool) = self.world.pool_of(replica) {
+            pool.heard(replica, heard);
+        }
+        self.world.lock().leaving.retain(|pool| !pool.is_empty());
+    }
+
+    /// Takes a configuration in. The parent has found it to be good.
+    fn configure(&mut self, configure: Configure, fds: Vec<OwnedFd>, ticker: Ticker) -> io::Result<()> {
+        let config = Config::parse(&configure.text, &configure.path).map_err(io::Error::other)?;
+        let limit = config.serve.memory;
+        // Its size stays for as long as the process: replicas hold parts of it.
+        let ledger = self
+            .ledger
+            .get_or_insert_with(|| Ledger::new(Memory { host: limit.unwrap_or(u64::MAX), device: u64::MAX }));
+        let shared = Shared {
+            ticker,
+            line: self.line.clone(),
+            notices: self.world.notices.clone(),
+            dialler: self.world.dialler.clone(),
+            ledger: ledger.clone(),
+        };
+        self.world.lock().memory = Some((ledger.clone(), limit));
+        self.pools(&config, &shared);
+        for existing in &configure.existing {
+            match self.world.pool(&existing.pool) {
+                Some(pool) => pool.adopt(existing),
+                None => {
+                    let why = format!("pool {} is not in the configuration", existing.pool);
+                    self.line.tell(&ToParent::Stop { name: existing.name.clone(), why }, &[])?;
+                }
+            }
+        }
+        self.addresses(&config, &configure, fds)
+    }
+
+    /// Begins, changes and ends pools.
+    fn pools(&self, config: &Config, shared: &Shared) {
+        let old = std::mem::take(&mut self.world.lock().served);
+        let mut before: BTreeMap<String, Arc<Live>> =
+            old.into_iter().map(|pool| (pool.name().to_owned(), pool)).collect();
+        let served: Vec<Arc<Live>> = config
+            .pools
+            .iter()
+            .map(|wanted| match before.remove(&wanted.name) {
+                Some(pool) => {
+                    pool.change(wanted.clone());
+                    pool
+                }
+                None => {
+                    let pool = Live::new(wanted.clone(), shared.clone());
+                    tokio::spawn(pool.clone().run());
+                    pool
+                }
+            })
+            .collect();
+        for pool in before.into_values() {
+            pool.close();
+            self.world.lock().leaving.push(pool);
+        }
+        let mut pools = self.world.lock();
+        pools.served = served;
+        pools.leaving.retain(|pool| !pool.is_empty());
+    }
+
+    /// Opens and closes addresses, and says which pools are behind each.
+    fn addresses(&mut self, config: &Config, configure: &Configure, fds: Vec<OwnedFd>) -> io::Result<()> {
+        let tls = configure.tls.as_ref();
+        let tls = tls.map(|(certificate, key)| tls::acceptor(certificate.as_bytes(), key.as_bytes()));
+        let tls = tls.transpose().map_err(io::Error::other)?;
+        let limits = Limits { header_timeout: config.serve.header_timeout, body_max: config.serve.body_max };
+        if self.fronts.is_empty() {
+            self.places.add_permits(config.serve.connections_max as usize);
+        }
+        self.drain = config.serve.drain;
+        let served = self.world.lock().served.clone();
+        let router = |address: SocketAddr| -> Arc<dyn Router> {
+            let here = served.iter().map(|pool| (pool.config(), pool));
+            let here = here.filter(|(config, _)| config.listen == address);
+            Arc::new(Table(
+                here.map(|(config, pool)| (config.matching, Arc::new(LiveDesk(pool.clone())) as _)).collect(),
+            ))
+        };
+        for ((purpose, address), socket) in configure.listening.iter().zip(fds) {
+            let listener = std::net::TcpListener::from(socket);
+            listener.set_nonblocking(true)?;
+            let listener = TcpListener::from_std(listener)?;
+            match purpose {
+                Purpose::Clients => {
+                    let front = Front::new(router(*address), limits, tls.clone(), self.places.clone());
+                    tokio::spawn(front.clone().serve(listener));
+                    self.fronts.insert(*address, front);
+                }
+                Purpose::Admin | Purpose::Keda => self.offer(*purpose, listener),
+            }
+        }
+        let wanted =
+            |address: &SocketAddr| config.pools.iter().any(|pool: &PoolConfig| pool.listen == *address);
+        self.fronts.retain(|address, front| {
+            let stays = wanted(address);
+            match stays {
+                true => front.change(router(*address), limits, tls.clone()),
+                false => front.close(),
+            }
+            stays
+        });
+        Ok(())
+    }
+
+    /// Offers the pools to operators.
+    fn offer(&self, purpose: Purpose, listener: TcpListener) {
+        let handle = Handle::new(self.world.clone());
+        tracing::debug!(?purpose, ?handle, ?listener, "nobody serves this address");
+    }
+
+    /// Takes nothing more, lets what is there be answered, and says so.
+    fn finish(&self) {
+        let fronts: Vec<Arc<Front>> = self.fronts.values().cloned().collect();
+        let (world, line, drain) = (self.world.clone(), self.line.clone(), self.drain);
+        fronts.iter().for_each(|front| front.close());
+        tokio::spawn(async move {
+            let answered = async {
+                let idle = || world.lock().served.iter().all(|pool| pool.is_idle());
+                while !idle() {
+                    tokio::time::sleep(FINISH_POLL).await;
+                }
+                for front in fronts {
+                    front.closed().await;
+                }
+            };
+            if tokio::time::timeout(drain, answered).await.is_err() {
+                tracing::warn!(
+                    "requests are still in flight after {} s, and are cut off",
+                    drain.as_secs_f64()
+                );
+            }
+            world.lock().served.iter().for_each(|pool| pool.finish());
+            // The parent may be gone already.
+            let _ = line.tell(&ToParent::Finished, &[]);
+        });
+    }
+}
+
+/// The pools of one address, in the order of the file.
+struct Table(Vec<(Matching, Arc<dyn Desk>)>);
+
+impl Table {
+    fn find(&self, asked: &Asked<'_>, model: Option<Option<&str>>) -> Choice {
+        let mut default = None;
+        for (matching, desk) in &self.0 {
+            if matching.is_default() {
+                default = Some(desk);
+            } else if fits(matching, asked) {
+                match (&matching.model, model) {
+                    (None, _) => return Choice::Desk(desk.clone()),
+                    (Some(_), None) => return Choice::ByModel,
+                    (Some(wanted), Some(found)) if found == Some(wanted) => {
+                        return Choice::Desk(desk.clone());
+                    }
+                    (Some(_), Some(_)) => {}
+                }
+            }
+        }
+        default.map_or(Choice::Nobody, |desk| Choice::Desk(desk.clone()))
+    }
+}
+
+/// Whether a request is for a pool, its model aside.
+fn fits(matching: &Matching, asked: &Asked<'_>) -> bool {
+    let host = matching
+        .host
+        .as_ref()
+        .is_none_or(|wanted| asked.host.is_some_and(|host| host.eq_ignore_ascii_case(wanted)));
+    let path = matching.path_prefix.as_ref().is_none_or(|prefix| below(asked.path, prefix));
+    let header = matching.header.as_ref().is_none_or(|(name, value)| {
+        asked.headers.get(name).is_some_and(|found| found.as_bytes() == value.as_bytes())
+    });
+    host && path && header
+}
+
+/// `/v1` has `/v1` and `/v1/x` below it, and not `/v10`.
+fn below(path: &str, prefix: &str) -> bool {
+    let prefix = prefix.strip_suffix('/').unwrap_or(prefix);
+    path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with(['/', '?']))
+}
+
+impl Router for Table {
+    fn choose(&self, asked: &Asked<'_>) -> Choice {
+        self.find(asked, None)
+    }
+
+    fn choose_by_model(&self, asked: &Asked<'_>, model: Option<&str>) -> Option<Arc<dyn Desk>> {
+        match self.find(asked, Some(model)) {
+            Choice::Desk(desk) => Some(desk),
+            Choice::ByModel | Choice::Nobody => None,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_prefix_ends_where_a_part_of_the_path_does() {
+        assert!(below("/v1", "/v1") && below("/v1/x", "/v1") && below("/v1/x", "/v1/") && below("/x", "/"));
+        assert!(!below("/v10", "/v1") && !below("/v2/v1", "/v1"));
+    }
+}

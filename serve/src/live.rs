@@ -1,0 +1,250 @@
+//! One pool while it serves: requests, replicas and the policy, behind one lock.
+//!
+//! Everything that happens comes here: a request ([`Desk::slot`]), its end ([`Lease`]), what the parent says of replicas
+//! ([`Live::heard`]), and time ([`Live::run`]). Each takes the lock, changes the book, lets the policy look and carries its
+//! steps out by telling the parent. Queue, book, policies and steps are those of the simulator.
+
+mod circuit;
+mod dial;
+mod inner;
+mod members;
+mod picture;
+mod requests;
+
+use std::collections::{HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rewarm_autoscaler::ledger::{Ledger, Memory};
+use rewarm_autoscaler::moment::Moment;
+use rewarm_autoscaler::policy::{Event, StartSeconds};
+use rewarm_autoscaler::pool::{Pool, Shape};
+use rewarm_autoscaler::queue::{Queue, QueueLimits};
+use rewarm_autoscaler::start_times::StartTimes;
+use rewarm_gateway::desk::Traffic;
+use tokio::sync::{Notify, broadcast};
+
+use self::circuit::Tiers;
+pub(crate) use self::dial::Dialler;
+use self::inner::Inner;
+pub(crate) use self::requests::LiveDesk;
+use crate::config::{Cold, PoolConfig};
+use crate::link::{Line, ToParent};
+use crate::replicas::{Existing, Known, Started};
+use crate::status::{Command, Notice, PoolStatus, Refused, Totals};
+
+/// What starts are expected to take before anything is known, in seconds.
+const FIRST_GUESS: StartSeconds = StartSeconds { wake: 0.1, restore: 1.0 };
+
+/// Time since this process began, for all pools.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ticker(Instant);
+
+impl Ticker {
+    pub(crate) fn start() -> Self {
+        Self(Instant::now())
+    }
+
+    pub(crate) fn now(self) -> Moment {
+        Moment::from_nanos(u64::try_from(self.0.elapsed().as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
+/// What a pool shares with the others.
+#[derive(Clone)]
+pub(crate) struct Shared {
+    pub(crate) ticker: Ticker,
+    pub(crate) line: Line,
+    pub(crate) notices: broadcast::Sender<Notice>,
+    pub(crate) dialler: Arc<Dialler>,
+    pub(crate) ledger: Ledger,
+}
+
+/// One pool.
+pub(crate) struct Live {
+    name: String,
+    shared: Shared,
+    traffic: Arc<Traffic>,
+    /// Something may have to happen earlier than [`Live::run`] thinks.
+    sooner: Notify,
+    inner: Mutex<Inner>,
+}
+
+/// What the parent says of a replica.
+#[derive(Debug)]
+pub(crate) enum Heard {
+    Started(Started),
+    Paused,
+    Woken,
+    Failed(String),
+    Stopped,
+    Ended(String),
+}
+
+fn shape(config: &PoolConfig, serving: Memory, paused: Memory) -> Shape {
+    let (concurrency, max, warm) = (config.concurrency, config.max_replicas, config.warm);
+    Shape { concurrency, max, warm, serving, paused }
+}
+
+fn queue_limits(config: &PoolConfig) -> QueueLimits {
+    QueueLimits { max: config.queue.max, deadline: config.queue.deadline }
+}
+
+impl Live {
+    pub(crate) fn new(config: PoolConfig, shared: Shared) -> Arc<Self> {
+        let limits = inner::limits(&config);
+        let policy = config.policy.spec.build(&limits);
+        let host = config.replica_memory.unwrap_or(0);
+        let memory = Memory { host, device: 0 };
+        let name = config.name.clone();
+        Arc::new_cyclic(|me| {
+            let inner = Inner {
+                me: me.clone(),
+                pool: Pool::new(shape(&config, memory, memory), shared.ledger.clone()),
+                queue: Queue::new(queue_limits(&config)),
+                victim: policy.victim(),
+                policy,
+                times: StartTimes::new(FIRST_GUESS),
+                tiers: Tiers::new(config.cold != Cold::Never),
+                limits,
+                members: HashMap::new(),
+                names: HashMap::new(),
+                stopping: HashMap::new(),
+                known: None,
+                fixed: None,
+                paused: false,
+                finishing: false,
+                rolling: None,
+                desired: 0,
+                armed: Moment::NEVER,
+                decisions: VecDeque::new(),
+                starts: VecDeque::new(),
+                took: Vec::new(),
+                totals: Totals::default(),
+                refused: Vec::new(),
+                now: shared.ticker.now(),
+                shared: shared.clone(),
+                config,
+            };
+            Self { name, shared, traffic: Arc::default(), sooner: Notify::new(), inner: Mutex::new(inner) }
+        })
+    }
+
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
+    pub(crate) fn config(&self) -> PoolConfig {
+        self.with(|inner| inner.config.clone())
+    }
+
+    /// Does something under the lock, at one moment. What it could not hand over is dropped afterwards: giving a slot back
+    /// takes the lock again.
+    fn with<T>(&self, work: impl FnOnce(&mut Inner) -> T) -> T {
+        let (result, leftovers, sooner) = {
+            // A panic in the book is a broken invariant, and the process ends: nobody comes here after it.
+            let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+            inner.now = self.shared.ticker.now();
+            let result = work(&mut inner);
+            let sooner = inner.next_moment() < inner.armed;
+            (result, std::mem::take(&mut inner.refused), sooner)
+        };
+        drop(leftovers);
+        if sooner {
+            self.sooner.notify_one();
+        }
+        result
+    }
+
+    /// Lets time pass, for ever.
+    pub(crate) async fn run(self: Arc<Self>) {
+        loop {
+            let next = self.with(|inner| {
+                inner.pass();
+                inner.armed = inner.next_moment();
+                inner.armed
+            });
+            // Far enough away to be never, and near enough for every clock.
+            let wait = next.since(self.shared.ticker.now()).min(Duration::from_secs(3600));
+            tokio::select! {
+                () = tokio::time::sleep(wait) => {}
+                () = self.sooner.notified() => {}
+            }
+        }
+    }
+
+    /// Takes in what the parent says of a replica.
+    pub(crate) fn heard(&self, name: &str, heard: Heard) {
+        self.with(|inner| inner.heard(name, heard));
+    }
+
+    /// The pool's snapshot was looked at.
+    pub(crate) fn known(&self, known: Known) {
+        self.with(|inner| inner.learn(known));
+    }
+
+    /// A replica was there before this process.
+    pub(crate) fn adopt(&self, existing: &Existing) {
+        self.with(|inner| inner.adopt(existing));
+    }
+
+    /// Whether a replica of this name is in the book.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.with(|inner| inner.names.contains_key(name) || inner.stopping.contains_key(name))
+    }
+
+    /// Changes what holds from now on.
+    pub(crate) fn change(&self, config: PoolConfig) {
+        self.with(|inner| inner.change(config));
+    }
+
+    /// Starts nothing more. What is held is answered as long as there are replicas.
+    pub(crate) fn finish(&self) {
+        self.with(|inner| inner.finishing = true);
+    }
+
+    /// The pool is not in the file any more: its replicas go when they are idle, and what is held is refused.
+    pub(crate) fn close(&self) {
+        self.with(|inner| {
+            inner.paused = true;
+            inner.refuse_held("the pool was removed");
+            inner.decide(Event::Timer);
+            inner.dismiss_warm();
+        });
+    }
+
+    /// Whether nothing is in flight and nothing held.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.with(|inner| inner.pool.in_flight() == 0 && inner.queue.is_empty())
+    }
+
+    /// Whether no replica is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.with(|inner| inner.members.is_empty() && inner.stopping.is_empty())
+    }
+
+    /// The pool as others see it.
+    pub(crate) fn status(&self) -> PoolStatus {
+        let traffic = self.traffic.clone();
+        self.with(|inner| inner.picture(&traffic))
+    }
+
+    /// The port of a replica's server.
+    pub(crate) fn port_of(&self, name: &str) -> Option<u16> {
+        self.with(|inner| {
+            inner.names.get(name).and_then(|id| inner.members.get(id)).map(|member| member.port)
+        })
+    }
+
+    /// Does what a person asks for.
+    pub(crate) fn command(&self, command: &Command) -> Result<String, Refused> {
+        self.with(|inner| inner.command(command))
+    }
+}
+
+/// Tells the parent. It is gone only when this process is about to end, too.
+fn tell(line: &Line, message: &ToParent) {
+    if let Err(error) = line.tell(message, &[]) {
+        tracing::error!(%error, "the parent cannot be told");
+    }
+}

@@ -1,0 +1,176 @@
+//! Which tier a start uses where starts have failed, and when none is tried.
+//!
+//! A start that fails is replaced by one of the next tier at once. Three failures of a tier in a row open its circuit:
+//! it is left alone for a while, which doubles with each further failure.
+
+use std::time::Duration;
+
+use rewarm_autoscaler::moment::Moment;
+use rewarm_autoscaler::pool::Tier;
+
+/// So many failures in a row open a circuit.
+const FAILURES: u32 = 3;
+/// The first pause, and the longest.
+const PAUSE: Duration = Duration::from_secs(1);
+const PAUSE_MAX: Duration = Duration::from_secs(60);
+
+/// One tier's failures.
+#[derive(Debug, Default)]
+struct Circuit {
+    in_a_row: u32,
+    until: Option<Moment>,
+    reason: String,
+}
+
+/// The tiers that make a replica from nothing.
+#[derive(Debug)]
+pub(super) struct Tiers {
+    restore: Circuit,
+    cold: Circuit,
+    cold_allowed: bool,
+    /// Restores that failed and are to be replaced by cold starts.
+    owed: u32,
+}
+
+impl Circuit {
+    fn closed(&self, now: Moment) -> bool {
+        self.until.is_none_or(|until| until <= now)
+    }
+
+    fn failed(&mut self, now: Moment, reason: &str) {
+        self.in_a_row += 1;
+        reason.clone_into(&mut self.reason);
+        if let Some(beyond) = self.in_a_row.checked_sub(FAILURES) {
+            let pause = PAUSE.saturating_mul(1 << beyond.min(16)).min(PAUSE_MAX);
+            self.until = Some(now + pause);
+        }
+    }
+
+    fn worked(&mut self) {
+        *self = Self::default();
+    }
+}
+
+/// Why nothing is started.
+#[derive(Debug, Clone, PartialEq)]
+pub(super) struct Open {
+    pub(super) failures: u32,
+    pub(super) until: Moment,
+    pub(super) reason: String,
+}
+
+impl Tiers {
+    pub(super) fn new(cold_allowed: bool) -> Self {
+        Self { restore: Circuit::default(), cold: Circuit::default(), cold_allowed, owed: 0 }
+    }
+
+    pub(super) fn allow_cold(&mut self, allowed: bool) {
+        self.cold_allowed = allowed;
+    }
+
+    /// The tier for the next start; `None` while nothing is to be tried.
+    pub(super) fn choose(&mut self, now: Moment) -> Option<Tier> {
+        let cold = self.cold_allowed && self.cold.closed(now);
+        if cold && (self.owed > 0 || !self.restore.closed(now)) {
+            self.owed = self.owed.saturating_sub(1);
+            return Some(Tier::Cold);
+        }
+        self.restore.closed(now).then_some(Tier::Restore)
+    }
+
+    /// Whether the snapshot can be restored, as far as is known.
+    pub(super) fn restores(&self, now: Moment) -> bool {
+        self.restore.closed(now)
+    }
+
+    pub(super) fn failed(&mut self, tier: Tier, now: Moment, reason: &str) {
+        match tier {
+            Tier::Restore => {
+                self.restore.failed(now, reason);
+                self.owed += 1;
+            }
+            Tier::Cold => self.cold.failed(now, reason),
+            Tier::Wake => {}
+        }
+    }
+
+    pub(super) fn worked(&mut self, tier: Tier) {
+        match tier {
+            Tier::Restore => {
+                self.restore.worked();
+                self.owed = 0;
+            }
+            Tier::Cold => self.cold.worked(),
+            Tier::Wake => {}
+        }
+    }
+
+    /// Why nothing can be started now, if nothing can.
+    pub(super) fn open(&self, now: Moment) -> Option<Open> {
+        let open = |circuit: &Circuit| {
+            let until = circuit.until.filter(|until| *until > now)?;
+            Some(Open { failures: circuit.in_a_row, until, reason: circuit.reason.clone() })
+        };
+        let restore = open(&self.restore)?;
+        if self.cold_allowed { open(&self.cold).map(|cold| cold.sooner(restore)) } else { Some(restore) }
+    }
+
+    /// A restore's circuit that is open while cold starts serve.
+    pub(super) fn degraded(&self, now: Moment) -> Option<Open> {
+        let until = self.restore.until.filter(|until| *until > now)?;
+        Some(Open { failures: self.restore.in_a_row, until, reason: self.restore.reason.clone() })
+    }
+}
+
+impl Open {
+    fn sooner(self, other: Open) -> Open {
+        if other.until < self.until { other } else { self }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn at(seconds: f64) -> Moment {
+        Moment::from_seconds(seconds)
+    }
+
+    #[test]
+    fn a_failed_restore_is_replaced_by_a_cold_start_and_tried_again() {
+        let mut tiers = Tiers::new(true);
+        assert_eq!(tiers.choose(at(0.0)), Some(Tier::Restore));
+        tiers.failed(Tier::Restore, at(1.0), "no such snapshot");
+        assert_eq!(tiers.choose(at(1.0)), Some(Tier::Cold));
+        assert_eq!(tiers.choose(at(1.0)), Some(Tier::Restore));
+    }
+
+    #[test]
+    fn three_failures_in_a_row_leave_a_tier_alone_for_longer_and_longer() {
+        let mut tiers = Tiers::new(false);
+        for _ in 0..2 {
+            tiers.failed(Tier::Restore, at(0.0), "store down");
+            assert_eq!(tiers.choose(at(0.0)), Some(Tier::Restore));
+        }
+        for (now, until) in [(0.0, 1.0), (1.0, 3.0), (3.0, 7.0), (100.0, 108.0)] {
+            tiers.failed(Tier::Restore, at(now), "store down");
+            assert_eq!(tiers.choose(at(now)), None);
+            let open = tiers.open(at(now)).expect("open");
+            assert_eq!((open.until, open.reason.as_str()), (at(until), "store down"));
+            assert_eq!(tiers.choose(at(until)), Some(Tier::Restore));
+        }
+        tiers.worked(Tier::Restore);
+        tiers.failed(Tier::Restore, at(200.0), "store down");
+        assert_eq!((tiers.choose(at(200.0)), tiers.open(at(200.0))), (Some(Tier::Restore), None));
+    }
+
+    #[test]
+    fn cold_starts_serve_while_restores_are_left_alone() {
+        let mut tiers = Tiers::new(true);
+        (0..3).for_each(|_| tiers.failed(Tier::Restore, at(0.0), "damaged"));
+        for _ in 0..5 {
+            assert_eq!(tiers.choose(at(0.5)), Some(Tier::Cold));
+        }
+        assert_eq!((tiers.open(at(0.5)), tiers.degraded(at(0.5)).map(|open| open.failures)), (None, Some(3)));
+    }
+}

@@ -1,0 +1,299 @@
+//! Requests: a slot at once, a place in the queue, or a refusal.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use rewarm_autoscaler::moment::Moment;
+use rewarm_autoscaler::policy::Event;
+use rewarm_autoscaler::pool::{ReplicaId, State, Tier};
+use rewarm_autoscaler::queue::Ticket;
+use rewarm_gateway::desk::{Desk, Lease, Refusal, Slot, Traffic, Want};
+use tokio::sync::oneshot;
+
+use super::Live;
+use super::inner::Inner;
+use super::members::BROKEN_MAX;
+use crate::config::Routing;
+use crate::status::Notice;
+
+/// A pool as the gateway's proxy sees it.
+#[derive(Clone)]
+pub(crate) struct LiveDesk(pub(crate) Arc<Live>);
+
+/// A held request, as the queue keeps it.
+pub(super) struct Waiter {
+    pub(super) answer: oneshot::Sender<Result<Granted, Refusal>>,
+    session: Option<Vec<u8>>,
+}
+
+/// A slot that was given out under the lock. It is wrapped into a [`Slot`] outside of it.
+pub(super) struct Granted {
+    id: ReplicaId,
+    upstream: Arc<rewarm_gateway::Upstream>,
+    began: Moment,
+    waited: Duration,
+    early: bool,
+    /// Gives the slot back where nobody takes it.
+    live: Option<Arc<Live>>,
+}
+
+impl Drop for Granted {
+    fn drop(&mut self) {
+        if let Some(live) = self.live.take() {
+            live.ended(self.id, self.began, self.early);
+        }
+    }
+}
+
+/// A place in the queue. Dropping it gives it up.
+struct Waiting {
+    live: Arc<Live>,
+    ticket: Ticket,
+    answer: oneshot::Receiver<Result<Granted, Refusal>>,
+    over: bool,
+}
+
+impl Future for Waiting {
+    type Output = Result<Granted, Refusal>;
+
+    fn poll(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Self::Output> {
+        let answer = ready!(Pin::new(&mut self.answer).poll(context));
+        self.over = true;
+        Poll::Ready(answer.unwrap_or_else(|_| Err(Refusal::Closed { why: "the pool is gone".to_owned() })))
+    }
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        if !self.over {
+            self.live.with(|inner| inner.left(self.ticket));
+        }
+    }
+}
+
+/// A slot in use.
+struct Taken {
+    live: Arc<Live>,
+    id: ReplicaId,
+    began: Moment,
+    early: bool,
+    broken: bool,
+}
+
+impl Lease for Taken {
+    fn broken(&mut self, why: &str) {
+        self.broken = true;
+        self.live.with(|inner| inner.broke(self.id, why));
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if !self.broken {
+            self.live.with(|inner| inner.answered(self.id));
+        }
+        self.live.ended(self.id, self.began, self.early);
+    }
+}
+
+impl Live {
+    fn ended(&self, id: ReplicaId, began: Moment, early: bool) {
+        self.with(|inner| inner.ended(id, began, early));
+    }
+}
+
+enum Arrived {
+    Slot(Granted),
+    Held(Ticket, oneshot::Receiver<Result<Granted, Refusal>>),
+}
+
+#[async_trait::async_trait]
+impl Desk for LiveDesk {
+    fn name(&self) -> &str {
+        self.0.name()
+    }
+
+    fn affinity(&self) -> Option<String> {
+        self.0.with(|inner| inner.config.affinity.clone())
+    }
+
+    fn retries(&self) -> bool {
+        self.0.with(|inner| inner.config.retry)
+    }
+
+    async fn slot(&self, want: Want) -> Result<Slot, Refusal> {
+        let live = &self.0;
+        let arrived = live.with(|inner| inner.arrive(want))?;
+        let (mut granted, held) = match arrived {
+            Arrived::Slot(granted) => (granted, None),
+            Arrived::Held(ticket, answer) => {
+                let granted = Waiting { live: live.clone(), ticket, answer, over: false }.await?;
+                let held = granted.waited;
+                (granted, Some(held))
+            }
+        };
+        let live = granted.live.take().expect("it was just given out");
+        let lease = Taken { live, id: granted.id, began: granted.began, early: granted.early, broken: false };
+        Ok(Slot { upstream: granted.upstream.clone(), held, lease: Box::new(lease) })
+    }
+
+    fn retry_after(&self) -> Duration {
+        self.0.with(|inner| Duration::from_secs_f64(inner.times.expected().restore.clamp(1.0, 60.0)))
+    }
+
+    fn answered(&self, status: u16) {
+        self.0.with(|inner| *inner.totals.responses.entry(status).or_default() += 1);
+    }
+
+    fn retried(&self) {
+        self.0.with(|inner| inner.totals.retried += 1);
+    }
+
+    fn traffic(&self) -> Arc<Traffic> {
+        self.0.traffic.clone()
+    }
+}
+
+impl Inner {
+    fn arrive(&mut self, want: Want) -> Result<Arrived, Refusal> {
+        if !want.again {
+            self.totals.requests += 1;
+        }
+        if self.paused {
+            return Err(Refusal::Closed { why: format!("pool {} is paused", self.config.name) });
+        }
+        let direct =
+            if self.queue.is_empty() { self.choose(self.now, want.session.as_deref()) } else { None };
+        let arrived = match direct {
+            Some(id) => Ok(Arrived::Slot(self.grant(id, self.now))),
+            None => self.hold(want),
+        };
+        self.serve(Event::Arrival);
+        arrived
+    }
+
+    fn hold(&mut self, want: Want) -> Result<Arrived, Refusal> {
+        let (answer, hear) = oneshot::channel();
+        match self.queue.hold(self.now, Waiter { answer, session: want.session }) {
+            Ok(ticket) => {
+                self.totals.held += 1;
+                if self.queue.len() == 1 {
+                    // Nobody may be listening.
+                    let _ = self.shared.notices.send(Notice::FirstHeld { pool: self.config.name.clone() });
+                }
+                Ok(Arrived::Held(ticket, hear))
+            }
+            Err((full, _)) => {
+                self.totals.refused_full += 1;
+                Err(Refusal::Full { held: full.held, max: full.max })
+            }
+        }
+    }
+
+    /// Takes a slot for a request that came then, where there is one for it.
+    fn choose(&mut self, came: Moment, session: Option<&[u8]>) -> Option<ReplicaId> {
+        if self.pool.free_slots() == 0 {
+            return None;
+        }
+        if let Some(id) = session.and_then(|session| self.at_home(session))
+            && self.pool.assign_to(id, self.now)
+        {
+            return Some(id);
+        }
+        if self.config.routing == Routing::LeastInFlight {
+            return self.pool.assign_idlest(self.now);
+        }
+        let spare = self.policy.spare(&self.view());
+        let spare = if self.now.since(came) >= spare.age { 0 } else { spare.replicas };
+        self.pool.assign(self.now, spare)
+    }
+
+    /// The replica to which a session belongs: each weighs the session with its own name, and the heaviest has it. A replica
+    /// that comes or goes moves only the sessions that become or were its own.
+    fn at_home(&self, session: &[u8]) -> Option<ReplicaId> {
+        let serving =
+            self.pool.replicas().filter(|replica| matches!(replica.state(), State::Ready | State::Busy));
+        serving
+            .map(|replica| replica.id())
+            .max_by_key(|id| self.members.get(id).map(|member| member.weigh(session)))
+    }
+
+    fn grant(&mut self, id: ReplicaId, came: Moment) -> Granted {
+        let waited = self.now.since(came);
+        self.totals.wait_seconds.record(waited.as_secs_f64());
+        let replica = self.pool.find(id).expect("it was just assigned");
+        let early =
+            replica.tier() != Tier::Wake && replica.assigned() <= u64::from(self.pool.shape().concurrency);
+        let upstream = self.members[&id].upstream.clone();
+        Granted { id, upstream, began: self.now, waited, early, live: self.me.upgrade() }
+    }
+
+    /// Gives held requests to free slots, tells the policy and does what it wants.
+    pub(super) fn serve(&mut self, event: Event) {
+        self.release();
+        self.note(event);
+        self.decide(event);
+        self.release();
+    }
+
+    fn release(&mut self) {
+        while let Some(oldest) = self.queue.arrivals().front().copied() {
+            let session = self.queue.front().and_then(|waiter| waiter.session.clone());
+            let Some(id) = self.choose(oldest, session.as_deref()) else { return };
+            let Some((came, waiter)) = self.queue.release() else { return };
+            let granted = self.grant(id, came);
+            if let Err(Ok(unwanted)) = waiter.answer.send(Ok(granted)) {
+                self.refused.push(unwanted);
+            }
+        }
+    }
+
+    /// A held request's client has left.
+    fn left(&mut self, ticket: Ticket) {
+        if self.queue.cancel(ticket).is_some() {
+            self.totals.left += 1;
+            self.note(Event::Left);
+            self.decide(Event::Left);
+        }
+    }
+
+    /// Refuses everything that is held.
+    pub(super) fn refuse_held(&mut self, why: &str) {
+        while let Some((_, waiter)) = self.queue.release() {
+            // Nobody may be waiting any more.
+            let _ = waiter.answer.send(Err(Refusal::Closed { why: why.to_owned() }));
+        }
+    }
+
+    /// Refuses what has been held for too long.
+    pub(super) fn expire(&mut self) {
+        let mut late = 0;
+        while let Some(waiter) = self.queue.expire(self.now) {
+            late += 1;
+            let _ = waiter.answer.send(Err(Refusal::Late { after: self.config.queue.deadline }));
+        }
+        if late > 0 {
+            self.totals.refused_late += late;
+            self.note(Event::Left);
+        }
+    }
+
+    /// A replica broke a request off, or could not be reached.
+    fn broke(&mut self, id: ReplicaId, why: &str) {
+        let Some(member) = self.members.get_mut(&id) else { return };
+        member.broken_in_a_row += 1;
+        if member.broken_in_a_row >= BROKEN_MAX {
+            let reason =
+                format!("{BROKEN_MAX} requests in a row were not answered, the last one because {why}");
+            self.lose(id, &reason);
+        }
+    }
+
+    fn answered(&mut self, id: ReplicaId) {
+        if let Some(member) = self.members.get_mut(&id) {
+            member.broken_in_a_row = 0;
+        }
+    }
+}
