@@ -49,6 +49,7 @@ const VERBS: [&str; 26] = [
     "gc",
     "key",
     "engine",
+    "serve",
     "bench",
     "simulate",
     "cache",
