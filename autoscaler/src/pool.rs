@@ -647,8 +647,10 @@ mod tests {
                     }
                     (9, Some((id, _, _))) => { pool.fail_and_remove(id, now); }
                     (10, _) => { let _ = pool.start_parking(Tier::Restore, now); }
-                    (11, Some((id, State::Restoring, _))) if pool.get(id).is_parking() => {
-                        if pool.parked(id, now).is_err() { pool.fail_and_remove(id, now); }
+                    (11, Some((id, State::Restoring, _)))
+                        if pool.get(id).is_parking() && pool.parked(id, now).is_err() =>
+                    {
+                        pool.fail_and_remove(id, now);
                     }
                     (12, Some((id, State::Restoring, _))) if pool.get(id).is_parking() => pool.claim(id),
                     (13, Some((id, State::Ready | State::Busy, _))) => { pool.assign_to(id, now); }
