@@ -131,6 +131,9 @@ pub struct Slot {
 
 /// A slot that is taken, until it is dropped.
 pub trait Lease: Send + Sync {
-    /// The replica did not do what it should: it could not be reached, or broke off.
+    /// The replica broke off before the end of an answer.
     fn broken(&mut self, why: &str);
+
+    /// Nobody listens at the replica's port: it does not serve.
+    fn unreachable(&mut self, why: &str);
 }

@@ -1,8 +1,8 @@
 //! One request, from its head to the last byte of its answer.
 //!
-//! A request is sent at most twice. What was never sent (no connection, or a kept one that its server had closed) may be
-//! sent again whatever it is; what was sent and not answered, only if its method promises that twice is as good as once
-//! and it has no body.
+//! What was never sent (nobody listens, or a kept connection that its server had closed) is offered elsewhere whatever it
+//! is. What was sent and not answered is sent at most once more, and only if its method promises that twice is as good
+//! as once and it has no body.
 
 use std::time::Duration;
 
@@ -22,6 +22,9 @@ use crate::front::Front;
 use crate::headers;
 use crate::model::{LOOKED_AT_BYTES, model};
 use crate::upstream::{Connection, Unanswered};
+
+/// To so many replicas a request is offered that do not listen.
+const UNSENT_MAX: u32 = 3;
 
 /// Answers a request, by a replica or, where that is not possible, with a reason.
 pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Response<Answer> {
@@ -99,7 +102,9 @@ async fn look_for_model(
 
 /// Why a try with one slot gave no answer.
 enum Failed {
-    /// The request may be tried elsewhere.
+    /// Not a byte of it was sent: it may be tried elsewhere whatever it is.
+    Unsent(Box<(Parts, Outgoing)>, String),
+    /// It can be repeated safely.
     Again(Box<(Parts, Outgoing)>, String),
     Not(String),
 }
@@ -115,6 +120,7 @@ async fn carry(
     headers::for_replica(&mut parts);
     let id = headers::request_id(&parts.headers);
     let mut want = Want { session, again: false };
+    let mut unsent = 0;
     loop {
         let slot = match desk.slot(want.clone()).await {
             Ok(slot) => slot,
@@ -133,12 +139,18 @@ async fn carry(
                     _ => response.map(|inner| Answer::carried(inner, slot, connection, desk.traffic())),
                 };
             }
+            Err(Failed::Unsent(request, _)) if unsent < UNSENT_MAX => {
+                unsent += 1;
+                desk.retried();
+                (parts, body) = *request;
+                want.again = true;
+            }
             Err(Failed::Again(request, _)) if desk.retries() && !want.again => {
                 desk.retried();
                 (parts, body) = *request;
                 want.again = true;
             }
-            Err(Failed::Again(_, why) | Failed::Not(why)) => {
+            Err(Failed::Unsent(_, why) | Failed::Again(_, why) | Failed::Not(why)) => {
                 let why = format!("replica {name} did not answer: {why}");
                 return own(StatusCode::BAD_GATEWAY, "replica_lost", &why);
             }
@@ -160,8 +172,8 @@ async fn try_once(
         let mut connection = match slot.upstream.connection().await {
             Ok(connection) => connection,
             Err(error) => {
-                slot.lease.broken(&error.to_string());
-                return Err(Failed::Again(Box::new(request.into_parts()), error.to_string()));
+                slot.lease.unreachable(&error.to_string());
+                return Err(Failed::Unsent(Box::new(request.into_parts()), error.to_string()));
             }
         };
         match connection.ask(request).await {

@@ -104,7 +104,7 @@ class Handler(BaseHTTPRequestHandler):
         for data in self.body():
             digest.update(data)
             length += len(data)
-        text = json.dumps({"bytes": length, "sha256": digest.hexdigest()}).encode()
+        text = json.dumps({"bytes": length, "sha256": digest.hexdigest(), "name": who()["name"]}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("transfer-encoding", "chunked")

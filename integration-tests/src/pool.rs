@@ -1,7 +1,7 @@
 //! `rewarm serve` under test: a configuration, the program, and what can be seen of it from outside.
 
 use std::net::TcpListener;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use serde_json::Value;
@@ -9,6 +9,10 @@ use serde_json::Value;
 use crate::command::{Output, Running};
 use crate::replica::entries;
 use crate::world::World;
+
+/// How long a busy machine may take until replicas are as they should be.
+const REPLICAS_MAX: Duration = Duration::from_secs(60);
+const POLL: Duration = Duration::from_millis(50);
 
 /// `rewarm serve` in a world. Dropping it kills it; its replicas stay until the world ends.
 #[derive(Debug)]
@@ -55,7 +59,11 @@ impl World {
     #[must_use]
     pub fn serve_call(&self) -> crate::Rewarm {
         let file = self.files().join("pool.toml");
-        self.rewarm().args(["serve", "-f"]).arg(file).timeout(Duration::from_secs(300))
+        self.rewarm()
+            .env("REWARM_LOG", "info")
+            .args(["serve", "-f"])
+            .arg(file)
+            .timeout(Duration::from_secs(300))
     }
 }
 
@@ -86,13 +94,18 @@ impl Serving<'_> {
     pub fn await_replicas(&self, statuses: &[&str]) {
         let mut wanted: Vec<&str> = statuses.to_vec();
         wanted.sort_unstable();
-        let what = format!("replicas are {wanted:?}");
-        self.world.await_state(&what, Duration::from_secs(60), || {
+        let began = Instant::now();
+        loop {
             let replicas = self.replicas();
             let mut seen: Vec<&str> = replicas.iter().map(|(_, status)| status.as_str()).collect();
             seen.sort_unstable();
-            seen == wanted
-        });
+            if seen == wanted {
+                return;
+            }
+            let said = self.running.stderr();
+            assert!(began.elapsed() < REPLICAS_MAX, "{replicas:?}, expected {wanted:?}; serve said:\n{said}");
+            std::thread::sleep(POLL);
+        }
     }
 
     /// Asks it to end, and waits for that.

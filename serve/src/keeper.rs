@@ -270,7 +270,7 @@ impl Keeper {
         match self.configure(Vec::new()) {
             Ok(()) => tracing::info!("the configuration was read again"),
             Err(error) => {
-                tracing::error!(error = chain(&error), "the configuration is not good; the old one holds")
+                tracing::error!(error = %chain(&error), "the configuration is not good; the old one holds")
             }
         }
     }

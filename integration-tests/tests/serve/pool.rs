@@ -1,30 +1,20 @@
-//! One pool: from zero, back to zero, and what becomes of its replicas.
+//! One pool: from zero and back, warm replicas, limits, and what becomes of replicas when `serve` ends.
+
+use std::time::{Duration, Instant};
 
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::free_port;
-use rewarm_integration_tests::server::Server;
 
-use crate::world_for;
+use super::{config, pool_world};
 
-/// A pool over the snapshot `pool@v1`.
-fn config(world: &rewarm_integration_tests::World, port: u16, more: &str) -> String {
-    let snapshot = world.reference("pool", "v1");
-    format!(
-        "[serve]\nadmin = false\n[[pool]]\nname = '{}'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\n{more}",
-        world.name("p")
-    )
-}
+/// Lets replicas go as soon as they are idle.
+const HASTY: &str = "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\n";
 
 #[test]
 fn a_request_to_a_pool_at_zero_is_held_until_a_replica_is_restored() {
-    let server = Server::pool();
-    let Some(world) = world_for(&server) else { return };
-    let source = world.start("pool", &server);
-    world.snapshot(&source, "v1", &["--stop"]);
-    source.remove();
+    let Some(world) = pool_world() else { return };
     let port = free_port();
-    let serving =
-        world.serve(&config(&world, port, "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }"));
+    let serving = world.serve(&config(&world, port, HASTY));
     assert_eq!(serving.replicas(), []);
     let answer = http::get(port, "/check").expect("an answer");
     assert_eq!(answer.status, 200, "{}", answer.text());
@@ -32,5 +22,189 @@ fn a_request_to_a_pool_at_zero_is_held_until_a_replica_is_restored() {
     let again = http::get(port, "/check").expect("an answer");
     assert_eq!(again.text(), answer.text());
     serving.end();
+    world.finish();
+}
+
+#[test]
+fn warm_replicas_wait_paused_and_are_woken() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, &format!("warm = 2\n{HASTY}")));
+    serving.await_replicas(&["paused", "paused"]);
+    let before = serving.replicas();
+    let answer = http::get(port, "/who").expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let name = answer.json()["name"].as_str().expect("a name").to_owned();
+    assert!(before.iter().any(|(waiting, _)| *waiting == name), "{name} is none of {before:?}");
+    serving.await_replicas(&["paused", "paused"]);
+    assert_eq!(serving.replicas(), before, "nobody was restored");
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn a_burst_is_answered_in_full_and_by_no_more_replicas_than_allowed() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "concurrency = 4\nmax_replicas = 3\n"));
+    let clients: Vec<_> = (0..24)
+        .map(|_| std::thread::spawn(move || http::get(port, "/sleep?ms=200").expect("an answer")))
+        .collect();
+    let answers: Vec<_> = clients.into_iter().map(|client| client.join().expect("no panic")).collect();
+    assert!(answers.iter().all(|answer| answer.status == 200), "{answers:?}");
+    assert!(serving.replicas().len() <= 3, "{:?}", serving.replicas());
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn requests_beyond_the_queue_and_its_deadline_are_refused() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let limits =
+        "concurrency = 1\nmin_replicas = 1\nmax_replicas = 1\nqueue = { max = 1, deadline = '1s' }\n";
+    let serving = world.serve(&config(&world, port, limits));
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    let clients: Vec<_> = (0..3)
+        .map(|_| std::thread::spawn(move || http::get(port, "/sleep?ms=5000").expect("an answer")))
+        .collect();
+    let mut seen: Vec<u16> =
+        clients.into_iter().map(|client| client.join().expect("no panic").status).collect();
+    seen.sort_unstable();
+    assert_eq!(seen, [200, 429, 503]);
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn a_killed_serve_loses_no_replica_and_the_next_one_finds_them() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let config = config(&world, port, "warm = 1\nmin_replicas = 1\n");
+    let serving = world.serve(&config);
+    serving.await_replicas(&["paused", "ready"]);
+    let (before, who) = (serving.replicas(), http::get(port, "/who").expect("an answer").text());
+    serving.kill();
+    let serving = world.serve(&config);
+    assert_eq!(serving.replicas(), before);
+    assert_eq!(http::get(port, "/who").expect("an answer").text(), who);
+    let two =
+        [(); 2].map(|()| std::thread::spawn(move || http::get(port, "/who").expect("an answer").status));
+    assert_eq!(two.map(|client| client.join().expect("no panic")), [200, 200]);
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn replicas_stay_where_the_file_says_so() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let config =
+        config(&world, port, "min_replicas = 1\n").replace("[serve]\n", "[serve]\non_exit = 'keep'\n");
+    let serving = world.serve(&config);
+    serving.await_replicas(&["ready"]);
+    let before = serving.replicas();
+    serving.end();
+    let serving = world.serve(&config);
+    assert_eq!(serving.replicas(), before);
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn of_two_over_one_state_folder_the_second_refuses() {
+    let Some(world) = pool_world() else { return };
+    let serving = world.serve(&config(&world, free_port(), ""));
+    let second = world.serve_call().fails(1);
+    second.says(&["another rewarm serve works in", "--state"]);
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn an_address_that_is_taken_is_told_and_nothing_is_left() {
+    let Some(world) = pool_world() else { return };
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = taken.local_addr().expect("its address").port();
+    world.configure(&config(&world, port, "min_replicas = 1\n"));
+    world.serve_call().fails(1).says(&[&format!("listen on 127.0.0.1:{port}"), "ss -ltnp"]);
+    world.finish();
+}
+
+#[test]
+fn a_server_that_dies_is_replaced_and_its_request_is_told() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "min_replicas = 1\nretry = false\n"));
+    let first = http::get(port, "/who").expect("an answer");
+    let died = http::get(port, "/die").expect("an answer");
+    assert_eq!(died.status, 502, "{}", died.text());
+    assert_eq!(died.json()["error"]["type"], "replica_lost");
+    let second = http::get(port, "/who").expect("an answer");
+    assert_eq!(second.status, 200, "{}", second.text());
+    assert_ne!(first.json()["name"], second.json()["name"]);
+    http::get(port, "/cut").expect_err("an answer that is cut short");
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn a_killed_shim_is_a_dead_replica() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "min_replicas = 1\n"));
+    serving.await_replicas(&["ready"]);
+    let name = serving.replicas()[0].0.clone();
+    let list = world.rewarm_json().arg("ps").ok();
+    let shim = list.json()["replicas"][0]["shim_pid"].as_i64().expect("a process");
+    let shim = nix::unistd::Pid::from_raw(i32::try_from(shim).expect("a process id"));
+    nix::sys::signal::kill(shim, nix::sys::signal::Signal::SIGKILL).expect("our own process");
+    world.await_state("another replica", Duration::from_secs(60), || {
+        serving.replicas().iter().any(|(other, status)| *other != name && status == "ready")
+    });
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn a_pool_without_its_snapshot_starts_cold() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, ""));
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    serving.end();
+    // What the snapshot described is known to this one by a look that it takes at its start.
+    let serving = world.serve(&config(&world, port, "follow = '0s'\n"));
+    world.await_state("the snapshot was seen", Duration::from_secs(30), || {
+        http::get(port, "/check").is_ok_and(|answer| answer.status == 200)
+    });
+    let list = world.rewarm_json().arg("ps").ok();
+    assert_eq!(list.json()["replicas"][0]["started"], "restored");
+    for entry in std::fs::read_dir(world.store_folder()).expect("the store").flatten() {
+        std::fs::rename(entry.path(), world.files().join(entry.file_name())).expect("the same file system");
+    }
+    assert_eq!(http::get(port, "/die").expect("an answer").status, 502);
+    let answer = http::get(port, "/check").expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let list = world.rewarm_json().arg("ps").ok();
+    assert_eq!(list.json()["replicas"][0]["started"], "cold");
+    serving.end();
+    world.finish();
+}
+
+#[test]
+fn sigterm_lets_what_is_in_flight_be_answered() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "min_replicas = 1\n"));
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    let began = Instant::now();
+    let client = std::thread::spawn(move || http::get(port, "/sleep?ms=2000").expect("an answer").status);
+    std::thread::sleep(Duration::from_millis(300));
+    serving.end();
+    assert!(began.elapsed() >= Duration::from_secs(2), "it left before the answer");
+    assert_eq!(client.join().expect("no panic"), 200);
     world.finish();
 }

@@ -220,10 +220,8 @@ impl Inner {
         self.expire();
         self.time_out();
         self.serve(Event::Timer);
-        if !self.finishing && !self.paused {
-            self.fill_warm();
-            self.roll();
-        }
+        self.fill_warm();
+        self.roll();
     }
 
     /// When something has to be looked at, if nothing happens before.

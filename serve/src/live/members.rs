@@ -249,8 +249,14 @@ impl Inner {
         }
     }
 
-    /// Takes in what the parent says of a replica.
+    /// Takes in what the parent says of a replica, and does what was waiting for it.
     pub(super) fn heard(&mut self, name: &str, heard: Heard) {
+        self.take_in(name, heard);
+        self.fill_warm();
+        self.roll();
+    }
+
+    fn take_in(&mut self, name: &str, heard: Heard) {
         if matches!(heard, Heard::Stopped) {
             self.stopping.remove(name);
             // Its memory may be what a start waits for.
@@ -414,7 +420,8 @@ impl Inner {
 
     /// Makes a replica that waits, where one is missing and nothing is more urgent.
     pub(super) fn fill_warm(&mut self) {
-        if self.warm_missing() && self.warm_again().is_none() {
+        let serves = !self.finishing && !self.paused;
+        if serves && self.warm_missing() && self.warm_again().is_none() {
             // Where memory is short there is one less, which is what the limit is for.
             let _ = self.start(true);
         }
@@ -439,6 +446,9 @@ impl Inner {
     /// Replaces replicas of an older snapshot, one at a time: a new one is made first where there is room for it, then an
     /// old one is let go.
     pub(super) fn roll(&mut self) {
+        if self.finishing || self.paused {
+            return;
+        }
         let Some(current) = self.known.as_ref().map(|known| known.source.clone()) else { return };
         let old = |id: &ReplicaId| {
             self.members

@@ -87,6 +87,11 @@ impl Lease for Taken {
         self.broken = true;
         self.live.with(|inner| inner.broke(self.id, why));
     }
+
+    fn unreachable(&mut self, why: &str) {
+        self.broken = true;
+        self.live.with(|inner| inner.silent(self.id, why));
+    }
 }
 
 impl Drop for Taken {
@@ -288,6 +293,13 @@ impl Inner {
             let reason =
                 format!("{BROKEN_MAX} requests in a row were not answered, the last one because {why}");
             self.lose(id, &reason);
+        }
+    }
+
+    /// Nobody listens at a replica's port.
+    fn silent(&mut self, id: ReplicaId, why: &str) {
+        if self.members.contains_key(&id) {
+            self.lose(id, &format!("its server cannot be reached: {why}"));
         }
     }
 
