@@ -421,7 +421,7 @@ impl Pool {
     pub fn retire(&mut self, id: ReplicaId, now: Moment) -> Retired {
         let replica = self.get(id);
         assert_eq!(replica.in_flight, 0, "{id:?} would be cut off its requests");
-        let room = self.count(State::Warm) + self.count(State::Pausing) < self.shape.warm;
+        let room = self.count(State::Warm) + self.count(State::Pausing) + self.parking < self.shape.warm;
         let stays = room && !replica.dismissed;
         if stays && replica.state.after(Move::Pause).is_some() {
             self.step(id, Move::Pause, now);

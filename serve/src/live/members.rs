@@ -429,8 +429,10 @@ impl Inner {
 
     fn warm_missing(&self) -> bool {
         let waiting = self.pool.count(State::Warm) + self.pool.count(State::Pausing) + self.pool.parking();
+        // What serves beyond the minimum comes back when it is not needed.
+        let away = self.pool.charged().saturating_sub(self.config.min_replicas);
         let busy = !self.queue.is_empty() || self.pool.starting() > 0 || self.pool.parking() > 0;
-        self.config.warm > waiting && !busy && self.tiers.restores(self.now)
+        self.config.warm > waiting + away && !busy && self.tiers.restores(self.now)
     }
 
     /// When warm replicas are made again after a start that failed.
