@@ -28,7 +28,7 @@ fn told(arguments: &[&str]) -> String {
     format!("$ rewarm {}\nexit {code}\n--- stdout\n{stdout}--- stderr\n{stderr}", arguments.join(" "))
 }
 
-const VERBS: [&str; 26] = [
+const VERBS: [&str; 27] = [
     "doctor",
     "run",
     "snapshot",
