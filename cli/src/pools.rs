@@ -91,6 +91,7 @@ impl Pools {
             ready: None,
             ready_timeout: pool.start_timeout,
             mode: Mode::Auto,
+            gpu: rewarm_gpu::Wish::default(),
             no_probe: false,
             hook_timeout: HOOK_TIMEOUT,
             cold_fallback: None,
