@@ -130,6 +130,7 @@ struct Running {
     process: PidFd,
     child: Child,
     driver: Result<Version, String>,
+    attached: bool,
 }
 
 impl Drop for Running {
@@ -153,16 +154,36 @@ impl Helper {
         Self { deadline: Some(deadline), ..self }
     }
 
-    /// Starts it if it does not run, and gives the driver's version.
+    /// Starts it if it does not run, and gives the driver's version, without attaching to the driver.
     ///
     /// # Errors
     /// If it cannot be started or finds no driver.
+    pub fn version(&mut self) -> Result<Version, CallError> {
+        self.running()?.driver.clone().map_err(|reason| CallError::NoDriver { reason })
+    }
+
+    /// Starts it if it does not run, attaches to the driver, and gives its version. The first time takes up to seconds.
+    ///
+    /// # Errors
+    /// If it cannot be started, finds no driver, or the driver no device.
     pub fn start(&mut self) -> Result<Version, CallError> {
+        let version = self.version()?;
+        if !self.running()?.attached {
+            match self.exchange(Call::Attach, START_DEADLINE) {
+                Ok(Answer::Done { .. }) => self.running()?.attached = true,
+                Ok(other) => return self.unexpected(Call::Attach, &other),
+                Err(CallError::Unable { reason, .. }) => return Err(CallError::NoDriver { reason }),
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(version)
+    }
+
+    fn running(&mut self) -> Result<&mut Running, CallError> {
         if self.running.is_none() {
             self.running = Some(self.spawn()?);
         }
-        let running = self.running.as_ref().expect("just started");
-        running.driver.clone().map_err(|reason| CallError::NoDriver { reason })
+        Ok(self.running.as_mut().expect("just started"))
     }
 
     /// Its process number, while it runs.
@@ -182,7 +203,8 @@ impl Helper {
         let child = command.spawn().map_err(failed)?;
         drop(command);
         let process = PidFd::open(child.id()).map_err(failed)?;
-        let mut running = Running { socket: ours, process, child, driver: Err(String::new()) };
+        let driver = Err(String::new());
+        let mut running = Running { socket: ours, process, child, driver, attached: false };
         let call = Call::Hello { version: wire::VERSION };
         match running.ask(&call, START_DEADLINE)? {
             Answer::Hello { version: wire::VERSION, driver } => {
@@ -195,8 +217,13 @@ impl Helper {
 
     fn ask(&mut self, call: Call, deadline: Duration) -> Result<Answer, CallError> {
         self.start()?;
-        let running = self.running.as_mut().expect("just started");
-        let result = running.ask(&call, self.deadline.unwrap_or(deadline));
+        self.exchange(call, deadline)
+    }
+
+    /// One call of a helper that need not be attached.
+    fn exchange(&mut self, call: Call, deadline: Duration) -> Result<Answer, CallError> {
+        let deadline = self.deadline.unwrap_or(deadline);
+        let result = self.running()?.ask(&call, deadline);
         match result {
             Ok(Answer::Refused(code)) => Err(CallError::Refused { call, code }),
             Ok(Answer::Unable(reason)) => Err(CallError::Unable { call, reason }),
@@ -230,7 +257,7 @@ impl Helper {
     /// # Errors
     /// [`CallError`].
     pub fn machine(&mut self) -> Result<Option<Machine>, CallError> {
-        match self.ask(Call::Machine, QUESTION_DEADLINE) {
+        match self.exchange(Call::Machine, QUESTION_DEADLINE) {
             Ok(Answer::Machine(machine)) => Ok(Some(machine)),
             Ok(other) => self.unexpected(Call::Machine, &other),
             Err(CallError::Unable { reason, .. }) => {

@@ -1,11 +1,12 @@
 //! The helper process: the only one of ours that loads the driver.
 //!
 //! It lives long, because each new process that attaches to the driver pays for it (seconds on large machines), and it is
-//! a process, because a call may hang or crash. It initialises the driver once, makes no context and so holds no device
-//! memory. It does one thing after another; who wants a call that hangs to end kills it.
+//! a process, because a call may hang or crash. It initialises the driver once, when it is first needed, makes no context and so
+//! holds no device memory. It does one thing after another; who wants a call that hangs to end kills it.
 //!
 //! It ends when its socket is closed, also while a call hangs.
 
+use std::cell::OnceCell;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -63,34 +64,49 @@ fn end_now() {
 }
 
 fn serve(socket: &UnixStream, library: &Path, nvml: &Path) -> io::Result<()> {
-    let driver = Driver::load(library).and_then(|driver| driver.init().map(|()| driver));
+    let driver = Driver::load(library);
     if let Err(error) = &driver {
         tracing::info!(%error, "no driver");
     }
+    let attached = OnceCell::new();
     while let Some(call) = wire::receive::<Call>(socket)? {
-        wire::send(socket, &answer(&driver, nvml, &call))?;
+        wire::send(socket, &answer(&driver, &attached, nvml, &call))?;
     }
     Ok(())
 }
 
-fn answer(driver: &Result<Driver, DriverError>, nvml: &Path, call: &Call) -> Answer {
-    if let Call::Hello { .. } = call {
-        let driver = driver.as_ref().map(Driver::version).map_err(ToString::to_string);
-        return Answer::Hello { version: wire::VERSION, driver };
+/// `attached` keeps what the first attempt to attach said.
+fn answer(
+    driver: &Result<Driver, DriverError>,
+    attached: &OnceCell<Result<(), String>>,
+    nvml: &Path,
+    call: &Call,
+) -> Answer {
+    match call {
+        Call::Hello { .. } => {
+            let driver = driver.as_ref().map(Driver::version).map_err(ToString::to_string);
+            return Answer::Hello { version: wire::VERSION, driver };
+        }
+        Call::Machine => {
+            return crate::nvml::look(nvml)
+                .map_or_else(|silent| Answer::Unable(silent.to_string()), Answer::Machine);
+        }
+        _ => {}
     }
-    if let Call::Machine = call {
-        return crate::nvml::look(nvml)
-            .map_or_else(|silent| Answer::Unable(silent.to_string()), Answer::Machine);
-    }
-    match driver {
-        Ok(driver) => with_driver(driver, call),
-        Err(error) => Answer::Unable(error.to_string()),
+    let driver = match driver {
+        Ok(driver) => driver,
+        Err(error) => return Answer::Unable(error.to_string()),
+    };
+    match attached.get_or_init(|| driver.init().map_err(|error| error.to_string())) {
+        Ok(()) => with_driver(driver, call),
+        Err(error) => Answer::Unable(error.clone()),
     }
 }
 
 fn with_driver(driver: &Driver, call: &Call) -> Answer {
     match call {
         Call::Hello { .. } | Call::Machine => unreachable!("answered by the caller, which needs no driver"),
+        Call::Attach => Answer::Done { micros: 0 },
         Call::Devices => match driver.devices() {
             Ok(devices) => Answer::Devices(devices),
             Err(error) => Answer::Unable(error.to_string()),

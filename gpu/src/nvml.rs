@@ -12,7 +12,7 @@ use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::NvmlError;
 use serde::{Deserialize, Serialize};
 
-use crate::topology::Uuid;
+use crate::topology::{Device, Uuid};
 
 /// Where the library is looked for when nothing else is said.
 pub const LIBRARY: &str = "libnvidia-ml.so.1";
@@ -63,6 +63,14 @@ impl Machine {
     pub fn used_by(&self, pids: &[i32]) -> BTreeMap<Uuid, u64> {
         let of = |gpu: &Gpu| pids.iter().filter_map(|pid| gpu.used_by.get(pid)).sum::<u64>();
         self.gpus.iter().map(|gpu| (gpu.uuid, of(gpu))).filter(|(_, bytes)| *bytes > 0).collect()
+    }
+
+    /// The devices as the driver would show them, but for the part of their memory that it keeps for itself.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Device> {
+        let device =
+            |gpu: &Gpu| Device { uuid: gpu.uuid, name: gpu.name.clone(), total_bytes: gpu.total_bytes };
+        self.gpus.iter().map(device).collect()
     }
 
     /// Free bytes of each device.

@@ -423,7 +423,7 @@ mod tests {
     #[test]
     fn a_cdi_file_that_is_not_understood_is_named() {
         let folder = tempfile::tempdir().expect("a folder");
-        write(&folder, "cdi/nvidia.json", "{\"kind\": 3}");
+        write(&folder, "cdi/nvidia.json", "{\"kind\": [}");
         let error = places(&folder).provide(&Wanted::All).expect_err("nonsense").to_string();
         assert!(error.contains("nvidia.json is not understood"), "{error}");
     }

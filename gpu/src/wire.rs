@@ -14,7 +14,7 @@ use crate::states::{State, Step};
 use crate::topology::{Device, Pair};
 
 /// Version of this protocol; both ends must have the same.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Longest message in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Most devices that a map may name; a machine has 16 at most today.
@@ -29,6 +29,8 @@ pub enum Call {
         /// The client's version.
         version: u32,
     },
+    /// Attach to the driver, which takes up to seconds. Everything but the version and NVML needs it.
+    Attach,
     /// The devices that the driver shows.
     Devices,
     /// What NVML tells.
@@ -60,6 +62,7 @@ impl std::fmt::Display for Call {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Hello { .. } => f.write_str("hello"),
+            Self::Attach => f.write_str("attach"),
             Self::Devices => f.write_str("devices"),
             Self::Machine => f.write_str("NVML"),
             Self::State { pid } => write!(f, "state of process {pid}"),
@@ -88,7 +91,7 @@ pub enum Answer {
     State(State),
     /// The thread.
     RestoreThread(i32),
-    /// The step was done, by the driver's word; the call took so long.
+    /// The step was done, by the driver's word, or the helper is attached; the call took so long.
     Done {
         /// Microseconds within the driver.
         micros: u64,
@@ -153,6 +156,7 @@ mod tests {
         let pairs = vec![Pair { old: crate::Uuid([1; 16]), new: crate::Uuid([255; 16]) }; PAIRS_MAX];
         for call in [
             Call::Hello { version: VERSION },
+            Call::Attach,
             Call::Devices,
             Call::Machine,
             Call::State { pid: 1 },

@@ -41,13 +41,18 @@ pub(crate) fn plan(
         .map_err(|error| refuse(format!("its description is not understood: {error}")))?;
     let mut helper =
         Helper::new(Launch { program: program.to_owned(), args: vec!["gpu-helper".into()], env: Vec::new() });
-    let driver = helper.start().map_err(|error| refuse(error.to_string()))?;
+    // Neither this nor NVML attaches to the driver, which takes up to seconds: that is done beside the restore, by the shim.
+    let driver = helper.version().map_err(|error| refuse(error.to_string()))?;
     let mut reasons = Vec::new();
     if driver != carried.driver {
         reasons.push(Reason::Driver { snapshot: carried.driver.to_string(), machine: driver.to_string() });
     }
-    let here = helper.devices().map_err(|error| refuse(error.to_string()))?;
     let machine = helper.machine().map_err(|error| refuse(error.to_string()))?.unwrap_or_default();
+    let here = if machine.gpus.is_empty() {
+        helper.devices().map_err(|error| refuse(error.to_string()))?
+    } else {
+        machine.devices()
+    };
     if let Some(snapshot) = &carried.release
         && !machine.release.is_empty()
         && *snapshot != machine.release

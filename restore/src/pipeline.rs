@@ -229,6 +229,9 @@ fn mode(
     if admitted.device.is_some() && !apart { Mode::Eager } else { request.mode }
 }
 
+/// How long the failure of a fetch may take to be told after what follows from it.
+const WHY_WITHIN: Duration = Duration::from_secs(2);
+
 /// The content that follows while replicas are restored, and how its fetch ended.
 struct Rest {
     fetching: Option<Arc<Fetching>>,
@@ -270,6 +273,18 @@ impl Rest {
     fn or_lost(&self, (stage, cause): (Stage, Cause)) -> (Stage, Cause) {
         let lost = self.fetching.as_ref().and_then(|fetching| fetching.stream.lost());
         lost.map_or((stage, cause), |error| (Stage::Fetch, error.into()))
+    }
+
+    /// Why a step failed, where the content says it better: a stream that was found damaged is gone, and whoever asks for it
+    /// hears only that.
+    async fn or_why(&self, failure: (Stage, Cause)) -> (Stage, Cause) {
+        if matches!(failure.1, Cause::Fetcher(_))
+            && !failure.1.lost()
+            && let Ok(why) = tokio::time::timeout(WHY_WITHIN, self.failure()).await
+        {
+            return why;
+        }
+        self.or_lost(failure)
     }
 
     /// Completes only if something did not arrive.
@@ -322,7 +337,10 @@ async fn finish(
         // What the store did says more than what its consequences look like.
         biased;
         failure = rest.failure() => Err(failure),
-        result = steps => result.map_err(|failure| rest.or_lost(failure)),
+        result = steps => match result {
+            Ok(restored) => Ok(restored),
+            Err(failure) => Err(rest.or_why(failure).await),
+        },
     };
     if let Err((stage, cause)) = &result {
         replica.give_up(&format!("restore failed at stage {stage}: {cause}")).await;

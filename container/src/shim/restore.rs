@@ -73,6 +73,9 @@ impl Replica {
     ) -> Result<u32, Error> {
         let timeout = Duration::from_millis(request.timeout_ms);
         let deadline = Instant::now() + timeout;
+        if request.device.is_some() {
+            self.attach();
+        }
         let mut fds = fds.into_iter();
         if request.images_attached {
             let images = self.paths.images();
@@ -158,6 +161,18 @@ impl Replica {
             return Err(self.doomed_error(log));
         }
         Ok(())
+    }
+
+    /// Lets the helper attach to the driver while everything else goes on: it takes up to seconds.
+    fn attach(self: &Arc<Self>) {
+        let replica = self.clone();
+        std::thread::spawn(move || {
+            let mut helper = replica.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Err(error) = helper.start() {
+                // Told again, and as a failure, by whoever needs it.
+                tracing::info!(%error, "attach to the driver");
+            }
+        });
     }
 
     /// Lets a restored server go that CRIU left stopped, with its device memory back on the devices.

@@ -52,6 +52,18 @@ fn size(pid: u64) -> (usize, u64) {
     (fds, kib.and_then(|kib| kib.trim().parse().ok()).unwrap_or(0))
 }
 
+/// The size of the shim when it has its helper, which a fault may have taken, and no connection that is just being closed.
+fn at_rest(world: &World, source: &Replica<'_>, shim: u64) -> (usize, u64) {
+    for verb in ["pause", "wake"] {
+        world.rewarm().args([verb, source.name()]).ok();
+    }
+    let looks = (0..20).map(|_| {
+        std::thread::sleep(Duration::from_millis(100));
+        size(shim)
+    });
+    looks.min_by_key(|(fds, _)| *fds).expect("some")
+}
+
 /// One command with a fault of the driver. It may fail, and then the server is as it was.
 fn tried(output: &Output) -> bool {
     // 6: a snapshot whose server did not get its devices back, and is paused.
@@ -117,11 +129,11 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
         }
         assert_eq!(devices.used_mib(0), used, "round {round} of seed {seed}");
         if round == 3 {
-            settled = Some(size(shim));
+            settled = Some(at_rest(&world, &source, shim));
         }
     }
     if let Some((fds, kib)) = settled {
-        let (fds_now, kib_now) = size(shim);
+        let (fds_now, kib_now) = at_rest(&world, &source, shim);
         assert!(fds_now <= fds, "{fds} descriptors after three rounds, {fds_now} after {round}; seed {seed}");
         assert!(kib_now <= kib + GROWTH_KIB_MAX, "{kib} KiB after three rounds, {kib_now} after {round}");
     }
