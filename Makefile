@@ -6,12 +6,12 @@ SHELL := /bin/bash
 .PHONY: setup build demo check test bench soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
-NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,torch
+NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,chromium,torch
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-setup: ## install or build CRIU, Garage, azurite, Python and Debian packages
+setup: ## install or build CRIU, Garage, azurite, Chromium, Python and Debian packages
 	@setup/all
 
 build: ## build the `rewarm` program: target/release/rewarm

@@ -29,6 +29,8 @@ pub enum Need {
     Nginx,
     /// `tmux` in the path, for what is drawn on a terminal.
     Tmux,
+    /// Chromium without a display, and the library that drives it.
+    Chromium,
     /// The project's virtual environment with PyTorch and the servers of `examples/`.
     Torch,
 }
@@ -51,6 +53,7 @@ impl Need {
             Need::Node => "node",
             Need::Nginx => "nginx",
             Need::Tmux => "tmux",
+            Need::Chromium => "chromium",
             Need::Torch => "torch",
         }
     }
@@ -69,6 +72,7 @@ impl Need {
             Need::Node => in_path("node").is_some(),
             Need::Nginx => in_path("nginx").is_some(),
             Need::Tmux => in_path("tmux").is_some(),
+            Need::Chromium => chromium().is_some() && playwright().is_dir() && in_path("node").is_some(),
             Need::Torch => {
                 let python = venv_python();
                 python.is_file()
@@ -125,6 +129,18 @@ pub fn cache() -> PathBuf {
             .unwrap_or_else(|| PathBuf::from("/var/cache"))
             .join("rewarm")
     })
+}
+
+/// Chromium, in the form that draws on no display.
+#[must_use]
+pub fn chromium() -> Option<PathBuf> {
+    in_path("chromium-headless-shell")
+}
+
+/// The package that drives a browser.
+#[must_use]
+pub fn playwright() -> PathBuf {
+    cache().join("npm/node_modules/playwright-core")
 }
 
 /// Python of the project's virtual environment.
