@@ -234,6 +234,12 @@ impl Config {
 
     /// What no single table can see: names and addresses that are taken twice.
     fn agree(&self, reader: &Reader) -> Result<()> {
+        if let Some(admin) = self.serve.admin.filter(|address| !address.ip().is_loopback())
+            && self.serve.admin_token.is_none()
+        {
+            let expected = "an address of this machine alone (127.0.0.1), or a file in admin_token";
+            return Err(reader.bad("admin", admin.to_string(), expected));
+        }
         let mut names = BTreeMap::new();
         let mut defaults = BTreeMap::new();
         for pool in &self.pools {

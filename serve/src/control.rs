@@ -19,6 +19,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 use crate::config::{Config, Matching, PoolConfig};
 use crate::link::{Configure, Line, Purpose, ToGateway, ToParent};
 use crate::live::{Dialler, Heard, Live, LiveDesk, Shared, Ticker};
+use crate::operators::Operators;
 use crate::status::{self, Command, Handle, MemoryStatus, Notice, Refused, Source, Status, UnixMs};
 
 /// The number under which the gateway finds its socket to the parent.
@@ -74,6 +75,7 @@ struct Control {
     world: Arc<World>,
     ledger: Option<Ledger>,
     fronts: HashMap<SocketAddr, Arc<Front>>,
+    operators: Operators,
     places: Arc<Semaphore>,
     drain: Duration,
 }
@@ -152,9 +154,11 @@ impl Control {
         let (notices, _) = broadcast::channel(NOTICES_MAX);
         let dialler = Arc::new(Dialler::new(line.clone()));
         let world = World { since: status::now(), notices, dialler, pools: Mutex::default() };
+        let world = Arc::new(world);
         Self {
             line,
-            world: Arc::new(world),
+            operators: Operators::new(Handle::new(world.clone())),
+            world,
             ledger: None,
             fronts: HashMap::new(),
             places: Arc::new(Semaphore::new(0)),
@@ -282,17 +286,18 @@ impl Control {
                 here.map(|(config, pool)| (config.matching, Arc::new(LiveDesk(pool.clone())) as _)).collect(),
             ))
         };
+        self.operators.change(config, configure)?;
         for ((purpose, address), socket) in configure.listening.iter().zip(fds) {
             let listener = std::net::TcpListener::from(socket);
             listener.set_nonblocking(true)?;
-            let listener = TcpListener::from_std(listener)?;
             match purpose {
                 Purpose::Clients => {
+                    let listener = TcpListener::from_std(listener)?;
                     let front = Front::new(router(*address), limits, tls.clone(), self.places.clone());
                     tokio::spawn(front.clone().serve(listener));
                     self.fronts.insert(*address, front);
                 }
-                Purpose::Admin | Purpose::Keda => self.offer(*purpose, listener),
+                Purpose::Admin | Purpose::Keda => self.operators.offer(*purpose, *address, listener)?,
             }
         }
         let wanted =
@@ -306,12 +311,6 @@ impl Control {
             stays
         });
         Ok(())
-    }
-
-    /// Offers the pools to operators.
-    fn offer(&self, purpose: Purpose, listener: TcpListener) {
-        let handle = Handle::new(self.world.clone());
-        tracing::debug!(?purpose, ?handle, ?listener, "nobody serves this address");
     }
 
     /// Takes nothing more, lets what is there be answered, and says so.

@@ -207,7 +207,7 @@ impl Keeper {
             rewarm_gateway::tls::acceptor(certificate.as_bytes(), key.as_bytes())?;
         }
         let token = match &config.serve.admin_token {
-            Some(path) => Some(read("token", path)?.trim().to_owned()),
+            Some(path) => Some(crate::admin::read_token(path)?),
             None => None,
         };
         let opened = self.addresses.open(&config)?;

@@ -14,12 +14,15 @@ use rewarm_report::Timing;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpStream;
 use tokio::sync::broadcast;
+use utoipa::ToSchema;
+
+use crate::admin::document;
 
 /// Milliseconds since 1970.
 pub type UnixMs = u64;
 
 /// Everything at one moment.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Status {
     /// Version of the program.
     pub version: String,
@@ -34,7 +37,7 @@ pub struct Status {
 }
 
 /// Memory that replicas take, as the ledger has it.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, ToSchema)]
 pub struct MemoryStatus {
     /// Host memory that is taken, in bytes.
     pub host_used: u64,
@@ -45,7 +48,7 @@ pub struct MemoryStatus {
 }
 
 /// One pool.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct PoolStatus {
     /// Its name.
     pub name: String,
@@ -91,7 +94,7 @@ pub const DECISIONS_MAX: usize = 1000;
 pub const STARTS_MAX: usize = 200;
 
 /// Limits of a pool.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, ToSchema)]
 pub struct LimitsStatus {
     /// Requests that one replica answers at once, at most.
     pub concurrency: u32,
@@ -112,7 +115,7 @@ pub struct LimitsStatus {
 }
 
 /// Seconds that a start of each kind is expected to take.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, ToSchema)]
 pub struct StartSecondsStatus {
     /// A warm replica is woken.
     pub wake: f64,
@@ -121,7 +124,7 @@ pub struct StartSecondsStatus {
 }
 
 /// Starts are held back.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct CircuitStatus {
     /// How often a start has failed in a row.
     pub failures: u32,
@@ -132,11 +135,12 @@ pub struct CircuitStatus {
 }
 
 /// One replica.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct ReplicaStatus {
     /// Its name, by which `rewarm ps`, `logs` and `exec` know it.
     pub name: String,
     /// What it is doing.
+    #[schema(schema_with = document::state)]
     pub state: State,
     /// Requests that it is answering.
     pub in_flight: u32,
@@ -145,6 +149,7 @@ pub struct ReplicaStatus {
     /// Since when it has been in its state.
     pub since: UnixMs,
     /// How it was started last.
+    #[schema(schema_with = document::tier)]
     pub tier: Tier,
     /// The snapshot that it came from, with its digest; absent for a cold one.
     pub source: Option<String>,
@@ -153,7 +158,7 @@ pub struct ReplicaStatus {
 }
 
 /// One decision, with what it was made from.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct DecisionStatus {
     /// When.
     pub at: UnixMs,
@@ -180,7 +185,7 @@ pub struct DecisionStatus {
 }
 
 /// How a start ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub enum StartOutcome {
     /// It serves, or waits warm.
@@ -211,26 +216,28 @@ impl StartOutcome {
 }
 
 /// One start that has ended.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct StartStatus {
     /// When it began.
     pub at: UnixMs,
     /// The replica.
     pub replica: String,
     /// Where it came from.
+    #[schema(schema_with = document::tier)]
     pub tier: Tier,
     /// How it ended.
     pub outcome: StartOutcome,
     /// How long it took, in milliseconds.
     pub took_ms: f64,
     /// The stages of a restore, with their times.
+    #[schema(value_type = Vec<document::StageTiming>)]
     pub stages: Vec<Timing>,
     /// Why it failed, or why it was started cold.
     pub reason: Option<String>,
 }
 
 /// Sums since the program was started. They only grow.
-#[derive(Debug, Clone, Default, PartialEq, Serialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, ToSchema)]
 pub struct Totals {
     /// Requests that were answered, by the status that the client was given.
     pub responses: BTreeMap<u16, u64>,
@@ -255,6 +262,7 @@ pub struct Totals {
     /// How long answers took from the slot to their last byte, in seconds.
     pub service_seconds: Histogram,
     /// Starts, by tier and outcome.
+    #[schema(schema_with = document::start_sums)]
     pub starts: Vec<(Tier, StartOutcome, u64)>,
     /// Decisions that changed the number of replicas.
     pub decisions: u64,
@@ -267,7 +275,7 @@ pub struct Totals {
 }
 
 /// A histogram as Prometheus has it.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 pub struct Histogram {
     /// Upper bounds of the buckets, rising; a last one without bound is implied.
     pub bounds: Vec<f64>,
@@ -303,7 +311,7 @@ impl Histogram {
 }
 
 /// Something that happened, told at once.
-#[derive(Debug, Clone, PartialEq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case", tag = "notice")]
 pub enum Notice {
     /// A request is held, and none was before.
@@ -318,6 +326,7 @@ pub enum Notice {
         /// The replica.
         name: String,
         /// Its state now.
+        #[schema(schema_with = document::state)]
         state: State,
     },
     /// A decision changed the number of replicas.

@@ -97,6 +97,10 @@ fn mistakes_name_what_is_nearest_or_expected() {
             format!("{POOL}{}", POOL.replace("'llama'", "'other'")),
             "listen of configuration pool.toml is 0.0.0.0:8000 for both llama and other, expected at most one pool without match at each address",
         ),
+        (
+            format!("{POOL}[serve]\nadmin = '0.0.0.0:9901'"),
+            "admin of configuration pool.toml is 0.0.0.0:9901, expected an address of this machine alone (127.0.0.1), or a file in admin_token",
+        ),
         (String::new(), "pool of configuration pool.toml is missing, expected at least one [[pool]]"),
     ] {
         assert_eq!(refused(&text), told, "{text}");
