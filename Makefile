@@ -3,13 +3,13 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup build demo check test bench soak clean help
+.PHONY: setup build demo check test bench bench-gateway soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
 NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,chromium,torch
 
 help: ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
 
 setup: ## install or build CRIU, Garage, azurite, Chromium, Python and Debian packages
 	@setup/all
@@ -32,7 +32,11 @@ test: setup check ## what continuous integration does
 bench: setup build ## the measured table of the README
 	@setup/bench
 
-soak: setup build ## long proofs: fuzzers, faults and repeated snapshots for hours
+bench-gateway: setup build ## the gateway beside nginx and HAProxy; needs wrk and haproxy
+	@setup/bench-gateway
+
+soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours, and Ray Serve
+	@setup/ray
 	REWARM_FUZZ_SECONDS=$${REWARM_FUZZ_SECONDS:-900} cargo test -p rewarm-integration-tests --test 'fuzz-*'
 	REWARM_SOAK_ROUNDS=$${REWARM_SOAK_ROUNDS:-200} cargo test -p rewarm-integration-tests --test main devices::soak
 	@setup/soak

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tries `policy.py` and `scale.py` with a real Ray Serve on this machine. `setup/soak` runs it; takes about a minute.
+"""Tries `policy.py` and `scale.py` with a real Ray Serve on this machine. `setup/ray` runs it; takes about a minute.
 
 1. A deployment with the policy goes from zero to as many replicas as a burst needs, and back to zero.
 2. A deployment with an external scaler follows what a pool of Rewarm wants, as `scale.py` reads it from an event stream.

@@ -1,6 +1,7 @@
 //! `rewarm serve`: pools of real replicas behind a real gateway, as clients and operators see them.
 
 mod changes;
+mod operators;
 mod pool;
 mod scaling;
 
