@@ -47,7 +47,9 @@ fn pools_are_seen_and_scaled_through_the_admin_api() {
     let (port, admin) = (free_port(), free_port());
     let name = world.name("p");
     let head = format!("[serve]\nadmin = '127.0.0.1:{admin}'\n");
-    let pools = pool(&world, "p", "v1", port, "policy = { kind = 'rewarm', keep_last = 600.0 }\n");
+    // Replicas are kept where a start is later than requests may wait.
+    let keeping = "target_wait = '1ms'\npolicy = { kind = 'rewarm', keep_last = 600.0 }\n";
+    let pools = pool(&world, "p", "v1", port, keeping);
     let serving = world.serve(&format!("{head}{pools}"));
     await_serving(admin, &name, 0);
     assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
@@ -113,7 +115,7 @@ fn keda_is_told_of_the_first_held_request() {
         let metadata = [("pool".to_owned(), world.name("p"))].into();
         let asked =
             ScaledObjectRef { name: "p".to_owned(), namespace: String::new(), scaler_metadata: metadata };
-        let mut active = client.stream_is_active(asked.clone()).await.expect("a stream").into_inner();
+        let mut active = client.stream_is_active(asked).await.expect("a stream").into_inner();
         let first = active.message().await.expect("no error").expect("a message");
         assert!(!first.result, "nobody asks yet");
         let asking =
@@ -121,7 +123,6 @@ fn keda_is_told_of_the_first_held_request() {
         let told = tokio::time::timeout(PATIENCE, active.message()).await.expect("it is told");
         assert!(told.expect("no error").expect("a message").result);
         assert_eq!(asking.await.expect("no panic"), 200);
-        assert!(client.is_active(asked).await.expect("an answer").into_inner().result);
     });
     serving.end();
     world.finish();
