@@ -67,7 +67,7 @@ fn pools_are_seen_and_scaled_through_the_admin_api() {
         .iter()
         .filter_map(|decision| decision["reason"].as_str())
         .collect();
-    assert!(reasons.iter().any(|reason| reason.contains("held")), "{reasons:?}");
+    assert!(reasons.iter().any(|reason| reason.contains("request")), "{reasons:?}");
 
     let answer = scale(admin, &name, "2");
     assert_eq!(answer.status, 200, "{}", answer.text());
