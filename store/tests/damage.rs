@@ -170,15 +170,19 @@ async fn a_newer_format_is_incompatible_and_names_both_versions() {
     let world = world().await;
     let manifest = world.objects_below("manifests").await.remove(0);
     let bytes = world.objects.get(&manifest).await.unwrap().bytes().await.unwrap();
-    let newer =
-        String::from_utf8(bytes.to_vec()).unwrap().replace("{\"format\":1,", "{\"format\":2,\"new\":true,");
+    let next = rewarm_store::format::FORMAT_NEWEST + 1;
+    let text = String::from_utf8(bytes.to_vec()).unwrap();
+    let (_, rest) = text.split_once(',').expect("a manifest begins with its format");
+    let newer = format!("{{\"format\":{next},\"new\":true,{rest}");
     let digest = Digest::of(newer.as_bytes());
     let path = Path::from(format!("manifests/{}", digest.to_string().trim_start_matches("blake3:")));
     world.objects.put(&path, newer.into()).await.unwrap();
     let by_digest = Reference { target: Target::Digest(digest), ..reference() };
     let error = world.store.resolve(&by_digest).await.unwrap_err();
     assert_eq!(error.class(), Class::Incompatible);
-    assert!(error.to_string().ends_with("has format 2, this program reads up to format 1"), "{error}");
+    let expected =
+        format!("has format {next}, this program reads up to format {}", rewarm_store::format::FORMAT_NEWEST);
+    assert!(error.to_string().ends_with(&expected), "{error}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
