@@ -3,8 +3,8 @@
 /// When a replica's memory is filled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Mode {
-    /// By what is known: see [`Mode::choose`]. Lazily, the replica is ready when all of the snapshot has arrived, unless
-    /// that takes long.
+    /// By what is known of size, density and rate. Lazily, the replica is ready at once, unless the rest arrives within a
+    /// moment.
     #[default]
     Auto,
     /// While the server runs already, also after the replica is ready; what is touched comes first.
