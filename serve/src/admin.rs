@@ -8,7 +8,7 @@
 //! ```
 //!
 //! It runs in the process without rights; socket and token come from the parent. It bounds connections, heads and bodies.
-//! [`access`] says who is answered.
+//! `access` says who is answered.
 
 mod access;
 mod api;
