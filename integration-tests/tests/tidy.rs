@@ -340,17 +340,19 @@ fn named_files(document: &str) -> Vec<(usize, String)> {
     named
 }
 
-/// Each promise of SPECIFICATION.md names the tests that show it, and they exist.
+/// Each promise of SPECIFICATION.md has a number of its own and names the tests that show it, and they exist.
 #[test]
 fn every_promise_has_its_test() {
     let specification = text(Path::new("SPECIFICATION.md"));
     let sources: BTreeMap<PathBuf, String> =
         with_extension("rs").into_iter().map(|path| (path.clone(), text(&path))).collect();
     let mut wrong = Vec::new();
-    let mut promises = 0;
+    let mut numbers = BTreeSet::new();
     for (index, line) in specification.lines().enumerate().filter(|(_, line)| line.starts_with("| P")) {
-        promises += 1;
         let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+        if !numbers.insert(cells[0]) {
+            wrong.push(format!("line {}: {} stands twice", index + 1, cells[0]));
+        }
         let tests: Vec<&str> =
             cells.last().copied().unwrap_or_default().split('`').skip(1).step_by(2).collect();
         if tests.is_empty() {
@@ -364,6 +366,6 @@ fn every_promise_has_its_test() {
             }
         }
     }
-    assert!(promises > 0, "SPECIFICATION.md has no line that begins with `| P`");
+    assert!(!numbers.is_empty(), "SPECIFICATION.md has no line that begins with `| P`");
     assert_none("SPECIFICATION.md", &wrong);
 }
