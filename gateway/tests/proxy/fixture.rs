@@ -1,0 +1,270 @@
+//! A front with one pool, whose replica is a server that the test scripts.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
+use std::time::Duration;
+
+use rewarm_gateway::desk::Traffic;
+use rewarm_gateway::{
+    Asked, Choice, Desk, Dial, Front, Lease, Limits, Refusal, Router, Slot, Upstream, Want,
+};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_rustls::TlsAcceptor;
+
+/// No step of a test takes as long on any machine.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Limits that no test meets by accident.
+pub(crate) const LIMITS: Limits = Limits { header_timeout: PATIENCE, body_max: None };
+
+/// A pool of one replica.
+pub(crate) struct Pool {
+    upstream: Arc<Upstream>,
+    slots: Arc<Semaphore>,
+    /// Requests that wait for a slot.
+    pub(crate) waiting: AtomicI64,
+    /// Slots that are taken.
+    pub(crate) taken: Arc<AtomicI64>,
+    pub(crate) broken: Arc<AtomicU32>,
+    pub(crate) retried: AtomicU32,
+    traffic: Arc<Traffic>,
+    refusal: Option<Refusal>,
+}
+
+struct To(SocketAddr);
+
+#[async_trait::async_trait]
+impl Dial for To {
+    async fn dial(&self) -> io::Result<TcpStream> {
+        TcpStream::connect(self.0).await
+    }
+}
+
+struct Taken {
+    _permit: OwnedSemaphorePermit,
+    taken: Arc<AtomicI64>,
+    broken: Arc<AtomicU32>,
+}
+
+impl Lease for Taken {
+    fn broken(&mut self, _why: &str) {
+        self.broken.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn unreachable(&mut self, _why: &str) {
+        self.broken.fetch_add(1, Ordering::SeqCst);
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        self.taken.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+struct Count<'a>(&'a AtomicI64);
+
+impl Drop for Count<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+#[async_trait::async_trait]
+impl Desk for Pool {
+    fn name(&self) -> &str {
+        "pool"
+    }
+
+    fn affinity(&self) -> Option<String> {
+        None
+    }
+
+    fn retries(&self) -> bool {
+        true
+    }
+
+    async fn slot(&self, _want: Want) -> Result<Slot, Refusal> {
+        if let Some(refusal) = &self.refusal {
+            return Err(refusal.clone());
+        }
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let _count = Count(&self.waiting);
+        let permit = self.slots.clone().acquire_owned().await.expect("never closed");
+        self.taken.fetch_add(1, Ordering::SeqCst);
+        let lease = Taken { _permit: permit, taken: self.taken.clone(), broken: self.broken.clone() };
+        Ok(Slot { upstream: self.upstream.clone(), held: None, lease: Box::new(lease) })
+    }
+
+    fn retry_after(&self) -> Duration {
+        Duration::from_millis(1500)
+    }
+
+    fn answered(&self, _status: u16) {}
+
+    fn retried(&self) {
+        self.retried.fetch_add(1, Ordering::SeqCst);
+    }
+
+    fn traffic(&self) -> Arc<Traffic> {
+        self.traffic.clone()
+    }
+}
+
+/// Everything goes to one pool, or to the one whose model a body names.
+struct One {
+    pool: Arc<Pool>,
+    model: Option<&'static str>,
+}
+
+impl Router for One {
+    fn choose(&self, _asked: &Asked<'_>) -> Choice {
+        if self.model.is_some() { Choice::ByModel } else { Choice::Desk(self.pool.clone()) }
+    }
+
+    fn choose_by_model(&self, _asked: &Asked<'_>, model: Option<&str>) -> Option<Arc<dyn Desk>> {
+        (model == self.model).then(|| self.pool.clone() as Arc<dyn Desk>)
+    }
+}
+
+/// A front that listens.
+pub(crate) struct Gateway {
+    pub(crate) address: SocketAddr,
+    pub(crate) pool: Arc<Pool>,
+    pub(crate) front: Arc<Front>,
+}
+
+/// What a gateway is to be like.
+pub(crate) struct Setup {
+    pub(crate) slots: usize,
+    pub(crate) limits: Limits,
+    pub(crate) tls: Option<TlsAcceptor>,
+    pub(crate) refusal: Option<Refusal>,
+    pub(crate) model: Option<&'static str>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self { slots: 8, limits: LIMITS, tls: None, refusal: None, model: None }
+    }
+}
+
+impl Setup {
+    /// Starts it in front of a server.
+    pub(crate) async fn before(self, server: SocketAddr) -> Gateway {
+        let pool = Arc::new(Pool {
+            upstream: Arc::new(Upstream::new("replica-1", Arc::new(To(server)))),
+            slots: Arc::new(Semaphore::new(self.slots)),
+            waiting: AtomicI64::new(0),
+            taken: Arc::default(),
+            broken: Arc::default(),
+            retried: AtomicU32::new(0),
+            traffic: Arc::default(),
+            refusal: self.refusal,
+        });
+        let router = Arc::new(One { pool: pool.clone(), model: self.model });
+        let front = Front::new(router, self.limits, self.tls, Arc::new(Semaphore::new(100)));
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        let address = listener.local_addr().expect("its address");
+        tokio::spawn(front.clone().serve(listener));
+        Gateway { address, pool, front }
+    }
+}
+
+impl Gateway {
+    /// A connection of a client.
+    pub(crate) async fn client(&self) -> Talk {
+        Talk::new(TcpStream::connect(self.address).await.expect("it listens"))
+    }
+
+    /// Waits until so many slots are taken.
+    pub(crate) async fn await_taken(&self, count: i64) {
+        until("slots are taken", || self.pool.taken.load(Ordering::SeqCst) == count).await;
+    }
+}
+
+/// Waits until something is so.
+pub(crate) async fn until(what: &str, mut so: impl FnMut() -> bool) {
+    let waiting = async {
+        while !so() {
+            tokio::time::sleep(Duration::from_millis(2)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, waiting)
+        .await
+        .unwrap_or_else(|_| panic!("{what}: not within {PATIENCE:?}"));
+}
+
+/// One side of a connection, spoken by hand.
+pub(crate) struct Talk {
+    stream: TcpStream,
+    seen: Vec<u8>,
+}
+
+impl Talk {
+    pub(crate) fn new(stream: TcpStream) -> Self {
+        Self { stream, seen: Vec::new() }
+    }
+
+    pub(crate) async fn say(&mut self, text: impl AsRef<[u8]>) {
+        self.stream.write_all(text.as_ref()).await.expect("the other side listens");
+    }
+
+    /// Everything up to and with `end`.
+    pub(crate) async fn hear(&mut self, end: &str) -> String {
+        loop {
+            if let Some(at) = find(&self.seen, end.as_bytes()) {
+                let rest = self.seen.split_off(at + end.len());
+                return String::from_utf8_lossy(&std::mem::replace(&mut self.seen, rest)).into_owned();
+            }
+            let more = self.more().await;
+            assert!(more, "the connection ended before {end:?}: {:?}", String::from_utf8_lossy(&self.seen));
+        }
+    }
+
+    /// The head of a request or an answer, in lower case.
+    pub(crate) async fn head(&mut self) -> String {
+        self.hear("\r\n\r\n").await.to_lowercase()
+    }
+
+    /// Everything until the other side closes.
+    pub(crate) async fn rest(&mut self) -> String {
+        while self.more().await {}
+        String::from_utf8_lossy(&self.seen).into_owned()
+    }
+
+    async fn more(&mut self) -> bool {
+        let mut buffer = [0; 64 << 10];
+        let count = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
+        let count = count.expect("something comes").unwrap_or(0);
+        self.seen.extend_from_slice(&buffer[..count]);
+        count > 0
+    }
+}
+
+fn find(haystack: &[u8], needle: &[u8]) -> Option<usize> {
+    haystack.windows(needle.len()).position(|window| window == needle)
+}
+
+/// A server: its connections, in the order in which they come.
+pub(crate) struct Server {
+    pub(crate) address: SocketAddr,
+    listener: TcpListener,
+}
+
+impl Server {
+    pub(crate) async fn start() -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
+        Self { address: listener.local_addr().expect("its address"), listener }
+    }
+
+    /// The next connection.
+    pub(crate) async fn accept(&self) -> Talk {
+        let accepted = tokio::time::timeout(PATIENCE, self.listener.accept()).await.expect("somebody comes");
+        Talk::new(accepted.expect("a connection").0)
+    }
+}

@@ -1,0 +1,105 @@
+//! HTTP/2: with prior knowledge, and as TLS agrees on it.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+use http_body_util::{BodyExt, Full};
+use hyper::client::conn::http2::{self, SendRequest};
+use hyper::{Request, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use rewarm_gateway::tls;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::crypto::aws_lc_rs;
+use tokio_rustls::rustls::pki_types::ServerName;
+use tokio_rustls::rustls::{ClientConfig, RootCertStore};
+
+use crate::fixture::{Server, Setup};
+
+async fn speak(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> SendRequest<Full<Bytes>> {
+    let (sender, connection) =
+        http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    sender
+}
+
+/// Two requests at once, of which the second is answered first.
+async fn ask(mut sender: SendRequest<Full<Bytes>>, server: &Server) {
+    let request = |path: &str| {
+        let request = Request::builder().method("POST").uri(format!("https://a.example{path}"));
+        request.header("te", "trailers").body(Full::new(Bytes::from("abc"))).expect("good")
+    };
+    let (first, second) = (sender.send_request(request("/1")), sender.send_request(request("/2")));
+    let (first, second) = (tokio::spawn(first), tokio::spawn(second));
+    let mut replicas = [server.accept().await, server.accept().await];
+    let mut heads = [replicas[0].head().await, replicas[1].head().await];
+    if heads[0].starts_with("post /2 ") {
+        replicas.swap(0, 1);
+        heads.swap(0, 1);
+    }
+    assert!(
+        heads[0].starts_with("post /1 http/1.1\r\n") && heads[0].contains("host: a.example\r\n"),
+        "{}",
+        heads[0]
+    );
+    let [mut one, mut two] = replicas;
+    for (replica, asked, answer) in [(&mut two, second, "two"), (&mut one, first, "one")] {
+        replica.hear("abc").await;
+        let trailer = "trailer: x-sum\r\ntransfer-encoding: chunked\r\n\r\n3\r\n";
+        replica.say(format!("HTTP/1.1 200 OK\r\n{trailer}{answer}\r\n0\r\nx-sum: 9\r\n\r\n")).await;
+        let response = asked.await.expect("no panic").expect("an answer");
+        assert_eq!((response.status().as_u16(), response.version()), (200, Version::HTTP_2));
+        let whole = response.into_body().collect().await.expect("a body");
+        assert_eq!(whole.trailers().expect("trailers")["x-sum"], "9");
+        assert_eq!(whole.to_bytes(), answer);
+    }
+}
+
+#[tokio::test]
+async fn with_prior_knowledge() {
+    let server = Server::start().await;
+    let gateway = Setup::default().before(server.address).await;
+    let stream = TcpStream::connect(gateway.address).await.expect("it listens");
+    ask(speak(stream).await, &server).await;
+    gateway.await_taken(0).await;
+}
+
+#[tokio::test]
+async fn as_tls_agrees_on_it() {
+    let server = Server::start().await;
+    let made = rcgen::generate_simple_self_signed(["a.example".to_owned()]).expect("a certificate");
+    let acceptor = tls::acceptor(made.cert.pem().as_bytes(), made.signing_key.serialize_pem().as_bytes());
+    let tls = Some(acceptor.expect("good"));
+    let gateway = Setup { tls, ..Setup::default() }.before(server.address).await;
+    let mut roots = RootCertStore::empty();
+    roots.add(made.cert.der().clone()).expect("a certificate");
+    let client = |protocol: &str| {
+        let mut config = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_root_certificates(roots.clone())
+            .with_no_client_auth();
+        config.alpn_protocols = vec![protocol.as_bytes().to_vec()];
+        TlsConnector::from(Arc::new(config))
+    };
+    let connect = async |protocol: &str| {
+        let stream = TcpStream::connect(gateway.address).await.expect("it listens");
+        let name = ServerName::try_from("a.example").expect("a name");
+        client(protocol).connect(name, stream).await.expect("TLS")
+    };
+    ask(speak(connect("h2").await).await, &server).await;
+    gateway.await_taken(0).await;
+    let (mut sender, connection) =
+        hyper::client::conn::http1::handshake(TokioIo::new(connect("http/1.1").await))
+            .await
+            .expect("HTTP/1.1");
+    tokio::spawn(connection);
+    let request = Request::builder().uri("/").header("host", "a.example").body(Full::new(Bytes::new()));
+    let asked = tokio::spawn(sender.send_request(request.expect("good")));
+    let mut replica = server.accept().await;
+    replica.head().await;
+    replica.say("HTTP/1.1 204 No Content\r\n\r\n").await;
+    assert_eq!(asked.await.expect("no panic").expect("an answer").status(), 204);
+    gateway.await_taken(0).await;
+}
