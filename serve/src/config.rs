@@ -112,8 +112,6 @@ pub struct PoolConfig {
     pub drain: Option<Duration>,
     /// How a server is started where its snapshot cannot be restored.
     pub cold: Cold,
-    /// Whether a snapshot is made of a cold replica where no variant fits this machine.
-    pub capture: bool,
     /// Host memory of one replica in bytes, where the snapshot's own size is not what is wanted.
     pub replica_memory: Option<u64>,
     /// How often is looked whether the tag names another snapshot; zero: never.
@@ -351,7 +349,6 @@ fn pool(mut from: Reader) -> Result<PoolConfig> {
                 _ => None,
             })?
             .unwrap_or(Cold::Recorded),
-        capture: from.flag("capture")?.unwrap_or(false),
         replica_memory: from.get("replica_memory", BYTES, bytes)?,
         follow: from.time("follow")?.unwrap_or(Duration::from_secs(30)),
     };

@@ -30,7 +30,7 @@ fn everything_can_be_said() {
     let text = format!(
         "{POOL}port = 8001\nconcurrency = 4\ntarget_concurrency = 3\nmin_replicas = 1\nmax_replicas = 2\nwarm = 2\n\
          queue = {{ max = 10, deadline = '3s' }}\ntarget_wait = '2s'\nstart_timeout = '5s'\nrouting = 'least-in-flight'\n\
-         affinity = 'x-session'\nretry = false\ndrain = '10s'\ncold = ['python3', 'server.py']\ncapture = true\n\
+         affinity = 'x-session'\nretry = false\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
          replica_memory = '1.5GiB'\nfollow = '0s'\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
          [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\non_exit = 'keep'\nmemory = '20GiB'\n\
