@@ -26,7 +26,9 @@ fn keeping(world: &World, call: Rewarm) -> Rewarm {
 /// Restores, compares, and waits until nothing is in memory any more. What it read from the store, in bytes.
 fn restore(world: &World, slow: &Slow, server: &Server, before: &Answers) -> u64 {
     let passed = slow.passed();
-    let call = world.restore_call(server.name, "v1", server.port, &["--name", &world.name("clone")]);
+    // All of it: what has not arrived when a clone is gone is not fetched any more.
+    let flags = ["--name", &world.name("clone"), "--mode", "eager"];
+    let call = world.restore_call(server.name, "v1", server.port, &flags);
     let output = keeping(world, call).ok();
     let clones = Replica::of_restore(world, server.port, &output);
     server_answers_as_before(&clones[0], server, before);
