@@ -270,8 +270,14 @@ impl fmt::Display for Exit {
 pub(crate) fn write_json<T: Serialize>(path: &Path, value: &T) -> Result<(), Error> {
     let text = serde_json::to_vec_pretty(value).expect("these types have string keys only");
     let temporary = path.with_extension("json.new");
-    std::fs::write(&temporary, text).context("write", temporary.display())?;
-    std::fs::rename(&temporary, path).context("rename", temporary.display())
+    let written = std::fs::write(&temporary, text).context("write", temporary.display());
+    let replaced =
+        written.and_then(|()| std::fs::rename(&temporary, path).context("rename", temporary.display()));
+    if replaced.is_err() {
+        // A disk that is full has no room for half a file. The error that is told is the first one.
+        let _ = std::fs::remove_file(&temporary);
+    }
+    replaced
 }
 
 /// Reads such a file; `None` if it does not exist or is not readable as what it should be.
@@ -284,6 +290,18 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
+
+    #[test]
+    fn what_cannot_be_replaced_stays_and_nothing_lies_beside_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("replica.json");
+        std::fs::create_dir(&path).unwrap();
+        std::fs::write(path.join("kept"), "").unwrap();
+        write_json(&path, &1).unwrap_err();
+        let left: Vec<_> =
+            std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        assert_eq!(left, ["replica.json"]);
+    }
 
     #[test]
     fn what_waking_costs_begins_as_a_guess_and_follows_the_measurements() {

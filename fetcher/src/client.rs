@@ -168,8 +168,8 @@ impl Fetcher {
     /// # Errors
     /// If it does not answer as it should, or something cannot be removed.
     pub fn clear(state: &std::path::Path) -> Result<bool> {
-        let Ok(socket) = start::connect(state) else { return Ok(false) };
-        Connection::over(socket)?.done("drop all that is kept", &Request::Clear)?;
+        let Some(connection) = running(state)? else { return Ok(false) };
+        connection.done("drop all that is kept", &Request::Clear)?;
         Ok(true)
     }
 
@@ -178,8 +178,7 @@ impl Fetcher {
     /// # Errors
     /// If it does not answer as it should.
     pub fn status(state: &std::path::Path) -> Result<Option<Status>> {
-        let Ok(socket) = start::connect(state) else { return Ok(None) };
-        let connection = Connection::over(socket)?;
+        let Some(connection) = running(state)? else { return Ok(None) };
         match connection.ask("tell its status", &Request::Status, &[])?.0 {
             Reply::Status(status) => Ok(Some(status)),
             other => Err(unexpected("tell its status", &other)),
@@ -194,6 +193,15 @@ impl Fetcher {
                 other => return other,
             }
         }
+    }
+}
+
+/// A connection to the fetcher that runs. One that goes before it has greeted was just about to end for being idle.
+fn running(state: &std::path::Path) -> Result<Option<Connection>> {
+    let Ok(socket) = start::connect(state) else { return Ok(None) };
+    match Connection::over(socket) {
+        Err(Error::Gone { .. }) => Ok(None),
+        other => other.map(Some),
     }
 }
 

@@ -95,7 +95,12 @@ fn a_snapshot_while_a_command_runs_inside() {
     let before = answers(&source, &server);
     let running = source.exec(&["sh", "-c", "echo inside; exec sleep 30"]).spawn();
     running.await_stdout("inside");
-    let sleeps = || residue::processes(world.id()).iter().any(|(_, command)| command == "sleep 30");
+    // runc writes down who it is a moment later.
+    let noted = world.state().join("replicas").join(source.name()).join("exec-0.pid");
+    let sleeps = || {
+        let runs = residue::processes(world.id()).iter().any(|(_, command)| command == "sleep 30");
+        runs && std::fs::metadata(&noted).is_ok_and(|file| file.len() > 0)
+    };
     world.await_state("the command runs", Duration::from_secs(10), sleeps);
     let traces = world.traces();
     let output = world.snapshot_call(&source, "v1", &[]).run();
