@@ -27,7 +27,6 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 const MAGIC: u64 = 0x3262_6174_7473_7772;
-const PAGE_BYTES: usize = 4096;
 const HEAD_BYTES: usize = 64;
 const ARRIVED_AT: usize = 24;
 const FAILED_AT: usize = 32;
@@ -76,31 +75,6 @@ impl Map {
         );
         // SAFETY: in bounds; a part that is given out has arrived, and is written only once.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<u8>().add(start), length) }
-    }
-
-    /// Writes bytes, in parallel with others who write elsewhere: write(2) would take the lock of the file for the copy and
-    /// for making its pages, which is as long as copying.
-    fn write(&self, start: usize, bytes: &[u8]) -> io::Result<()> {
-        let end = start.checked_add(bytes.len()).filter(|end| *end <= self.bytes);
-        let end = end.ok_or(io::ErrorKind::InvalidInput)?;
-        let (first, last) = (start / PAGE_BYTES * PAGE_BYTES, end.next_multiple_of(PAGE_BYTES));
-        // SAFETY: in bounds but for the rest of the last page, which belongs to the mapping.
-        let whole = unsafe { self.start.byte_add(first) };
-        // Makes the pages, or says why there are none, where the copy alone would end the process.
-        // SAFETY: it changes no content.
-        if unsafe { libc::madvise(whole.as_ptr(), last - first, libc::MADV_POPULATE_WRITE) } < 0 {
-            return Err(match Errno::last() {
-                Errno::EFAULT | Errno::ENOMEM => io::ErrorKind::StorageFull.into(),
-                errno => errno.into(),
-            });
-        }
-        // SAFETY: in bounds, and mapped for writing; nobody reads these bytes before they are called complete, and `bytes`
-        // is not a part of a mapping.
-        unsafe {
-            let to = self.start.as_ptr().cast::<u8>().add(start);
-            std::ptr::copy_nonoverlapping(bytes.as_ptr(), to, bytes.len());
-        }
-        Ok(())
     }
 }
 
@@ -233,7 +207,7 @@ impl Owner {
 /// The writing side. One at a time.
 #[derive(Debug)]
 pub struct Writer {
-    content: Option<Map>,
+    content: File,
     table: Map,
     shape: Shape,
     /// Bytes of each block that this writer has put so far.
@@ -257,8 +231,6 @@ impl Writer {
         let shape = Shape::of(&content, &table)?;
         let table_bytes = usize::try_from(table.metadata()?.len()).map_err(io::Error::other)?;
         let table = Map::new(&table, table_bytes, true)?.expect("the head is not empty");
-        let content_bytes = usize::try_from(shape.content).map_err(io::Error::other)?;
-        let content = Map::new(&content, content_bytes, true)?;
         let mut wanted = vec![0; usize::try_from(shape.blocks()).map_err(io::Error::other)?];
         for &(start, bytes) in regions {
             let end = start.checked_add(bytes).filter(|end| *end <= shape.content);
@@ -306,9 +278,7 @@ impl Writer {
             let block = at / self.shape.block;
             let next = ((block + 1) * self.shape.block).min(end);
             if !self.has(block) {
-                let content = self.content.as_ref().expect("a stream with blocks is not empty");
-                let part = &bytes[(at - offset) as usize..(next - offset) as usize];
-                content.write(usize::try_from(at).expect("it was mapped"), part)?;
+                self.content.write_all_at(&bytes[(at - offset) as usize..(next - offset) as usize], at)?;
                 self.count(block, u32::try_from(next - at).expect("a block is at most 1 GiB"));
             }
             at = next;

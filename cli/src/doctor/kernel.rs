@@ -7,9 +7,8 @@ use rewarm_sys::uffd::Uffd;
 
 use super::Need;
 
-/// userfaultfd reports fork, remap and remove events, `clone3` takes a pid, cgroup v2 has its freezer, and pages can be made
-/// before they are written (MADV_POPULATE_WRITE).
-const OLDEST: (u32, u32) = (5, 14);
+/// userfaultfd reports fork, remap and remove events, `clone3` takes a pid, and cgroup v2 has its freezer.
+const OLDEST: (u32, u32) = (5, 9);
 /// PAGEMAP_SCAN tells the written pages of a range in one call.
 const PAGEMAP_SCAN: (u32, u32) = (6, 7);
 
@@ -30,8 +29,8 @@ pub(super) fn version() -> Need {
         return Need::missing(
             NAME,
             found,
-            "the kernel cannot give a restored process its old pids, report what happens to its memory, or make pages ahead",
-            "boot kernel 5.14 or later",
+            "the kernel cannot give a restored process its old pids and report what happens to its memory",
+            "boot kernel 5.9 or later",
         );
     }
     Need::ok(NAME, found)
@@ -106,7 +105,7 @@ mod tests {
     #[test]
     fn releases_compare_by_number() {
         assert!(parse("6.18.44-fc-v669") > parse("6.7.0"));
-        assert_eq!(parse("5.14-rc1"), (5, 14));
+        assert_eq!(parse("5.9-rc1"), (5, 9));
         assert_eq!(parse(""), (0, 0));
     }
 }
