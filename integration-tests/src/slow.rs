@@ -9,6 +9,8 @@ use std::time::Duration;
 
 /// Bytes that are passed on in one go.
 const PIECE: usize = 16 << 10;
+/// Bytes that the kernel takes in for a connection before they are passed on.
+const RECEIVED_MAX: usize = 128 << 10;
 const POLL: Duration = Duration::from_millis(10);
 
 /// What goes wrong. Nothing does at first.
@@ -72,6 +74,9 @@ impl Slow {
     #[must_use]
     pub fn to(port: u16) -> Self {
         let listener = TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+        // What was sent before a connection was closed is passed on all the same, and everything else waits behind it.
+        nix::sys::socket::setsockopt(&listener, nix::sys::socket::sockopt::RcvBuf, &RECEIVED_MAX)
+            .expect("our own socket");
         let own = listener.local_addr().expect("a port").port();
         let wrong = Arc::new(Wrong::default());
         let shared = wrong.clone();

@@ -226,21 +226,32 @@ impl Control {
             ledger: ledger.clone(),
         };
         self.world.lock().memory = Some((ledger.clone(), limit));
-        self.pools(&config, &shared);
-        for existing in &configure.existing {
-            match self.world.pool(&existing.pool) {
-                Some(pool) => pool.adopt(existing),
+        let begun = self.pools(&config, &shared);
+        let mut existing: BTreeMap<&str, Vec<&crate::replicas::Existing>> = BTreeMap::new();
+        for replica in &configure.existing {
+            existing.entry(&replica.pool).or_default().push(replica);
+        }
+        for (pool, replicas) in existing {
+            match self.world.pool(pool) {
+                Some(pool) => pool.adopt(&replicas),
                 None => {
-                    let why = format!("pool {} is not in the configuration", existing.pool);
-                    self.line.tell(&ToParent::Stop { name: existing.name.clone(), why }, &[])?;
+                    for replica in replicas {
+                        let why = format!("pool {pool} is not in the configuration");
+                        self.line.tell(&ToParent::Stop { name: replica.name.clone(), why }, &[])?;
+                    }
                 }
             }
+        }
+        // Only now: a pool that decides before it knows what is there starts what it has already.
+        for pool in begun {
+            tokio::spawn(pool.run());
         }
         self.addresses(&config, &configure, fds)
     }
 
-    /// Begins, changes and ends pools.
-    fn pools(&self, config: &Config, shared: &Shared) {
+    /// Makes, changes and ends pools, and gives those that are to run.
+    fn pools(&self, config: &Config, shared: &Shared) -> Vec<Arc<Live>> {
+        let mut begun = Vec::new();
         let old = std::mem::take(&mut self.world.lock().served);
         let mut before: BTreeMap<String, Arc<Live>> =
             old.into_iter().map(|pool| (pool.name().to_owned(), pool)).collect();
@@ -254,7 +265,7 @@ impl Control {
                 }
                 None => {
                     let pool = Live::new(wanted.clone(), shared.clone());
-                    tokio::spawn(pool.clone().run());
+                    begun.push(pool.clone());
                     pool
                 }
             })
@@ -266,6 +277,7 @@ impl Control {
         let mut pools = self.world.lock();
         pools.served = served;
         pools.leaving.retain(|pool| !pool.is_empty());
+        begun
     }
 
     /// Opens and closes addresses, and says which pools are behind each.

@@ -183,8 +183,8 @@ impl Live {
         self.with(|inner| inner.learn(known));
     }
 
-    /// A replica was there before this process.
-    pub(crate) fn adopt(&self, existing: &Existing) {
+    /// These replicas were there before this process.
+    pub(crate) fn adopt(&self, existing: &[&Existing]) {
         self.with(|inner| inner.adopt(existing));
     }
 

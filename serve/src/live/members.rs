@@ -402,20 +402,23 @@ impl Inner {
         took
     }
 
-    /// A replica was there before this process.
-    pub(super) fn adopt(&mut self, existing: &Existing) {
-        match self.pool.adopt(Tier::Restore, existing.warm, self.now) {
-            Ok(id) => {
-                self.enter(id, &existing.name, existing.port);
-                self.members.get_mut(&id).expect("just entered").source.clone_from(&existing.source);
-                self.told(id);
-                self.serve(Event::Started);
-            }
-            Err(short) => {
-                self.stopping.insert(existing.name.clone(), None);
-                self.order(&ToParent::Stop { name: existing.name.clone(), why: short.to_string() });
+    /// These replicas were there before this process. All of them are in the book before anything is decided: one that
+    /// waits would be woken for one that serves and is not known yet.
+    pub(super) fn adopt(&mut self, existing: &[&Existing]) {
+        for replica in existing {
+            match self.pool.adopt(Tier::Restore, replica.warm, self.now) {
+                Ok(id) => {
+                    self.enter(id, &replica.name, replica.port);
+                    self.members.get_mut(&id).expect("just entered").source.clone_from(&replica.source);
+                    self.told(id);
+                }
+                Err(short) => {
+                    self.stopping.insert(replica.name.clone(), None);
+                    self.order(&ToParent::Stop { name: replica.name.clone(), why: short.to_string() });
+                }
             }
         }
+        self.serve(Event::Started);
     }
 
     /// Makes a replica that waits, where one is missing and nothing is more urgent.
