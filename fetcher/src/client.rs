@@ -1,6 +1,7 @@
 //! The command's side: what a restore asks the fetcher. All calls block.
 
 use std::io;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -113,11 +114,12 @@ impl Fetcher {
     }
 
     /// A lease on the decoded stream of a snapshot. Nothing is fetched but the boot object, until [`Stream::begin`].
-    /// A store that fails later is asked again until nothing has arrived for `patience`.
+    /// A store that fails later is asked again until nothing has arrived for `patience`. `alone`: only one further lease
+    /// will be asked for, and what its holder [releases](Lease::release) may be dropped.
     ///
     /// # Errors
     /// What the store says.
-    pub fn open(&self, access: &Access, found: &Found, patience: Duration) -> Result<Stream> {
+    pub fn open(&self, access: &Access, found: &Found, patience: Duration, alone: bool) -> Result<Stream> {
         const REQUEST: &str = "open a snapshot";
         let gone = |source| Error::Gone { request: REQUEST, source };
         let connection = self.connect()?;
@@ -126,6 +128,7 @@ impl Fetcher {
             access: access.clone(),
             digest: found.object.digest,
             patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
+            alone,
         };
         let (reply, files) = connection.ask(REQUEST, &request, &[manifest.as_fd()])?;
         let (Reply::Opened { stream, regions, working_set, rate }, Ok([boot, content, table])) =
@@ -298,7 +301,7 @@ impl Stream {
             .regions()
             .iter()
             .flat_map(|(base, bytes)| base / BLOCK_BYTES..(base + bytes).div_ceil(BLOCK_BYTES));
-        let missing = blocks.find(|block| !self.reader.has(*block))?;
+        let missing = blocks.find(|block| !self.reader.has_arrived(*block))?;
         Some(Error::Missing(Missing::Abandoned { block: missing }))
     }
 
@@ -350,6 +353,14 @@ impl Lease {
         let _turn = self.connection.turn();
         // A fetcher that is gone is noticed by who waits.
         let _ = protocol::send(&self.connection.socket, &Request::Want { block }, &[]);
+    }
+
+    /// Says that nobody will ask for these blocks any more. Whether the fetcher drops them is its own affair.
+    pub fn release(&self, blocks: Range<u64>) {
+        let _turn = self.connection.turn();
+        let request = Request::Release { block: blocks.start, count: blocks.end - blocks.start };
+        // A fetcher that is gone has dropped them.
+        let _ = protocol::send(&self.connection.socket, &request, &[]);
     }
 
     /// Waits for a block of the stream that this lease is on.

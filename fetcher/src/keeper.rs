@@ -106,6 +106,8 @@ struct Stream {
     regions: Vec<u64>,
     working_set: Mutex<Option<WorkingSet>>,
     owner: Owner,
+    /// It need not stay: what its only reader is done with is dropped.
+    passing: bool,
     state: Mutex<Filling>,
     used: AtomicU64,
 }
@@ -114,6 +116,10 @@ struct Stream {
 struct Filling {
     /// Connections that hold a lease.
     holders: usize,
+    /// Restores that have opened it.
+    restores: usize,
+    /// Parts of it were dropped: nobody else can use it.
+    released: bool,
     begun: bool,
     complete: bool,
     failure: Option<Failure>,
@@ -194,10 +200,14 @@ impl Keeper {
                     return;
                 }
             };
-            if let Request::Want { block } = request {
-                if let Some(held) = &held {
-                    want(&held.stream, block);
+            match (&request, &held) {
+                (Request::Want { block }, Some(held)) => want(&held.stream, *block),
+                (Request::Release { block, count }, Some(held)) => {
+                    self.release(&held.stream, *block, *count);
                 }
+                _ => {}
+            }
+            if matches!(request, Request::Want { .. } | Request::Release { .. }) {
                 continue;
             }
             let (reply, files) = self
@@ -220,9 +230,9 @@ impl Keeper {
         match request {
             Request::Hello { .. } => Ok((Reply::Hello { version: protocol::VERSION }, Vec::new())),
             Request::Find { access, name, target } => self.find(&access, &name, &target),
-            Request::Open { access, digest, patience_ms } => {
+            Request::Open { access, digest, patience_ms, alone } => {
                 let manifest = fds.into_iter().next().ok_or_else(|| nonsense("open without a manifest"))?;
-                let stream = self.open(access, digest, patience_ms, manifest)?;
+                let stream = self.open(access, digest, patience_ms, manifest, alone)?;
                 let rate = self.lock().rates.get(&stream.access).copied();
                 let opened = opened(&stream, rate);
                 *held = Some(Held { keeper: self, stream });
@@ -271,7 +281,7 @@ impl Keeper {
                 done
             }
             Request::Status => Ok((Reply::Status(self.status()), Vec::new())),
-            Request::Want { .. } => done,
+            Request::Want { .. } | Request::Release { .. } => done,
         }
     }
 
@@ -307,10 +317,13 @@ impl Keeper {
         digest: Digest,
         patience_ms: u64,
         manifest: OwnedFd,
+        alone: bool,
     ) -> Result<Arc<Stream>, Failure> {
         let mut inner = self.lock();
         loop {
-            if let Some(stream) = self.hold_in(&inner, |stream| stream.digest == digest) {
+            let usable = |stream: &Stream| stream.digest == digest && !stream.state().released;
+            if let Some(stream) = self.hold_in(&inner, usable) {
+                stream.state().restores += 1;
                 return Ok(stream);
             }
             if inner.opening.insert(digest) {
@@ -318,13 +331,14 @@ impl Keeper {
             }
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
+        let passing = alone && passes(&access);
         drop(inner);
-        let made = self.make(access, digest, patience_ms, manifest);
+        let made = self.make(access, digest, patience_ms, manifest, passing);
         let mut inner = self.lock();
         inner.opening.remove(&digest);
         self.changed.notify_all();
         let stream = Arc::new(made?);
-        stream.state().holders = 1;
+        *stream.state() = Filling { holders: 1, restores: 1, ..Filling::default() };
         let gone = cache::make_room(&mut inner.streams, self.limit, stream.owner.content_bytes());
         inner.streams.push(stream.clone());
         drop(inner);
@@ -338,6 +352,7 @@ impl Keeper {
         digest: Digest,
         patience_ms: u64,
         manifest: OwnedFd,
+        passing: bool,
     ) -> Result<Stream, Failure> {
         let (regions, working_set, boot) =
             match self.ask(&access, |id| ToWorker::Boot { id, digest }, &[manifest.as_fd()])? {
@@ -361,6 +376,7 @@ impl Keeper {
             regions,
             working_set,
             owner,
+            passing,
             state,
             used,
         })
@@ -386,7 +402,7 @@ impl Keeper {
         let mut inner = self.lock();
         let mut state = stream.state();
         state.holders -= 1;
-        let (unheld, useless) = (state.holders == 0, !state.complete);
+        let (unheld, useless) = (state.holders == 0, !state.complete || state.released);
         let worker = state.worker.clone();
         drop(state);
         if unheld && useless {
@@ -398,6 +414,21 @@ impl Keeper {
         let gone = cache::make_room(&mut inner.streams, self.limit, 0);
         drop(inner);
         drop(gone);
+    }
+
+    /// Drops what the only reader of a passing stream is done with.
+    fn release(&self, stream: &Arc<Stream>, block: u64, count: u64) {
+        // Nobody opens it in between.
+        let _inner = self.lock();
+        let mut state = stream.state();
+        if !stream.passing || state.restores != 1 {
+            return;
+        }
+        state.released = true;
+        drop(state);
+        if let Err(error) = stream.owner.release(block..block.saturating_add(count)) {
+            tracing::debug!(stream = stream.id, %error, "memory is not given back");
+        }
     }
 
     /// Drops streams that nobody holds until so much memory is free.
@@ -502,6 +533,13 @@ impl Keeper {
             streams: inner.streams.iter().map(one).collect(),
         }
     }
+}
+
+/// Whether the content of a store need not stay in memory. The kernel holds the files of a folder already, and decoding them
+/// once more costs less than memory for them: half a second of a processor for a GiB, where new memory of a virtual machine
+/// can cost two (docs/memory.md).
+fn passes(access: &Access) -> bool {
+    access.url().is_ok_and(|url| url.folder().is_some())
 }
 
 fn opened(stream: &Stream, rate: Option<u64>) -> Result<Answer, Failure> {

@@ -1,6 +1,6 @@
 //! What the three parties say to each other: frames of JSON with descriptors, bounded and versioned.
 //!
-//! A client asks, the keeper answers each request once, in order; [`Request::Want`] has no answer. The first request is
+//! A client asks, the keeper answers each request once, in order; [`Request::Want`] and [`Request::Release`] have none. The first request is
 //! [`Request::Hello`]. A connection that opened or joined a stream is a lease on it. Between keeper and worker both sides
 //! ask: what the keeper asks carries an id, which stands in the answer, and so does what the worker asks.
 
@@ -18,7 +18,7 @@ use crate::client::Status;
 use crate::error::Failure;
 
 /// Version of the protocol between clients and keeper; both sides must have the same.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 /// Longest message in bytes: a working set of a hundred thousand extents, or the list of a folder with as many tags.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Most descriptors in one message.
@@ -45,6 +45,8 @@ pub(crate) enum Request {
         access: Access,
         digest: Digest,
         patience_ms: u64,
+        /// Only one pager will read it.
+        alone: bool,
     },
     /// Fetch all of the opened stream, these parts first.
     Begin {
@@ -57,6 +59,11 @@ pub(crate) enum Request {
     /// Somebody waits for this block.
     Want {
         block: u64,
+    },
+    /// The only pager is done with so many blocks from `block` on.
+    Release {
+        block: u64,
+        count: u64,
     },
     /// What a restore touched first. `save`: write it into the store too.
     Remember {

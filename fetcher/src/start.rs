@@ -27,7 +27,9 @@ pub(crate) const FOLDER_FD: i32 = 4;
 /// The number under which it finds the folder for packs on disk.
 pub(crate) const DISK_FD: i32 = 5;
 
-const SOCKET: &str = "fetcher.sock";
+/// The socket bears the version of the protocol: beside a command of a newer program, a fetcher of the older one serves its own
+/// until nobody needs it.
+const SOCKET: &str = "fetcher.2.sock";
 const LOCK: &str = "fetcher.lock";
 const LOG: &str = "fetcher.log";
 
@@ -143,4 +145,15 @@ fn open_disk(settings: &DiskSettings) -> Option<(OwnedFd, u64)> {
     let folder = settings.folder.display();
     let opened = opened.inspect_err(|error| tracing::warn!(%folder, %error, "nothing is kept on disk"));
     opened.ok().filter(|(_, limit)| *limit > 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::SOCKET;
+    use crate::protocol::VERSION;
+
+    #[test]
+    fn the_socket_bears_the_version_of_the_protocol() {
+        assert_eq!(SOCKET, format!("fetcher.{VERSION}.sock"));
+    }
 }

@@ -28,6 +28,9 @@ use crate::protocol::{self, Extent, FromWorker, ToWorker, memory_file};
 /// The number under which a worker finds its socket to the keeper.
 pub(crate) const SOCKET_FD: i32 = 3;
 
+/// How nice a worker is.
+const NICE: i32 = 5;
+
 /// Longest object that is handed over as a file: the limit of the store's format for a boot object.
 pub(crate) const OBJECT_BYTES_MAX: u64 = 256 << 20;
 
@@ -47,6 +50,8 @@ fn run() -> io::Result<()> {
     // The user was changed by the keeper; exec has made the process dumpable again.
     nix::sys::prctl::set_no_new_privs()?;
     nix::sys::prctl::set_dumpable(false)?;
+    // A restored server that has something to do goes first: what it waits for is worked on all the same.
+    rewarm_sys::priority::be_nicer(NICE)?;
     let socket = UnixStream::from(rewarm_sys::process::take_inherited(SOCKET_FD)?);
     let Some((ToWorker::Serve { access }, _)) = protocol::receive(&socket)? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper's first word is not the store"));

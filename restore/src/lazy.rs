@@ -34,10 +34,24 @@ pub(crate) struct Orders {
     pub(crate) tasks: Vec<TaskOrders>,
     /// Device memory of tasks, which is filled before anything of them runs.
     pub(crate) devices: Vec<TaskOrders>,
-    /// Fill the tree while it is stopped, and let it go on afterwards.
-    pub(crate) eager: bool,
+    /// When memory is filled.
+    pub(crate) when: When,
+    /// No other pager reads the stream.
+    pub(crate) alone: bool,
     /// What to fill first: pid inside its pid namespace, offset and length in the task's content.
     pub(crate) first: Vec<(u32, u64, u64)>,
+}
+
+/// When a pager fills what nobody has asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum When {
+    /// While the tree is stopped; it goes on afterwards.
+    Stopped,
+    /// As soon as the tree runs, in the pauses of what it waits for.
+    AtOnce,
+    /// Once it is known what the tree touches first.
+    Recorded,
 }
 
 /// The memory of one task.
@@ -102,8 +116,8 @@ impl TaskOrders {
 pub(crate) struct Lazy {
     stream: Arc<Stream>,
     orders: OwnedFd,
-    /// Whether the tree is filled while it is stopped.
-    pub(crate) eager: bool,
+    /// When memory is filled.
+    when: When,
     /// The tasks' pids and their regions.
     regions: Vec<(u32, u32)>,
 }
@@ -118,7 +132,7 @@ impl Lazy {
         blueprint: &Blueprint,
         images: &[PathBuf],
         stream: Arc<Stream>,
-        eager: bool,
+        when: When,
     ) -> Result<Self, Cause> {
         let mut tasks = Vec::new();
         let mut regions = Vec::new();
@@ -126,7 +140,7 @@ impl Lazy {
             let (Object::Task { pid }, Some(first)) = (object.object, images.first()) else { continue };
             let mut task = orders(&object.layout, pid, stream.layout().base(object.region), first)?;
             task.zeros.clear();
-            if eager {
+            if when == When::Stopped {
                 let huge = task.plan()?.huge();
                 for directory in images {
                     patch::advise_huge_pages(directory, pid, &huge)?;
@@ -151,9 +165,14 @@ impl Lazy {
         let pid = |region| regions.iter().find(|(_, own)| *own == region).map(|(pid, _)| *pid);
         let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
-        let orders = Orders { first: first.collect(), tasks, devices, eager };
+        let orders = Orders { first: first.collect(), tasks, devices, when, alone: images.len() == 1 };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { stream, orders, eager, regions })
+        Ok(Self { stream, orders, when, regions })
+    }
+
+    /// Whether the tree is filled while it is stopped.
+    pub(crate) fn is_eager(&self) -> bool {
+        self.when == When::Stopped
     }
 
     /// What was touched, by region.

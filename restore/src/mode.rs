@@ -1,5 +1,7 @@
 //! When a replica's memory is filled, and what `auto` makes of what is known.
 
+use crate::lazy::When;
+
 /// When a replica's memory is filled.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Mode {
@@ -24,6 +26,8 @@ pub(crate) struct Known {
     pub(crate) working_set: Option<u64>,
     /// Content that came from this store in a second, the last time.
     pub(crate) rate: Option<u64>,
+    /// The store is a folder of this machine.
+    pub(crate) is_folder: bool,
 }
 
 /// Below this the two differ by less than a person notices, and only one of them stops the server in between.
@@ -38,11 +42,23 @@ const NEARLY_ALL: f64 = 0.95;
 const PROCESSORS_BOUND: u64 = 500_000_000;
 
 impl Mode {
+    /// When the pager fills what nobody has asked for. Where content comes as fast as it is put into place, it is not held
+    /// back until it is known what is touched: filling goes along with decoding, and memory that was let go is used again.
+    #[must_use]
+    pub(crate) fn when(self, known: Known) -> When {
+        let comes_fast = known.rate.map_or(known.is_folder, |rate| rate > PROCESSORS_BOUND);
+        match self.choose(known) {
+            Self::Eager => When::Stopped,
+            Self::Auto | Self::Lazy if comes_fast => When::AtOnce,
+            Self::Auto | Self::Lazy => When::Recorded,
+        }
+    }
+
     /// What `auto` means, by size, density of the working set and bandwidth. What is not known speaks for lazily: that is
     /// how it becomes known.
     #[must_use]
-    pub(crate) fn choose(self, known: Known) -> Self {
-        let Known { content, arrived, working_set: Some(wanted), rate } = known else { return self };
+    fn choose(self, known: Known) -> Self {
+        let Known { content, arrived, working_set: Some(wanted), rate, .. } = known else { return self };
         if self != Self::Auto || content < SMALL {
             return self;
         }
@@ -61,8 +77,13 @@ mod tests {
     use super::*;
 
     const GIB: u64 = 1 << 30;
-    const KNOWN: Known =
-        Known { content: GIB, arrived: GIB, working_set: Some(GIB), rate: Some(100_000_000) };
+    const KNOWN: Known = Known {
+        content: GIB,
+        arrived: GIB,
+        working_set: Some(GIB),
+        rate: Some(100_000_000),
+        is_folder: false,
+    };
 
     fn auto(known: Known) -> Mode {
         Mode::Auto.choose(known)
@@ -91,6 +112,16 @@ mod tests {
         assert_eq!(auto(Known { working_set: Some(GIB / 10 * 9), ..missing }), Mode::Auto);
         assert_eq!(auto(Known { rate: Some(4_000_000_000), ..missing }), Mode::Auto);
         assert_eq!(auto(Known { rate: None, ..missing }), Mode::Auto);
+    }
+
+    #[test]
+    fn what_comes_fast_is_not_held_back() {
+        let first = Known { arrived: 0, working_set: None, rate: None, ..KNOWN };
+        assert_eq!(Mode::Auto.when(first), When::Recorded);
+        assert_eq!(Mode::Auto.when(Known { is_folder: true, ..first }), When::AtOnce);
+        assert_eq!(Mode::Lazy.when(Known { rate: Some(1_000_000_000), ..first }), When::AtOnce);
+        assert_eq!(Mode::Lazy.when(Known { is_folder: true, rate: Some(100), ..first }), When::Recorded);
+        assert_eq!(Mode::Auto.when(KNOWN), When::Stopped);
     }
 
     #[test]

@@ -18,6 +18,7 @@
 //! nowhere else between the read of its event and the sending of its duplicate; and after an error nothing is closed: the pager says `failed` and waits to be killed,
 //! after the replica. If the shim is gone, the pager kills the tasks itself and waits until they are, before it ends.
 
+mod behind;
 mod control;
 mod device;
 mod eager;

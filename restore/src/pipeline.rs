@@ -188,11 +188,12 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
     let names = names(request, &admitted.manifest.name).map_err(|error| early(request, error))?;
     let (laid_out, opened) = tokio::join!(
         clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, context, begun)),
-        open(&admitted, context),
+        open(&admitted, context, names.len() == 1),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
     let mode = mode(request, &admitted, &opened);
-    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, mode, context)).await;
+    let is_folder = request.source.store.folder().is_some();
+    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, mode, is_folder, context)).await;
     let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).enumerate().map(|(number, (name, replica))| {
         let (admitted, rest) = (&admitted, &rest);
@@ -534,9 +535,10 @@ async fn sandboxes(
 async fn open(
     admitted: &Arc<Admitted>,
     context: &Context,
+    alone: bool,
 ) -> std::result::Result<(Arc<Stream>, Boot), Cause> {
     let (fetcher, asked, patience) = (context.fetcher.clone(), admitted.clone(), context.patience);
-    let stream = blocking(move || Ok(fetcher.open(&asked.access, &asked.found, patience)?)).await?;
+    let stream = blocking(move || Ok(fetcher.open(&asked.access, &asked.found, patience, alone)?)).await?;
     let boot = stream.boot(&admitted.found).await?;
     Ok((Arc::new(stream), boot))
 }
@@ -545,6 +547,7 @@ async fn fetch(
     opened: std::result::Result<(Arc<Stream>, Boot), Cause>,
     replicas: Vec<Arc<Replica>>,
     mode: Mode,
+    is_folder: bool,
     context: &Context,
 ) -> std::result::Result<Option<Fetching>, Cause> {
     let (stream, boot) = opened?;
@@ -553,13 +556,14 @@ async fn fetch(
     }
     let blueprint = Blueprint::of(&boot)?;
     let progress = context.clock.progress().clone();
-    let mode = mode.choose(Known {
+    let when = mode.when(Known {
         content: stream.layout().content_bytes(),
         arrived: stream.reader().arrived_bytes(),
         working_set: stream.working_set().map(WorkingSet::bytes),
         rate: stream.usual_rate(),
+        is_folder,
     });
-    blocking(move || fetch::begin(&replicas, &blueprint, stream, mode, &progress).map(Some)).await
+    blocking(move || fetch::begin(&replicas, &blueprint, stream, when, &progress).map(Some)).await
 }
 
 /// The snapshot cannot be used at all: all replicas start cold, or none.

@@ -78,7 +78,7 @@ impl Replica {
             return Err(Cause::Inadmissible { violations });
         }
         let timeout = RESTORE_TIMEOUT + Duration::from_millis(facts.memory.logical_bytes / 100_000);
-        let stopped = lazy.eager || device.is_some();
+        let stopped = lazy.is_eager() || device.is_some();
         let config = if stopped { Config::restore().leave_stopped() } else { Config::restore() };
         let request = RestoreRequest {
             criu,
@@ -104,7 +104,7 @@ impl Replica {
                 None => Cause::Container(error),
             }
         })?;
-        if lazy.eager {
+        if lazy.is_eager() {
             self.wait_filled();
         }
         Ok((pid, recorder))

@@ -24,10 +24,10 @@ use rewarm_fetcher::Lease;
 use rewarm_report::{Class, Classify};
 use rewarm_sys::fdpass;
 use rewarm_sys::guard::Guard;
-use rewarm_sys::shared::Reader;
+use rewarm_sys::shared::{Missing, Reader};
 
 use crate::fetch::BLOCK_WITHIN;
-use crate::lazy::{DEVICE_STREAM, Orders, TaskOrders};
+use crate::lazy::{DEVICE_STREAM, Orders, TaskOrders, When};
 use crate::pager::{
     self, Command, Config, Extent, Heard, Holder, Mode, Report, Source, SourceError, Task, Tasks, WorkingSet,
 };
@@ -95,11 +95,16 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
     let devices = orders.devices.iter().map(device).collect::<io::Result<Vec<_>>>()?;
     let first = orders.first.iter().map(|&(task, offset, length)| Extent { task, offset, length });
     let cgroup = Tasks::Cgroup(cgroup);
+    let eager = orders.when == When::Stopped;
     let config = Config {
-        // The background waits until the command has seen what is touched, or is gone.
-        mode: if orders.eager { Mode::Eager } else { Mode::LazyWhenTold },
+        mode: match orders.when {
+            When::Stopped => Mode::Eager,
+            When::AtOnce => Mode::Lazy,
+            // The background waits until the command has seen what is touched, or is gone.
+            When::Recorded => Mode::LazyWhenTold,
+        },
         threads: std::thread::available_parallelism().map_or(2, usize::from).min(THREADS_MAX),
-        record: !orders.eager,
+        record: !eager,
         working_set: WorkingSet { extents: first.collect() },
         devices,
         tasks: cgroup.clone(),
@@ -108,11 +113,10 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
     };
     let listener = Listener::bind(work).map_err(io::Error::other)?;
     let (shim_end, pager_end) = UnixStream::pair()?;
-    let eager = orders.eager;
     let devices = !orders.devices.is_empty();
     let named = |device: TaskOrders| TaskOrders { pid: device.pid | DEVICE_STREAM, ..device };
     let streams = orders.tasks.into_iter().chain(orders.devices.into_iter().map(named));
-    let source = Arc::new(Stream { stream, lease, tasks: streams.collect() });
+    let source = Arc::new(Stream { stream, lease, tasks: streams.collect(), alone: orders.alone });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
     watch(control, &holder, eager, devices)?;
@@ -215,6 +219,8 @@ struct Stream {
     stream: Reader,
     lease: Lease,
     tasks: Vec<TaskOrders>,
+    /// Nobody else reads it.
+    alone: bool,
 }
 
 impl Stream {
@@ -238,11 +244,11 @@ impl Source for Stream {
     fn read(&self, task: u32, chunk: Range<u64>, out: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
         let task = self.task(task);
         let block = self.block(task, chunk.start);
-        let bytes =
-            self.lease.wait(&self.stream, block, BLOCK_WITHIN).map_err(|error| match error.class() {
-                Class::Integrity => SourceError::Damaged(Box::new(error)),
-                _ => SourceError::Gone(Box::new(error)),
-            })?;
+        let bytes = self.lease.wait(&self.stream, block, BLOCK_WITHIN).map_err(|error| match error {
+            rewarm_fetcher::Error::Missing(Missing::Released { .. }) => SourceError::Released,
+            error if error.class() == Class::Integrity => SourceError::Damaged(Box::new(error)),
+            error => SourceError::Gone(Box::new(error)),
+        })?;
         let length = usize::try_from(chunk.end - chunk.start).expect("a chunk is a block at most");
         out(&bytes[..length]);
         Ok(())
@@ -250,6 +256,15 @@ impl Source for Stream {
 
     fn is_near(&self, task: u32, offset: u64) -> bool {
         self.stream.has(self.block(self.task(task), offset))
+    }
+
+    fn release(&self, task: u32, part: Range<u64>) {
+        if !self.alone {
+            return;
+        }
+        let (task, block) = (self.task(task), self.stream.block_bytes());
+        let blocks = (task.base + part.start) / block..(task.base + part.end).div_ceil(block);
+        self.lease.release(blocks);
     }
 
     fn want(&self, task: u32, offset: u64) {

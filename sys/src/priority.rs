@@ -31,6 +31,17 @@ pub fn set_this_thread(priority: Priority) -> io::Result<()> {
     set(0, priority)
 }
 
+/// Makes the calling thread, and those that it will start, nicer by `steps` (1 to 19): beside a thread that is not nice it
+/// gets less of a processor, and all of one that nobody else wants. It cannot take that back.
+///
+/// # Errors
+/// What the kernel says.
+pub fn be_nicer(steps: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain call. In Linux the nice value belongs to the thread; 0 means the calling one.
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, steps) };
+    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
 /// Sets the priority of every thread of this process, those included that begin meanwhile.
 ///
 /// # Errors
@@ -76,6 +87,18 @@ mod tests {
     fn own() -> libc::c_int {
         // SAFETY: plain call that only reads.
         unsafe { libc::sched_getscheduler(0) }
+    }
+
+    #[test]
+    fn a_nice_thread_has_nice_children_and_leaves_the_others_alone() {
+        // SAFETY: plain call that only reads.
+        let own = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
+        let before = own();
+        let seen = std::thread::spawn(move || {
+            be_nicer(7).expect("a thread may always be nicer");
+            std::thread::spawn(own).join().expect("no panic")
+        });
+        assert_eq!((seen.join().expect("no panic"), own()), (7, before));
     }
 
     #[test]

@@ -6,6 +6,9 @@
 //! Content lies in a tmpfs with huge pages where the kernel gives them: with 4 KiB pages their allocation costs more
 //! than the copy.
 //!
+//! What every reader is done with can be let go: its memory is free at once, and its word becomes 2, so that a reader who
+//! comes too late is told and does not see zeros.
+//!
 //! The content consists of regions; each begins at a block, and what lies behind its end is never written.
 //!
 //! ```text
@@ -15,6 +18,7 @@
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
+use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
@@ -22,6 +26,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
@@ -31,6 +36,8 @@ const HEAD_BYTES: usize = 64;
 const ARRIVED_AT: usize = 24;
 const FAILED_AT: usize = 32;
 const COMPLETE: u32 = 1;
+/// It was there, and its memory was given back.
+const RELEASED: u32 = 2;
 
 /// A mapping of a shared file.
 #[derive(Debug)]
@@ -195,6 +202,24 @@ impl Owner {
         self.table.arrived().load(Ordering::Relaxed)
     }
 
+    /// Gives the memory of these blocks back. They must have arrived, and no reader may be in the middle of one. Whoever asks
+    /// for one later gets [`Missing::Released`].
+    ///
+    /// # Errors
+    /// `InvalidInput` if one of them has not arrived or does not exist; what the kernel says.
+    pub fn release(&self, blocks: Range<u64>) -> io::Result<()> {
+        let word = |block| self.table.word(Shape::word_at(block));
+        let arrived = |block| word(block).load(Ordering::Acquire) != 0;
+        if blocks.end > self.shape.blocks() || !blocks.clone().all(arrived) {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        blocks.clone().for_each(|block| word(block).store(RELEASED, Ordering::Release));
+        let (start, end) = (blocks.start * self.shape.block, blocks.end * self.shape.block);
+        let number = |bytes: u64| libc::off_t::try_from(bytes).map_err(io::Error::other);
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        Ok(fallocate(&self.content, mode, number(start)?, number(end.min(self.shape.content) - start)?)?)
+    }
+
     /// Tells every reader that the rest will not come.
     pub fn fail(&self) {
         self.table.word(FAILED_AT).store(1, Ordering::Release);
@@ -253,10 +278,10 @@ impl Writer {
         Ok(writer)
     }
 
-    /// Whether the block is complete.
+    /// Whether the block is complete, or was.
     #[must_use]
     pub fn has(&self, block: u64) -> bool {
-        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) == COMPLETE
+        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) != 0
     }
 
     /// Whether every block that the part touches is complete.
@@ -314,6 +339,12 @@ pub enum Missing {
         /// Which block.
         block: u64,
     },
+    /// It was there, and everybody was said to be done with it.
+    #[error("block {block} of the stream was given back already")]
+    Released {
+        /// Which block.
+        block: u64,
+    },
     /// Nobody is left who could bring it.
     #[error("whoever fetched the stream is gone, and block {block} has not arrived")]
     Abandoned {
@@ -362,7 +393,13 @@ impl Reader {
         self.table.arrived().load(Ordering::Relaxed)
     }
 
-    /// Whether the block has arrived.
+    /// Whether the block has arrived, given back meanwhile or not.
+    #[must_use]
+    pub fn has_arrived(&self, block: u64) -> bool {
+        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) != 0
+    }
+
+    /// Whether the block is here.
     #[must_use]
     pub fn has(&self, block: u64) -> bool {
         self.table.word(Shape::word_at(block)).load(Ordering::Acquire) == COMPLETE
@@ -386,6 +423,9 @@ impl Reader {
                 let start = usize::try_from(block * self.shape.block).expect("the content was mapped");
                 let length = usize::try_from(length).expect("the content was mapped");
                 return Ok(self.content.as_ref().expect("a block has bytes").bytes(start, length));
+            }
+            if state == RELEASED {
+                return Err(Missing::Released { block });
             }
             if self.table.word(FAILED_AT).load(Ordering::Acquire) != 0 {
                 return Err(Missing::Failed { block });
@@ -518,6 +558,30 @@ mod tests {
             owner.fail();
             assert_eq!(waiting.join().expect("no panic"), Err(Missing::Failed { block: 0 }));
         });
+    }
+
+    #[test]
+    fn what_was_given_back_takes_no_memory_and_is_never_read_as_zeros() {
+        let owner = Owner::create(16_384, 4096, None).expect("memory files");
+        let (writer, reader) = (writer(&owner, &[(0, 16_384)]), reader(&owner));
+        writer.put(0, &[1; 12_288]).expect("room");
+        let too_early = owner.release(2..4).expect_err("block 3 is not there");
+        assert_eq!(too_early.kind(), io::ErrorKind::InvalidInput);
+        assert!(owner.release(3..5).is_err());
+        let blocks = || nix::sys::stat::fstat(&owner.content).expect("our own file").st_blocks;
+        let before = blocks();
+        owner.release(1..3).expect("both have arrived");
+        assert_eq!(before - blocks(), 2 * 8);
+        assert_eq!(reader.wait(1, FOREVER, &alive), Err(Missing::Released { block: 1 }));
+        assert!(reader.has(0) && !reader.has(1) && reader.has_arrived(1) && !reader.has_arrived(3));
+        // A writer that goes on does not bring it again.
+        drop(writer);
+        let next = self::writer(&owner, &[(0, 16_384)]);
+        assert!(next.has(2));
+        assert_eq!(reader.arrived_bytes(), 12_288);
+        next.put(4096, &[9; 8192]).expect("room");
+        assert_eq!(reader.wait(2, FOREVER, &alive), Err(Missing::Released { block: 2 }));
+        assert_eq!(reader.wait(0, FOREVER, &alive).expect("still here"), [1; 4096]);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use libtest_mimic::Trial;
-use rewarm_fetcher::{BLOCK_BYTES, Fetcher, Kind, Status};
+use rewarm_fetcher::{BLOCK_BYTES, Fetcher, Kind, Status, Stream};
 use rewarm_report::{Class, Classify};
 
 use crate::world::World;
@@ -21,6 +21,8 @@ pub(crate) fn trials() -> Vec<Trial> {
         what_a_store_does_not_have_is_told_by_kind,
         a_damaged_pack_is_told_to_who_waits,
         a_fetcher_without_work_ends,
+        what_the_only_reader_is_done_with_is_dropped,
+        what_two_restores_read_stays_until_both_are_done,
     ]
 }
 
@@ -164,4 +166,47 @@ fn a_fetcher_without_work_ends() {
     });
     // The next one who needs it starts it.
     world.open("one").expect("opened");
+}
+
+/// Releases all of a stream. Whoever has an answer to a later question over the same line has it behind the release.
+fn release_all(stream: &Stream) {
+    let lease = stream.lease().expect("the fetcher is there");
+    lease.release(0..stream.layout().bytes().div_ceil(BLOCK_BYTES));
+    assert!(lease.is_alive());
+    drop(lease);
+}
+
+fn what_the_only_reader_is_done_with_is_dropped() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 1, REGIONS);
+    let first = world.open_alone("one").expect("published");
+    first.begin(Vec::new()).expect("the fetcher is there");
+    World::assert_content(&first, 1, REGIONS);
+    release_all(&first);
+    World::await_that("the release", || !first.reader().has(0));
+    assert!(first.reader().has_arrived(0) && first.lost().is_none());
+    first.wait(0, LONG).expect_err("it was given back");
+    // Who comes now gets all of it.
+    let next = world.open("one").expect("published");
+    assert!(!next.reader().has(0));
+    next.begin(Vec::new()).expect("the fetcher is there");
+    World::assert_content(&next, 1, REGIONS);
+    World::await_that("the stream is complete", || status(&world).streams.iter().all(|one| one.complete));
+    // It is not for one reader only, so it stays.
+    release_all(&next);
+    drop((first, next));
+    World::await_that("one stream", || status(&world).streams.len() == 1);
+    World::assert_content(&world.open("one").expect("published"), 1, REGIONS);
+}
+
+fn what_two_restores_read_stays_until_both_are_done() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 1, REGIONS);
+    let [first, second] = [(); 2].map(|()| world.open_alone("one").expect("published"));
+    first.begin(Vec::new()).expect("the fetcher is there");
+    World::assert_content(&first, 1, REGIONS);
+    release_all(&first);
+    drop(first);
+    World::await_that("the release", || status(&world).streams.iter().all(|stream| stream.holders == 1));
+    World::assert_content(&second, 1, REGIONS);
 }

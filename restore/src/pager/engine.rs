@@ -22,7 +22,7 @@ use super::events::Fault;
 use super::fault::{Need, insist};
 use super::fill::{End, How, Patience, Unregistered, fill};
 use super::plan::PAGE;
-use super::source::Source;
+use super::source::{Source, SourceError};
 use super::space::{Claim, Space};
 use super::userfault::Userfault;
 use super::working_set::{Recorder, WorkingSet};
@@ -433,7 +433,13 @@ impl<U: Userfault> Engine<U> {
             calls += 1;
             outcome = self.place(space, chunk, parts, bytes, How { unregistered, patience });
         });
-        read.map_err(|source| Error::Source { task: space.task, offset: chunk.start, source })?;
+        match read {
+            // Others have put all of it into place since the job was chosen.
+            Err(SourceError::Released) if !pending_in(space, parts) => return Ok(0),
+            other => {
+                other.map_err(|source| Error::Source { task: space.task, offset: chunk.start, source })?
+            }
+        }
         if calls == 0 {
             let wanted = chunk.end - chunk.start;
             return Err(Error::Length { task: space.task, offset: chunk.start, got: 0, wanted });
@@ -484,6 +490,12 @@ impl<U: Userfault> Engine<U> {
             self.nudge();
         }
     }
+}
+
+/// Whether anything of these parts is pending.
+fn pending_in<U: Userfault>(space: &Space<U>, parts: &[Range<u64>]) -> bool {
+    let state = space.state();
+    parts.iter().any(|part| state.pending.next_in_stream(part.start).is_some_and(|at| at < part.end))
 }
 
 /// What a panicking thread said.

@@ -16,6 +16,7 @@ use rewarm_criu::lazy_pages::{Listener, Message};
 use rewarm_sys::procmem;
 use rewarm_sys::uffd::Uffd;
 
+use super::behind::Behind;
 use super::control::{self, Command, Report};
 use super::device;
 use super::eager::{Stopped, Written, fill_stopped, give_back};
@@ -31,6 +32,9 @@ use super::{Config, Mode, Summary, Task};
 
 /// How often overdue chunks and finished address spaces are looked for when nothing happens.
 const LOOK_AROUND_MS: u16 = 50;
+
+/// How often content is given back: at the rate of a fast fill, what lies behind it meanwhile is a few dozen MiB.
+const LOOK_BEHIND_MS: u64 = 20;
 
 /// How soon a fault is tried again that the kernel put off; its event is usually there at once.
 const AGAIN_MS: u16 = 1;
@@ -108,6 +112,8 @@ struct Pager {
     arrivals: Receiver<Arrival>,
     watched: Vec<Watched>,
     again: VecDeque<(Arc<Space<Uffd>>, Fault)>,
+    behind: Vec<Behind>,
+    looked_behind: Instant,
     spaces: u32,
     connected: Instant,
     finished: Option<Instant>,
@@ -138,6 +144,8 @@ impl Pager {
             .spawn(move || listen(&listener, within, &sender, &nudge))
             .map_err(Error::Wait)?;
         let devices_missing = !config.devices.is_empty();
+        let lazily = tasks.iter().filter(|_| config.mode != Mode::Eager);
+        let behind = lazily.map(|task| Behind::new(task.pid, task.plan.bytes(), &*source)).collect();
         Ok(Pager {
             plans: tasks.into_iter().map(|task| (task.pid, task.plan)).collect(),
             config,
@@ -148,6 +156,8 @@ impl Pager {
             arrivals,
             watched: Vec::new(),
             again: VecDeque::new(),
+            behind,
+            looked_behind: Instant::now(),
             spaces: 0,
             connected: Instant::now(),
             finished: None,
@@ -173,6 +183,7 @@ impl Pager {
                 self.read_events(index)?;
             }
             self.try_again()?;
+            self.look_behind();
             self.close_filled()?;
             if self.finished.is_some() && self.watched.is_empty() && !self.devices_missing {
                 return self.end();
@@ -194,7 +205,11 @@ impl Pager {
             PollFd::new(nudged.as_fd(), PollFlags::POLLIN),
         ];
         fds.extend(self.watched.iter().map(|watched| PollFd::new(watched.uffd.as_fd(), PollFlags::POLLIN)));
-        let timeout = if self.again.is_empty() { LOOK_AROUND_MS } else { AGAIN_MS };
+        let timeout = match (self.again.is_empty(), self.finished) {
+            (false, _) => AGAIN_MS,
+            (true, Some(_)) => LOOK_BEHIND_MS as u16,
+            (true, None) => LOOK_AROUND_MS,
+        };
         match poll(&mut fds, PollTimeout::from(timeout)) {
             Ok(_) | Err(nix::errno::Errno::EINTR) => {}
             Err(errno) => return Err(Error::Wait(errno.into())),
@@ -317,6 +332,19 @@ impl Pager {
             Need::Nothing | Need::Content(_) => {}
         }
         Ok(())
+    }
+
+    /// Gives content back that is wanted no more. Before CRIU has ended, tasks that want it may still come.
+    fn look_behind(&mut self) {
+        let pause = Duration::from_millis(LOOK_BEHIND_MS);
+        if self.finished.is_none() || self.looked_behind.elapsed() < pause {
+            return;
+        }
+        self.looked_behind = Instant::now();
+        let spaces: Vec<_> = self.watched.iter().map(|watched| watched.space.clone()).collect();
+        for behind in &mut self.behind {
+            behind.give_back(&spaces, &*self.source);
+        }
     }
 
     fn try_again(&mut self) -> Result<(), Error> {

@@ -19,6 +19,7 @@ use machine::{Machine, Virtual, stored};
 use rewarm_sys::uffd::Event;
 use schedule::{GivenUp, Random, Schedule, mix};
 
+use super::behind::Behind;
 use super::eager::give_back;
 use super::engine::{Duty, Engine, Job};
 use super::error::Error;
@@ -52,6 +53,8 @@ enum Mistake {
     WrongChunk,
     /// A child that was forked is not filled.
     ForgetsChildren,
+    /// Content is given back that another address space still lacks.
+    GivesBackEarly,
 }
 
 /// The content stream, of which chunks arrive late.
@@ -61,6 +64,7 @@ struct Stored {
     mistake: Mistake,
     random: Mutex<Random>,
     arrived: Mutex<BTreeSet<u64>>,
+    released: Mutex<BTreeSet<u64>>,
 }
 
 impl Source for Stored {
@@ -73,6 +77,9 @@ impl Source for Stored {
         let late = self.random.lock().unwrap_or_else(PoisonError::into_inner).below(40);
         for _ in 0..late {
             Virtual::turn();
+        }
+        if self.released.lock().unwrap_or_else(PoisonError::into_inner).contains(&chunk.start) {
+            return Err(SourceError::Released);
         }
         let mut bytes = Vec::with_capacity((chunk.end - chunk.start) as usize);
         let wrong = self.mistake == Mistake::WrongChunk && mix(chunk.start ^ self.seed).is_multiple_of(8);
@@ -88,6 +95,12 @@ impl Source for Stored {
     fn is_near(&self, task: u32, offset: u64) -> bool {
         let start = self.chunk(task, offset).start;
         self.arrived.lock().unwrap_or_else(PoisonError::into_inner).contains(&start)
+            && !self.released.lock().unwrap_or_else(PoisonError::into_inner).contains(&start)
+    }
+
+    fn release(&self, _task: u32, part: Range<u64>) {
+        let chunks = part.step_by((CHUNK * PAGE) as usize);
+        self.released.lock().unwrap_or_else(PoisonError::into_inner).extend(chunks);
     }
 }
 
@@ -136,6 +149,8 @@ struct Case {
     mistake: Mistake,
     machine: Arc<Machine>,
     engine: Arc<Engine<Virtual>>,
+    source: Arc<Stored>,
+    behind: Behind,
     watched: Vec<Arc<Space<Virtual>>>,
     again: VecDeque<(Arc<Space<Virtual>>, Fault)>,
     spaces: u32,
@@ -165,6 +180,9 @@ impl Case {
             for (space, fault) in std::mem::take(&mut self.again) {
                 self.answer(&space, fault)?;
             }
+            let early = usize::from(self.mistake == Mistake::GivesBackEarly);
+            let known = &self.watched[..self.watched.len().saturating_sub(early)];
+            self.behind.give_back(known, &*self.source);
             self.close_filled()?;
         }
         self.engine.stop();
@@ -287,12 +305,15 @@ fn run(seed: u64, mistake: Mistake) -> Result<(), String> {
         mistake,
         random: Mutex::new(Random::new(mix(seed))),
         arrived: Mutex::default(),
+        released: Mutex::default(),
     });
-    let engine = Arc::new(Engine::new(source, random.below(2) == 0).expect("an eventfd"));
+    let engine = Arc::new(Engine::new(source.clone(), random.below(2) == 0).expect("an eventfd"));
     let mut case = Case {
         mistake,
         machine: machine.clone(),
         engine: engine.clone(),
+        behind: Behind::new(TASK, stream * PAGE, &*source),
+        source,
         watched: Vec::new(),
         again: VecDeque::new(),
         spaces: 0,
@@ -372,6 +393,7 @@ fn pagers_with_a_mistake_are_found_out() {
         Mistake::ZerosFirst,
         Mistake::WrongChunk,
         Mistake::ForgetsChildren,
+        Mistake::GivesBackEarly,
     ] {
         let found = (1..=500).find(|&seed| run(seed, mistake).is_err());
         assert!(found.is_some(), "{mistake:?} was not found in 500 runs");
@@ -393,7 +415,8 @@ fn what_cannot_be_written_from_outside_is_copied_before() {
         (0..3).map(|n| ((n + 1) << 20, (n * 10..(n + 1) * 10).map(Some).collect())).collect();
     let machine = Machine::new(5, &areas, 1);
     let (random, arrived) = (Mutex::new(Random::new(1)), Mutex::default());
-    let source = Stored { seed: 5, bytes: 30 * PAGE, mistake: Mistake::None, random, arrived };
+    let released = Mutex::default();
+    let source = Stored { seed: 5, bytes: 30 * PAGE, mistake: Mistake::None, random, arrived, released };
     let engine = Engine::new(Arc::new(source), false).expect("an eventfd");
     let state = State::new(&plan(&areas, 30));
     let space = Arc::new(Space::new(0, TASK, false, Arc::new(machine.task()), state));

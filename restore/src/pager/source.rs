@@ -11,6 +11,9 @@ pub enum SourceError {
     /// Its bytes are not those that were stored.
     #[error("chunk is damaged")]
     Damaged(#[source] Box<dyn StdError + Send + Sync>),
+    /// It was given back ([`Source::release`]).
+    #[error("chunk was given back")]
+    Released,
     /// It could not be fetched in the time that its source allows itself, retries included.
     #[error("chunk cannot be fetched")]
     Gone(#[source] Box<dyn StdError + Send + Sync>),
@@ -42,6 +45,11 @@ pub trait Source: Send + Sync {
     /// A thread of the task waits for the chunk at `offset`: a hint to fetch it before others.
     fn want(&self, task: u32, offset: u64) {
         let _ = (task, offset);
+    }
+
+    /// Nobody will ask for this part any more: its memory is free.
+    fn release(&self, task: u32, part: Range<u64>) {
+        let _ = (task, part);
     }
 
     /// These parts are wanted first, in this order, and soon: a hint to fetch ahead.
