@@ -17,6 +17,9 @@ from demo import Failed, Rewarm, find, mib
 from stock import Stock
 
 PORT = 8000
+# Seconds before each measured step. The host of a virtual machine takes freed memory back within two seconds, and to get it
+# again costs more than anything that is measured here: without a pause, a step would be judged by what went before it.
+PAUSE = 4
 # Between two snapshots of the same running server.
 REQUESTS_BETWEEN = 100
 
@@ -88,6 +91,7 @@ class Bench:
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
     def cold(self, server, figures):
+        time.sleep(PAUSE)
         began = time.monotonic()
         output, _ = self.rewarm(
             *("run", server.name, "--port", PORT, "--publish", f"127.0.0.1:0:{PORT}"),
@@ -102,6 +106,7 @@ class Bench:
     def snapshot(self, server, figures, store):
         shutil.rmtree(store, ignore_errors=True)
         reference = f"{store}/{server.name}"
+        time.sleep(PAUSE)
         output, took = self.rewarm("snapshot", server.name, reference)
         figures.add("snapshot", took)
         figures.add("frozen", output["frozen_ms"] / 1000)
@@ -115,6 +120,7 @@ class Bench:
         self.remove(server)
 
     def restore(self, server, figures, reference, name):
+        time.sleep(PAUSE)
         began = time.monotonic()
         output, took = self.rewarm("restore", reference, "--publish", f"127.0.0.1:0:{PORT}")
         answer = server.first_answer(output)
@@ -128,11 +134,13 @@ class Bench:
         self.rewarm("rm", server.name)
 
     def stock(self, server, figures, stock):
+        time.sleep(PAUSE)
         took, frozen, size = stock.dump()
         figures.add("stock dump", took)
         figures.add("stock frozen", frozen)
         figures.add("stock bytes", size)
         stock.end()
+        time.sleep(PAUSE)
         began = time.monotonic()
         took = stock.restore()
         answer = server.ask(stock.connect(PORT))

@@ -114,12 +114,11 @@ impl Fetcher {
     }
 
     /// A lease on the decoded stream of a snapshot. Nothing is fetched but the boot object, until [`Stream::begin`].
-    /// A store that fails later is asked again until nothing has arrived for `patience`. `alone`: only one further lease
-    /// will be asked for, and what its holder [releases](Lease::release) may be dropped.
+    /// A store that fails later is asked again until nothing has arrived for `patience`.
     ///
     /// # Errors
     /// What the store says.
-    pub fn open(&self, access: &Access, found: &Found, patience: Duration, alone: bool) -> Result<Stream> {
+    pub fn open(&self, access: &Access, found: &Found, patience: Duration) -> Result<Stream> {
         const REQUEST: &str = "open a snapshot";
         let gone = |source| Error::Gone { request: REQUEST, source };
         let connection = self.connect()?;
@@ -128,7 +127,6 @@ impl Fetcher {
             access: access.clone(),
             digest: found.object.digest,
             patience_ms: u64::try_from(patience.as_millis()).unwrap_or(u64::MAX),
-            alone,
         };
         let (reply, files) = connection.ask(REQUEST, &request, &[manifest.as_fd()])?;
         let (Reply::Opened { stream, regions, working_set, rate }, Ok([boot, content, table])) =
@@ -287,7 +285,16 @@ impl Stream {
     /// # Errors
     /// If the fetcher is gone.
     pub fn begin(&self, first: Vec<Extent>) -> Result<()> {
-        self.lease.connection.done("fetch a snapshot", &Request::Begin { first })
+        self.lease.connection.done("fetch a snapshot", &Request::Begin { first, passing: false })
+    }
+
+    /// As [`Stream::begin`], where only one further lease will be asked for: what its holder [releases](Lease::release) is
+    /// dropped, and not much is fetched ahead of it. A stream that others have opened too, or that is worth keeping, stays.
+    ///
+    /// # Errors
+    /// If the fetcher is gone.
+    pub fn begin_passing(&self, first: Vec<Extent>) -> Result<()> {
+        self.lease.connection.done("fetch a snapshot", &Request::Begin { first, passing: true })
     }
 
     /// Why nothing more will arrive, if the fetcher is gone and something is missing.

@@ -25,6 +25,10 @@ const PARALLEL: usize = 32;
 const PARALLEL_WANTED: usize = 32;
 /// Content that is joined to requests in one go: keeps the wanted order where it is not that of the packs.
 const BATCH_BYTES: u64 = 16 << 20;
+/// Length of a request, about.
+const REQUEST_BYTES: u64 = 8 << 20;
+/// When enough is held, one more request is made after this time: whoever holds it up may be waiting for just that.
+const AHEAD_PAUSE: Duration = Duration::from_millis(5);
 /// Wait before a failed request is made again; the store's own attempts with their backoff lie before it.
 const AGAIN: Duration = Duration::from_millis(300);
 
@@ -74,6 +78,9 @@ type Running = FuturesUnordered<BoxFuture<'static, (usize, Request, Result<Fetch
 pub(crate) struct Fill {
     boot: Boot,
     layout: Layout,
+    writer: Arc<Writer>,
+    /// Bytes to hold at most before readers are done with them, if they say so at all.
+    ahead: Option<u64>,
     regions: Vec<Region>,
     queue: VecDeque<(usize, Request)>,
     wanted: HashSet<u64>,
@@ -89,6 +96,7 @@ impl Fill {
         layout: Layout,
         writer: Writer,
         first: &[Extent],
+        ahead: Option<u64>,
     ) -> Result<Self, Failure> {
         let writer = Arc::new(writer);
         let mut regions = Vec::new();
@@ -104,7 +112,7 @@ impl Fill {
         }
         let (queue, wanted) = (VecDeque::new(), HashSet::new());
         let (cores, cores_wanted) = (Boot::cores(), Boot::cores());
-        let mut fill = Self { boot, layout, regions, queue, wanted, cores, cores_wanted };
+        let mut fill = Self { boot, layout, writer, ahead, regions, queue, wanted, cores, cores_wanted };
         fill.plan(first).await?;
         Ok(fill)
     }
@@ -190,15 +198,19 @@ impl Fill {
     ) -> Result<u64, Failure> {
         let mut running = Running::new();
         let (mut read_bytes, mut arrived) = (0, Instant::now());
+        let mut one_more = false;
         loop {
             while running.len() < PARALLEL
+                && (one_more || !self.is_ahead(running.len()))
                 && let Some((region, request)) = self.queue.pop_front()
             {
+                one_more = false;
                 self.start(&mut running, region, request, Duration::ZERO, &self.cores);
             }
-            if running.is_empty() {
+            if running.is_empty() && self.queue.is_empty() {
                 return Ok(read_bytes);
             }
+            let waits = !self.queue.is_empty() && self.is_ahead(running.len());
             tokio::select! {
                 biased;
                 word = words.recv() => match word {
@@ -208,6 +220,7 @@ impl Fill {
                         return Err(Failure::of(&stopped, Class::Failed));
                     }
                 },
+                () = tokio::time::sleep(AHEAD_PAUSE), if waits => one_more = true,
                 Some((region, request, outcome)) = running.next() => match outcome {
                     Ok(fetched) => {
                         read_bytes += fetched.read_bytes;
@@ -221,6 +234,12 @@ impl Fill {
                 },
             }
         }
+    }
+
+    /// Whether enough is held or under way.
+    fn is_ahead(&self, running: usize) -> bool {
+        let coming = REQUEST_BYTES * running as u64;
+        self.ahead.is_some_and(|ahead| self.writer.held_bytes() + coming > ahead)
     }
 
     fn start(
@@ -295,14 +314,12 @@ mod tests {
         (0..bytes).map(|_| next()).collect()
     }
 
-    /// A reader waits for whole blocks: a block of which only some chunks come first comes last.
-    #[tokio::test]
-    async fn what_comes_first_comes_in_whole_blocks() {
+    /// A snapshot of one region, so many bytes of noise, and a stream for it. The folder is its store.
+    async fn noisy(length: u64) -> (tempfile::TempDir, Boot, Layout, Owner, Writer) {
         let folder = tempfile::tempdir().expect("a folder");
         let url: StoreUrl = folder.path().to_str().expect("a plain path").parse().expect("a store");
         let store = Store::open(&url).await.expect("the folder is there");
         let session = store.begin(SessionOptions::default()).await.expect("it can be written");
-        let length = 24 * BLOCK_BYTES;
         let mut region = session.region(RegionKind::Task { pid: 1 }).await.expect("a region");
         region.push(noise(length).into()).await.expect("room");
         region.finish(Vec::new()).await.expect("room");
@@ -315,8 +332,25 @@ mod tests {
         let owner = Owner::create(layout.bytes(), BLOCK_BYTES, None).expect("memory");
         let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
         let writer = Writer::open(content, table, layout.regions()).expect("a stream");
+        (folder, boot, layout, owner, writer)
+    }
+
+    /// Whoever is done with nothing yet may be waiting for what was not fetched.
+    #[tokio::test]
+    async fn what_is_held_back_comes_all_the_same() {
+        let (_folder, boot, layout, owner, writer) = noisy(100 * BLOCK_BYTES).await;
+        let fill = Fill::new(boot, layout, writer, &[], Some(BLOCK_BYTES)).await.expect("a plan");
+        let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
+        fill.run(hear, Duration::ZERO).await.expect("the store is there");
+        assert_eq!(owner.arrived_bytes(), 100 * BLOCK_BYTES);
+    }
+
+    /// A reader waits for whole blocks: a block of which only some chunks come first comes last.
+    #[tokio::test]
+    async fn what_comes_first_comes_in_whole_blocks() {
+        let (_folder, boot, layout, _owner, writer) = noisy(24 * BLOCK_BYTES).await;
         let wanted = (17 * BLOCK_BYTES + 4096, 4096);
-        let fill = Fill::new(boot, layout, writer, &[wanted]).await.expect("a plan");
+        let fill = Fill::new(boot, layout, writer, &[wanted], None).await.expect("a plan");
         let (_, front) = fill.queue.front().expect("something is to be fetched");
         for (_, chunk) in fill.chunks_of(17 * BLOCK_BYTES, BLOCK_BYTES) {
             assert!(front.chunks().contains(&chunk), "chunk {chunk} of the block comes later");

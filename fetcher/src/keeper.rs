@@ -28,6 +28,8 @@ use crate::workers::{Worker, Workers};
 const DEATHS_MAX: u32 = 20;
 /// What is shorter says more about round trips than about the rate of a store.
 const RATED_BYTES: u64 = 8 << 20;
+/// So many bytes of a passing stream are held before its reader is done with any: what is decoded while CRIU works.
+const AHEAD_BYTES: u64 = 256 << 20;
 /// How often the keeper looks whether anybody still needs it.
 const LOOK_AROUND: Duration = Duration::from_millis(250);
 
@@ -106,8 +108,6 @@ struct Stream {
     regions: Vec<u64>,
     working_set: Mutex<Option<WorkingSet>>,
     owner: Owner,
-    /// It need not stay: what its only reader is done with is dropped.
-    passing: bool,
     state: Mutex<Filling>,
     used: AtomicU64,
 }
@@ -121,6 +121,8 @@ struct Filling {
     /// Parts of it were dropped: nobody else can use it.
     released: bool,
     begun: bool,
+    /// It need not stay: what its only reader is done with is dropped.
+    passing: bool,
     complete: bool,
     failure: Option<Failure>,
     /// Who fetches it, and the number of the fill there.
@@ -230,9 +232,9 @@ impl Keeper {
         match request {
             Request::Hello { .. } => Ok((Reply::Hello { version: protocol::VERSION }, Vec::new())),
             Request::Find { access, name, target } => self.find(&access, &name, &target),
-            Request::Open { access, digest, patience_ms, alone } => {
+            Request::Open { access, digest, patience_ms } => {
                 let manifest = fds.into_iter().next().ok_or_else(|| nonsense("open without a manifest"))?;
-                let stream = self.open(access, digest, patience_ms, manifest, alone)?;
+                let stream = self.open(access, digest, patience_ms, manifest)?;
                 let rate = self.lock().rates.get(&stream.access).copied();
                 let opened = opened(&stream, rate);
                 *held = Some(Held { keeper: self, stream });
@@ -243,9 +245,13 @@ impl Keeper {
                 *held = Some(Held { keeper: self, stream: found.ok_or_else(|| nonsense("no such stream"))? });
                 done
             }
-            Request::Begin { first } => {
+            Request::Begin { first, passing } => {
                 let stream = &held.as_ref().ok_or_else(|| nonsense("no stream is open"))?.stream;
-                if !std::mem::replace(&mut stream.state().begun, true) {
+                let mut state = stream.state();
+                let begins = !std::mem::replace(&mut state.begun, true);
+                state.passing |= begins && passing && state.restores == 1 && passes(&stream.access);
+                drop(state);
+                if begins {
                     let (keeper, stream) = (self.clone(), stream.clone());
                     let thread = std::thread::Builder::new().name("fill".to_owned());
                     thread.spawn(move || keeper.fill(&stream, &first)).map_err(|error| system(&error))?;
@@ -317,7 +323,6 @@ impl Keeper {
         digest: Digest,
         patience_ms: u64,
         manifest: OwnedFd,
-        alone: bool,
     ) -> Result<Arc<Stream>, Failure> {
         let mut inner = self.lock();
         loop {
@@ -331,9 +336,8 @@ impl Keeper {
             }
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
-        let passing = alone && passes(&access);
         drop(inner);
-        let made = self.make(access, digest, patience_ms, manifest, passing);
+        let made = self.make(access, digest, patience_ms, manifest);
         let mut inner = self.lock();
         inner.opening.remove(&digest);
         self.changed.notify_all();
@@ -352,7 +356,6 @@ impl Keeper {
         digest: Digest,
         patience_ms: u64,
         manifest: OwnedFd,
-        passing: bool,
     ) -> Result<Stream, Failure> {
         let (regions, working_set, boot) =
             match self.ask(&access, |id| ToWorker::Boot { id, digest }, &[manifest.as_fd()])? {
@@ -376,7 +379,6 @@ impl Keeper {
             regions,
             working_set,
             owner,
-            passing,
             state,
             used,
         })
@@ -421,7 +423,7 @@ impl Keeper {
         // Nobody opens it in between.
         let _inner = self.lock();
         let mut state = stream.state();
-        if !stream.passing || state.restores != 1 {
+        if !state.passing || state.restores != 1 {
             return;
         }
         state.released = true;
@@ -497,6 +499,7 @@ impl Keeper {
             digest: stream.digest,
             first: first.to_vec(),
             patience_ms: stream.patience_ms,
+            ahead: stream.state().passing.then_some(AHEAD_BYTES),
         };
         let asked = worker.ask(question, &[stream.manifest.as_fd(), stream.boot.as_fd(), content, table]);
         stream.state().worker = Some((worker.clone(), asked.id));

@@ -45,12 +45,12 @@ pub(crate) enum Request {
         access: Access,
         digest: Digest,
         patience_ms: u64,
-        /// Only one pager will read it.
-        alone: bool,
     },
     /// Fetch all of the opened stream, these parts first.
     Begin {
         first: Vec<Extent>,
+        /// Only one pager will read it, and says what it is done with.
+        passing: bool,
     },
     /// A lease on a stream that another connection has.
     Join {
@@ -118,7 +118,8 @@ pub(crate) enum ToWorker {
     /// Answered by [`FromWorker::Saved`].
     Save { id: u64, digest: Digest, set: WorkingSet },
     /// Answered by [`FromWorker::Filled`]. Files: manifest object, boot object, content, table.
-    Fill { id: u64, digest: Digest, first: Vec<Extent>, patience_ms: u64 },
+    /// `ahead`: not many more bytes than this are held before somebody is done with them.
+    Fill { id: u64, digest: Digest, first: Vec<Extent>, patience_ms: u64, ahead: Option<u64> },
     /// Somebody waits for this block of the stream that the fill with this id fetches.
     Want { fill: u64, block: u64 },
     /// Nobody wants it any more.
@@ -225,9 +226,9 @@ mod tests {
     fn a_message_and_its_file_arrive_together_and_nonsense_is_refused() {
         let (a, b) = UnixStream::pair().expect("a pair");
         let file = memory_file(b"hello").expect("a memory file");
-        send(&a, &Request::Begin { first: vec![(1, 2)] }, &[file.as_fd()]).expect("sent");
+        send(&a, &Request::Begin { first: vec![(1, 2)], passing: true }, &[file.as_fd()]).expect("sent");
         let (message, fds) = receive::<Request>(&b).expect("received").expect("a message");
-        assert!(matches!(message, Request::Begin { first } if first == [(1, 2)]));
+        assert!(matches!(message, Request::Begin { first, passing: true } if first == [(1, 2)]));
         assert_eq!(contents(&fds[0], 5).expect("read"), b"hello");
         assert!(contents(&fds[0], 4).is_err());
         fdpass::send_frame(&a, b"{\"steal\":{}}", 100, &[]).expect("sent");

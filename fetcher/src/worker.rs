@@ -200,13 +200,13 @@ impl Worker {
                     worker.answer(id, saved.map(|_| (FromWorker::Saved { id }, None)));
                 });
             }
-            ToWorker::Fill { id, digest, first, patience_ms } => {
+            ToWorker::Fill { id, digest, first, patience_ms, ahead } => {
                 let worker = self.clone();
                 let (words, hear) = unbounded_channel();
                 lock(&self.fills).insert(id, words);
                 runtime.spawn(async move {
                     let patience = Duration::from_millis(patience_ms);
-                    let filled = worker.fill(digest, fds, first, hear, patience).await;
+                    let filled = worker.fill(digest, fds, (first, ahead), hear, patience).await;
                     lock(&worker.fills).remove(&id);
                     worker.answer(id, filled.map(|read_bytes| (FromWorker::Filled { id, read_bytes }, None)));
                 });
@@ -297,7 +297,7 @@ impl Worker {
         &self,
         digest: Digest,
         fds: Vec<OwnedFd>,
-        first: Vec<Extent>,
+        (first, ahead): (Vec<Extent>, Option<u64>),
         hear: UnboundedReceiver<Word>,
         patience: Duration,
     ) -> Result<u64, Failure> {
@@ -312,7 +312,7 @@ impl Worker {
         let (Some(content), Some(table)) = (rest.next(), rest.next()) else { return Err(missing()) };
         let writer = Writer::open(content, table, layout.regions()).map_err(system)?;
         self.kept.begin();
-        let fill = Fill::new(boot, layout, writer, &first).await?;
+        let fill = Fill::new(boot, layout, writer, &first, ahead).await?;
         fill.run(hear, patience).await
     }
 }

@@ -117,7 +117,11 @@ impl Fetching {
             let (base, _) = layout.regions().get(region as usize)?;
             Some((base.saturating_add(offset), bytes))
         }));
-        self.stream.begin(first)?;
+        if self.lazy.is_passing() {
+            self.stream.begin_passing(first)?;
+        } else {
+            self.stream.begin(first)?;
+        }
         let (next, failed, failure) = (AtomicUsize::new(0), AtomicBool::new(false), Mutex::new(None));
         let work = || {
             while !failed.load(Ordering::Acquire)

@@ -118,6 +118,8 @@ pub(crate) struct Lazy {
     orders: OwnedFd,
     /// When memory is filled.
     when: When,
+    /// Whether only one pager reads the stream.
+    alone: bool,
     /// The tasks' pids and their regions.
     regions: Vec<(u32, u32)>,
 }
@@ -165,14 +167,20 @@ impl Lazy {
         let pid = |region| regions.iter().find(|(_, own)| *own == region).map(|(pid, _)| *pid);
         let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
-        let orders = Orders { first: first.collect(), tasks, devices, when, alone: images.len() == 1 };
+        let alone = images.len() == 1;
+        let orders = Orders { first: first.collect(), tasks, devices, when, alone };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { stream, orders, when, regions })
+        Ok(Self { stream, orders, when, alone, regions })
     }
 
     /// Whether the tree is filled while it is stopped.
     pub(crate) fn is_eager(&self) -> bool {
         self.when == When::Stopped
+    }
+
+    /// Whether content is said to be done with as it is put into place.
+    pub(crate) fn is_passing(&self) -> bool {
+        self.alone && !self.is_eager()
     }
 
     /// What was touched, by region.

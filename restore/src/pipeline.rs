@@ -188,7 +188,7 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
     let names = names(request, &admitted.manifest.name).map_err(|error| early(request, error))?;
     let (laid_out, opened) = tokio::join!(
         clock.stage(Stage::Sandbox, sandboxes(&names, &admitted, context, begun)),
-        open(&admitted, context, names.len() == 1),
+        open(&admitted, context),
     );
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
     let mode = mode(request, &admitted, &opened);
@@ -535,10 +535,9 @@ async fn sandboxes(
 async fn open(
     admitted: &Arc<Admitted>,
     context: &Context,
-    alone: bool,
 ) -> std::result::Result<(Arc<Stream>, Boot), Cause> {
     let (fetcher, asked, patience) = (context.fetcher.clone(), admitted.clone(), context.patience);
-    let stream = blocking(move || Ok(fetcher.open(&asked.access, &asked.found, patience, alone)?)).await?;
+    let stream = blocking(move || Ok(fetcher.open(&asked.access, &asked.found, patience)?)).await?;
     let boot = stream.boot(&admitted.found).await?;
     Ok((Arc::new(stream), boot))
 }

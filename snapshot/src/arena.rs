@@ -17,6 +17,10 @@ use memmap2::{Advice, MmapMut};
 /// Bytes of a segment: one huge page. Larger ones would be held longer by the last chunk that lies in them.
 pub(crate) const SEGMENT_BYTES: usize = 2 << 20;
 
+/// No more than this may be missing when the freeze begins: memory that was quick so far need not stay so, and what is missing
+/// then is made while the server is frozen (seen: 0.5 s of it).
+const MISSING_BYTES_MAX: usize = 64 << 20;
+
 /// The least that an arena may have: a chunk that is not ended and a batch that is not full hold parts of five segments at
 /// most, one is being filled, and the others keep CRIU and the writer apart.
 pub const ARENA_BYTES_MIN: u64 = 16 << 20;
@@ -82,6 +86,9 @@ impl Arena {
             self.0.lock().free.push(map);
             self.0.changed.notify_one();
             let left = u32::try_from(wanted.saturating_sub(done)).unwrap_or(u32::MAX);
+            if left as usize * SEGMENT_BYTES > MISSING_BYTES_MAX {
+                continue;
+            }
             if began.elapsed() / u32::try_from(done).unwrap_or(u32::MAX) * left <= margin {
                 nearly.take().into_iter().for_each(|nearly| nearly());
             }

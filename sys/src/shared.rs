@@ -12,7 +12,7 @@
 //! The content consists of regions; each begins at a block, and what lies behind its end is never written.
 //!
 //! ```text
-//! table: | magic u64 | content bytes u64 | block bytes u64 | arrived bytes u64 | failed u32 | 7 unused u32 | word of block 0 | ... |
+//! table: | magic u64 | content bytes u64 | block bytes u64 | arrived bytes u64 | failed u32 | unused u32 | released bytes u64 | 4 unused u32 | word of block 0 | ... |
 //! ```
 
 use std::fs::File;
@@ -35,6 +35,7 @@ const MAGIC: u64 = 0x3262_6174_7473_7772;
 const HEAD_BYTES: usize = 64;
 const ARRIVED_AT: usize = 24;
 const FAILED_AT: usize = 32;
+const RELEASED_AT: usize = 40;
 const COMPLETE: u32 = 1;
 /// It was there, and its memory was given back.
 const RELEASED: u32 = 2;
@@ -69,9 +70,18 @@ impl Map {
 
     /// The count of arrived bytes.
     fn arrived(&self) -> &AtomicU64 {
-        assert!(self.bytes >= HEAD_BYTES, "a table of {} bytes", self.bytes);
+        self.count(ARRIVED_AT)
+    }
+
+    /// The count of bytes that were given back.
+    fn released(&self) -> &AtomicU64 {
+        self.count(RELEASED_AT)
+    }
+
+    fn count(&self, at: usize) -> &AtomicU64 {
+        assert!(self.bytes >= HEAD_BYTES && at + 8 <= HEAD_BYTES, "a table of {} bytes", self.bytes);
         // SAFETY: in bounds and aligned (the mapping is page aligned); other processes use it atomically as well.
-        unsafe { AtomicU64::from_ptr(self.start.as_ptr().cast::<u8>().add(ARRIVED_AT).cast::<u64>()) }
+        unsafe { AtomicU64::from_ptr(self.start.as_ptr().cast::<u8>().add(at).cast::<u64>()) }
     }
 
     fn bytes(&self, start: usize, length: usize) -> &[u8] {
@@ -213,7 +223,9 @@ impl Owner {
         if blocks.end > self.shape.blocks() || !blocks.clone().all(arrived) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        blocks.clone().for_each(|block| word(block).store(RELEASED, Ordering::Release));
+        let here = |block: &u64| word(*block).swap(RELEASED, Ordering::AcqRel) == COMPLETE;
+        let bytes = blocks.clone().filter(here).map(|block| self.shape.length(block)).sum();
+        self.table.released().fetch_add(bytes, Ordering::Relaxed);
         let (start, end) = (blocks.start * self.shape.block, blocks.end * self.shape.block);
         let number = |bytes: u64| libc::off_t::try_from(bytes).map_err(io::Error::other);
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
@@ -282,6 +294,13 @@ impl Writer {
     #[must_use]
     pub fn has(&self, block: u64) -> bool {
         self.table.word(Shape::word_at(block)).load(Ordering::Acquire) != 0
+    }
+
+    /// Bytes that have arrived and were not given back.
+    #[must_use]
+    pub fn held_bytes(&self) -> u64 {
+        let (arrived, released) = (self.table.arrived(), self.table.released());
+        arrived.load(Ordering::Relaxed).saturating_sub(released.load(Ordering::Relaxed))
     }
 
     /// Whether every block that the part touches is complete.
@@ -578,6 +597,7 @@ mod tests {
         drop(writer);
         let next = self::writer(&owner, &[(0, 16_384)]);
         assert!(next.has(2));
+        assert_eq!(next.held_bytes(), 4096);
         assert_eq!(reader.arrived_bytes(), 12_288);
         next.put(4096, &[9; 8192]).expect("room");
         assert_eq!(reader.wait(2, FOREVER, &alive), Err(Missing::Released { block: 2 }));

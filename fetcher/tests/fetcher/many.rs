@@ -179,8 +179,8 @@ fn release_all(stream: &Stream) {
 fn what_the_only_reader_is_done_with_is_dropped() {
     let world = World::new(1 << 30, LONG);
     world.publish("one", 1, REGIONS);
-    let first = world.open_alone("one").expect("published");
-    first.begin(Vec::new()).expect("the fetcher is there");
+    let first = world.open("one").expect("published");
+    first.begin_passing(Vec::new()).expect("the fetcher is there");
     World::assert_content(&first, 1, REGIONS);
     release_all(&first);
     World::await_that("the release", || !first.reader().has(0));
@@ -202,8 +202,8 @@ fn what_the_only_reader_is_done_with_is_dropped() {
 fn what_two_restores_read_stays_until_both_are_done() {
     let world = World::new(1 << 30, LONG);
     world.publish("one", 1, REGIONS);
-    let [first, second] = [(); 2].map(|()| world.open_alone("one").expect("published"));
-    first.begin(Vec::new()).expect("the fetcher is there");
+    let [first, second] = [(); 2].map(|()| world.open("one").expect("published"));
+    first.begin_passing(Vec::new()).expect("the fetcher is there");
     World::assert_content(&first, 1, REGIONS);
     release_all(&first);
     drop(first);

@@ -117,12 +117,7 @@ impl World {
     }
 
     pub(crate) fn open(&self, name: &str) -> rewarm_fetcher::Result<Stream> {
-        self.fetcher().open(&self.access(), &self.find(name)?, Duration::from_secs(5), false)
-    }
-
-    /// For one reader only.
-    pub(crate) fn open_alone(&self, name: &str) -> rewarm_fetcher::Result<Stream> {
-        self.fetcher().open(&self.access(), &self.find(name)?, Duration::from_secs(5), true)
+        self.fetcher().open(&self.access(), &self.find(name)?, Duration::from_secs(5))
     }
 
     /// Asserts that each byte of the stream is what was published. Takes the blocks as they come.
