@@ -156,14 +156,14 @@ impl Rewarm {
         }
     }
 
-    /// Bytes that the fetcher has read for all streams that it holds, once they are complete; none where there is no fetcher.
+    /// Bytes that the fetcher has read, once all its streams are complete; none where there is no fetcher.
     async fn bytes_read(&self) -> Result<u64> {
         let deadline = Instant::now() + PRESENT_WITHIN;
         loop {
             let cache = self.call(&["cache"]).await?;
             let streams = cache["streams"].as_array().map_or(&[][..], Vec::as_slice);
             if streams.iter().all(|stream| stream["complete"] == true) {
-                return Ok(streams.iter().filter_map(|stream| stream["read_bytes"].as_u64()).sum());
+                return Ok(cache["read_bytes"].as_u64().unwrap_or(0));
             }
             if Instant::now() > deadline {
                 let what = "the end of the fetch".to_owned();

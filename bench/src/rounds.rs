@@ -133,7 +133,10 @@ impl<'a> Bench<'a> {
         running.snapshot(&bench.reference("plain"), &probe, &options.compression).await?;
         let (plain, recorded) = (options.work.join("plain"), options.work.join("recorded"));
         files::link(&plain, &recorded).map_err(Error::io("copy the store"))?;
-        bench.cached.prime(&bench.reference("recorded")).await?;
+        // What comes from a folder passes the first time and stays the second.
+        for _ in 0..2 {
+            bench.cached.prime(&bench.reference("recorded")).await?;
+        }
         if let Some(store) = &options.store {
             running.snapshot(&remote(store, "plain"), &probe, &options.compression).await?;
             running.snapshot(&remote(store, "recorded"), &probe, &options.compression).await?;

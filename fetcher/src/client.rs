@@ -32,6 +32,8 @@ pub struct Status {
     pub limit_bytes: u64,
     /// Whether their memory has huge pages.
     pub huge_pages: bool,
+    /// Bytes read from stores since it was started, for streams that are complete or were.
+    pub read_bytes: u64,
     /// What is kept on disk, where anything is.
     pub disk: Option<DiskStatus>,
     /// The streams.

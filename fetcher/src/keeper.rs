@@ -1,6 +1,6 @@
 //! The keeper: takes requests from root, holds the memory of decoded streams, and has workers fetch them.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -30,6 +30,8 @@ const DEATHS_MAX: u32 = 20;
 const RATED_BYTES: u64 = 8 << 20;
 /// So many bytes of a passing stream are held before its reader is done with any: what is decoded while CRIU works.
 const AHEAD_BYTES: u64 = 256 << 20;
+/// So many snapshots are remembered to have passed.
+const PASSED_MAX: usize = 256;
 /// How often the keeper looks whether anybody still needs it.
 const LOOK_AROUND: Duration = Duration::from_millis(250);
 
@@ -62,6 +64,7 @@ fn run(limit: u64, disk: u64, idle: Duration) -> io::Result<()> {
         inner: Mutex::default(),
         changed: Condvar::new(),
         clock: AtomicU64::new(1),
+        read_bytes: AtomicU64::new(0),
     });
     let accepting = keeper.clone();
     std::thread::Builder::new().name("accept".to_owned()).spawn(move || accept(&accepting, &listener))?;
@@ -156,9 +159,27 @@ struct Inner {
     streams: Vec<Arc<Stream>>,
     /// Content that came from a store in a second, the last time.
     rates: HashMap<Access, u64>,
+    /// Snapshots that have passed, the latest last.
+    passed: VecDeque<Digest>,
     /// Digests whose stream is being made.
     opening: HashSet<Digest>,
     clients: usize,
+}
+
+impl Inner {
+    /// Whether the content of a snapshot need not stay in memory: the kernel holds the files of a folder already, and a
+    /// snapshot that is restored for the first time may never be again. From the second time on its decoded form stays.
+    fn passes(&mut self, stream: &Stream) -> bool {
+        let is_folder = stream.access.url().is_ok_and(|url| url.folder().is_some());
+        if !is_folder || self.passed.contains(&stream.digest) {
+            return false;
+        }
+        if self.passed.len() == PASSED_MAX {
+            self.passed.pop_front();
+        }
+        self.passed.push_back(stream.digest);
+        true
+    }
 }
 
 struct Keeper {
@@ -169,6 +190,7 @@ struct Keeper {
     inner: Mutex<Inner>,
     changed: Condvar,
     clock: AtomicU64,
+    read_bytes: AtomicU64,
 }
 
 /// An answer and the files that go along.
@@ -247,10 +269,11 @@ impl Keeper {
             }
             Request::Begin { first, passing } => {
                 let stream = &held.as_ref().ok_or_else(|| nonsense("no stream is open"))?.stream;
+                let mut inner = self.lock();
                 let mut state = stream.state();
                 let begins = !std::mem::replace(&mut state.begun, true);
-                state.passing |= begins && passing && state.restores == 1 && passes(&stream.access);
-                drop(state);
+                state.passing |= begins && passing && state.restores == 1 && inner.passes(stream);
+                drop((state, inner));
                 if begins {
                     let (keeper, stream) = (self.clone(), stream.clone());
                     let thread = std::thread::Builder::new().name("fill".to_owned());
@@ -471,6 +494,7 @@ impl Keeper {
                     state.complete = true;
                     state.worker = None;
                     state.read_bytes += read_bytes;
+                    self.read_bytes.fetch_add(read_bytes, Ordering::Relaxed);
                     return;
                 }
                 Some((FromWorker::Failed { failure, .. }, _)) => return self.give_up(stream, failure),
@@ -532,17 +556,11 @@ impl Keeper {
             pid: std::process::id(),
             limit_bytes: self.limit,
             huge_pages: self.folder.is_some(),
+            read_bytes: self.read_bytes.load(Ordering::Relaxed),
             disk: self.disk.as_ref().and_then(|disk| disk.status().ok()),
             streams: inner.streams.iter().map(one).collect(),
         }
     }
-}
-
-/// Whether the content of a store need not stay in memory. The kernel holds the files of a folder already, and decoding them
-/// once more costs less than memory for them: half a second of a processor for a GiB, where new memory of a virtual machine
-/// can cost two (docs/memory.md).
-fn passes(access: &Access) -> bool {
-    access.url().is_ok_and(|url| url.folder().is_some())
 }
 
 fn opened(stream: &Stream, rate: Option<u64>) -> Result<Answer, Failure> {

@@ -24,6 +24,8 @@ struct Held {
     pid: u32,
     limit_bytes: u64,
     huge_pages: bool,
+    /// From stores, since the fetcher was started.
+    read_bytes: u64,
     streams: Vec<rewarm_fetcher::StreamStatus>,
 }
 
@@ -40,8 +42,8 @@ pub(crate) fn run(global: &Global, args: &Cache) -> Result<u8, Cause> {
     }
     let status = Fetcher::status(&global.state)?;
     let (disk, status) = match status {
-        Some(Status { pid, limit_bytes, huge_pages, streams, disk }) => {
-            (disk, Some(Held { pid, limit_bytes, huge_pages, streams }))
+        Some(Status { pid, limit_bytes, huge_pages, read_bytes, streams, disk }) => {
+            (disk, Some(Held { pid, limit_bytes, huge_pages, read_bytes, streams }))
         }
         None => {
             let looked = folder.as_deref().map(disk::look_at).transpose();

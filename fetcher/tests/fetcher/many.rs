@@ -186,13 +186,12 @@ fn what_the_only_reader_is_done_with_is_dropped() {
     World::await_that("the release", || !first.reader().has(0));
     assert!(first.reader().has_arrived(0) && first.lost().is_none());
     first.wait(0, LONG).expect_err("it was given back");
-    // Who comes now gets all of it.
+    // Who comes now gets all of it, and what is restored a second time stays.
     let next = world.open("one").expect("published");
     assert!(!next.reader().has(0));
-    next.begin(Vec::new()).expect("the fetcher is there");
+    next.begin_passing(Vec::new()).expect("the fetcher is there");
     World::assert_content(&next, 1, REGIONS);
     World::await_that("the stream is complete", || status(&world).streams.iter().all(|one| one.complete));
-    // It is not for one reader only, so it stays.
     release_all(&next);
     drop((first, next));
     World::await_that("one stream", || status(&world).streams.len() == 1);
