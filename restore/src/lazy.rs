@@ -36,6 +36,8 @@ pub(crate) struct Orders {
     pub(crate) devices: Vec<TaskOrders>,
     /// When memory is filled.
     pub(crate) when: When,
+    /// Find out what is touched first. What is filled before anybody touches it is not noticed.
+    pub(crate) record: bool,
     /// No other pager reads the stream.
     pub(crate) alone: bool,
     /// What to fill first: pid inside its pid namespace, offset and length in the task's content.
@@ -168,7 +170,8 @@ impl Lazy {
         let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
         let alone = images.len() == 1;
-        let orders = Orders { first: first.collect(), tasks, devices, when, alone };
+        let record = when == When::Recorded || (when == When::AtOnce && stream.working_set().is_some());
+        let orders = Orders { first: first.collect(), tasks, devices, when, record, alone };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
         Ok(Self { stream, orders, when, alone, regions })
     }

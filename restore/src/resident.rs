@@ -104,7 +104,7 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
             When::Recorded => Mode::LazyWhenTold,
         },
         threads: std::thread::available_parallelism().map_or(2, usize::from).min(THREADS_MAX),
-        record: !eager,
+        record: orders.record,
         working_set: WorkingSet { extents: first.collect() },
         devices,
         tasks: cgroup.clone(),
