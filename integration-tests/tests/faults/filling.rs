@@ -116,23 +116,6 @@ fn a_store_that_goes_away_ends_what_is_being_filled_with_the_reason() {
     world.finish();
 }
 
-#[test]
-fn a_store_that_stalls_and_comes_back_costs_time_only() {
-    let server = Server::memory_of(64);
-    let Some((world, slow)) = far(&server) else { return };
-    let before = answers_of(&world, &server);
-    slow.throttle(2 * MIB);
-    let replica = lazily(&world, &server, "60s");
-    slow.stall(true);
-    std::thread::sleep(Duration::from_secs(3));
-    assert_eq!(entry(&replica)["memory"], "filling");
-    slow.throttle(0);
-    slow.stall(false);
-    server_answers_as_before(&replica, &server, &before);
-    await_present(&world, &replica);
-    world.finish();
-}
-
 /// Every connection is cut after a part of what was asked for; what is left is asked for again.
 #[test]
 fn connections_that_break_again_and_again_cost_time_only() {
