@@ -1,7 +1,5 @@
 //! When a replica's memory is filled, and what `auto` makes of what is known.
 
-use std::ops::RangeInclusive;
-
 use crate::lazy::When;
 
 /// When a replica's memory is filled.
@@ -43,18 +41,17 @@ const NEARLY_ALL: f64 = 0.95;
 /// other's way, and filling a running server is sooner (measured; docs/memory.md).
 const PROCESSORS_BOUND: u64 = 500_000_000;
 
-/// Content of this length is too much to be held back without need, and all there within few seconds at a fast rate.
-const NOT_TO_LEARN: RangeInclusive<u64> = 512 << 20..=4 << 30;
+/// Content up to this length is all there within few seconds at a fast rate: in which order matters little.
+const SOON_THERE: u64 = 4 << 30;
 
 impl Mode {
     /// When the pager fills what nobody has asked for. To learn what is touched, all else is held back for a while. Where
-    /// content comes as fast as it is put into place, that is not worth it: not where it is known already, and not where a
-    /// large part of a second would be lost for an order that matters little.
+    /// content comes as fast as it is put into place, that is not worth it where it is known already, or where all of it is
+    /// there soon.
     #[must_use]
     pub(crate) fn when(self, known: Known) -> When {
         let comes_fast = known.rate.map_or(known.is_folder, |rate| rate > PROCESSORS_BOUND);
-        let not_to_learn =
-            known.working_set.is_some() || (self == Self::Auto && NOT_TO_LEARN.contains(&known.content));
+        let not_to_learn = known.working_set.is_some() || (self == Self::Auto && known.content <= SOON_THERE);
         match self.choose(known) {
             Self::Eager => When::Stopped,
             Self::Auto | Self::Lazy if comes_fast && not_to_learn => When::AtOnce,
@@ -131,10 +128,9 @@ mod tests {
         assert_eq!(Mode::Lazy.when(Known { is_folder: true, ..first }), When::Recorded);
         assert_eq!(Mode::Auto.when(Known { is_folder: true, rate: Some(100), ..first }), When::Recorded);
         assert_eq!(Mode::Auto.when(KNOWN), When::Stopped);
-        let small = Known { content: 100 << 20, is_folder: true, ..first };
-        assert_eq!(Mode::Auto.when(small), When::Recorded);
-        assert_eq!(Mode::Auto.when(Known { working_set: Some(1 << 20), ..small }), When::AtOnce);
-        assert_eq!(Mode::Auto.when(Known { content: 5 * GIB, ..small }), When::Recorded);
+        let large = Known { content: 5 * GIB, is_folder: true, ..first };
+        assert_eq!(Mode::Auto.when(large), When::Recorded);
+        assert_eq!(Mode::Auto.when(Known { working_set: Some(1 << 20), ..large }), When::AtOnce);
     }
 
     #[test]

@@ -19,7 +19,7 @@ pub(crate) const SEGMENT_BYTES: usize = 2 << 20;
 
 /// No more than this may be missing when the freeze begins: memory that was quick so far need not stay so, and what is missing
 /// then is made while the server is frozen (seen: 0.5 s of it).
-const MISSING_BYTES_MAX: usize = 64 << 20;
+const MISSING_BYTES_MAX: usize = 16 << 20;
 
 /// The least that an arena may have: a chunk that is not ended and a batch that is not full hold parts of five segments at
 /// most, one is being filled, and the others keep CRIU and the writer apart.
