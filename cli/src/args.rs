@@ -200,8 +200,8 @@ pub(crate) struct Run {
     /// Label, shown by `ps --json` and kept in snapshots.
     #[arg(long, value_name = "K=V", value_parser = values::key_value)]
     pub(crate) label: Vec<(String, String)>,
-    /// No random addresses (ASLR) and, unless set, PYTHONHASHSEED=0: snapshots of two starts share most of their pages, at the
-    /// price of a defence against attackers.
+    /// No random addresses (ASLR) and, unless set, PYTHONHASHSEED=0 and MALLOC_MMAP_THRESHOLD_=131072: snapshots of two starts
+    /// share most of their pages, at the price of a defence against attackers.
     #[arg(long)]
     pub(crate) deterministic: bool,
     /// The server.

@@ -137,6 +137,11 @@ pub fn memory_total() -> Result<u64, Error> {
     Ok(kib.unwrap_or(0) << 10)
 }
 
+/// What gives two starts of a server the same memory, where its addresses are the same. The C library otherwise moves its
+/// threshold with what happens to be freed first: a tensor lies in a heap then, at an offset that another start does not have,
+/// instead of pages of its own (two starts of an embedding server: 42 % new without, 10 % with it).
+const DETERMINISTIC: [&str; 2] = ["PYTHONHASHSEED=0", "MALLOC_MMAP_THRESHOLD_=131072"];
+
 /// The configuration of a replica.
 ///
 /// # Errors
@@ -145,7 +150,7 @@ pub fn config(spec: &Spec, place: Place<'_>) -> Result<oci_spec::runtime::Spec, 
     let user = user::resolve(spec.user.as_ref(), &spec.rootfs)?;
     let mut env = vec![PATH.to_owned(), format!("HOME={}", user.home)];
     if spec.deterministic {
-        env.push("PYTHONHASHSEED=0".into());
+        env.extend(DETERMINISTIC.map(String::from));
     }
     let provided = spec.gpu.as_ref().map(|gpu| &gpu.provided.env[..]).unwrap_or_default();
     for pair in provided.iter().chain(&spec.env) {

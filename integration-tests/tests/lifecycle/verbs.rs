@@ -301,6 +301,7 @@ fn a_deterministic_server_has_the_same_addresses_at_each_start() {
     assert_eq!(first.json("/environment")["PYTHONHASHSEED"], "0");
     let own = world.start_with("own", &server, &["--deterministic", "--env", "PYTHONHASHSEED=5"]);
     assert_eq!(own.json("/environment")["PYTHONHASHSEED"], "5");
+    assert_eq!(own.json("/environment")["MALLOC_MMAP_THRESHOLD_"], "131072");
     let before = answers(&first, &server);
     world.snapshot(&first, "v1", &["--stop"]);
     let clones = world.restore("first", "v1", server.port, &["--name", &world.name("clone")]);
