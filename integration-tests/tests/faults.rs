@@ -4,6 +4,7 @@ mod contents;
 mod criu;
 mod disk_cache;
 mod filling;
+mod forged;
 mod freeze;
 mod input;
 mod killed;

@@ -128,23 +128,33 @@ impl ObjectStore for ReadFiles {
 
     async fn get_opts(&self, location: &Path, options: GetOptions) -> object_store::Result<GetResult> {
         let (files, path) = (self.0.clone(), location.clone());
-        let read = move || {
+        let open = move || {
             let file = files.open(path.as_ref())?;
             let size = file.metadata()?.len();
             let range = match options.range.filter(|_| !options.head) {
+                None if options.head => 0..0,
                 None => 0..size,
                 Some(GetRange::Bounded(range)) => range.start.min(size)..range.end.min(size),
                 Some(GetRange::Offset(start)) => start.min(size)..size,
                 Some(GetRange::Suffix(length)) => size.saturating_sub(length)..size,
             };
-            let length = if options.head { 0 } else { range.end - range.start };
-            let mut bytes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-            file.read_exact_at(&mut bytes, range.start)?;
-            Ok((Bytes::from(bytes), range, size))
+            Ok((file, range, size))
         };
-        let read = tokio::task::spawn_blocking(read).await.expect("reading does not panic");
-        let (bytes, range, size) = read.map_err(|error| failed(location.as_ref(), error))?;
-        let payload = GetResultPayload::Stream(futures::stream::once(async { Ok(bytes) }).boxed());
+        let opened = tokio::task::spawn_blocking(open).await.expect("opening does not panic");
+        let (file, range, size) = opened.map_err(|error| failed(location.as_ref(), error))?;
+        // Memory is taken when the content is asked for: whoever finds the object too long does not.
+        let (path, wanted) = (location.clone(), range.clone());
+        let read = async move {
+            let read = move || {
+                let mut bytes =
+                    vec![0; usize::try_from(wanted.end - wanted.start).map_err(io::Error::other)?];
+                file.read_exact_at(&mut bytes, wanted.start)?;
+                Ok(Bytes::from(bytes))
+            };
+            let read = tokio::task::spawn_blocking(read).await.expect("reading does not panic");
+            read.map_err(|error| failed(path.as_ref(), error))
+        };
+        let payload = GetResultPayload::Stream(futures::stream::once(read).boxed());
         Ok(GetResult {
             payload,
             meta: meta(location, size),

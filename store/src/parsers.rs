@@ -1,4 +1,5 @@
-//! The parsers of stored objects, for fuzzers outside this crate: what each takes from hostile bytes, as plain numbers.
+//! The parsers of stored objects, for fuzzers outside this crate: what each takes from hostile bytes, as plain numbers; and
+//! boot objects as a forger would write them, for tests of those who read them.
 
 use crate::codec::{self, Codec, Compression};
 use crate::digest::ChunkId;
@@ -6,7 +7,7 @@ use crate::format::boot::{self, Leaf, LeafPlace, Root, RootRegion};
 use crate::format::frame::HEADER_BYTES;
 use crate::format::index::{ChunkRef, decode_leaf, encode_leaf};
 use crate::format::manifest::RegionKind;
-use crate::format::{manifest, tag};
+use crate::format::{manifest, pack_path, tag};
 use crate::limits;
 
 /// Where a leaf says that a chunk lies.
@@ -34,32 +35,37 @@ pub const BOOT_HEADER_BYTES: usize = HEADER_BYTES;
 /// A leaf of these chunks; a codec that there is not is written as raw.
 #[must_use]
 pub fn leaf(chunks: &[LeafChunk]) -> Vec<u8> {
-    let refs: Vec<ChunkRef> = chunks
-        .iter()
-        .map(|chunk| ChunkRef {
-            id: ChunkId([chunk.codec; 32]),
-            pack: chunk.pack,
-            offset: u64::from(chunk.offset),
-            stored: chunk.stored,
-            raw: chunk.pages * limits::PAGE_BYTES as u32,
-            codec: Codec::from_id(chunk.codec).unwrap_or(Codec::None),
-        })
-        .collect();
+    let refs: Vec<ChunkRef> =
+        chunks.iter().map(|chunk| chunk_ref(ChunkId([chunk.codec; 32]), chunk)).collect();
     encode_leaf(&refs)
+}
+
+fn chunk_ref(id: ChunkId, chunk: &LeafChunk) -> ChunkRef {
+    ChunkRef {
+        id,
+        pack: chunk.pack,
+        offset: u64::from(chunk.offset),
+        stored: chunk.stored,
+        raw: chunk.pages * limits::PAGE_BYTES as u32,
+        codec: Codec::from_id(chunk.codec).unwrap_or(Codec::None),
+    }
+}
+
+fn leaf_chunk(chunk: &ChunkRef) -> LeafChunk {
+    LeafChunk {
+        pack: chunk.pack,
+        offset: u32::try_from(chunk.offset).unwrap_or(u32::MAX),
+        stored: chunk.stored,
+        pages: chunk.raw / limits::PAGE_BYTES as u32,
+        codec: chunk.codec.id(),
+    }
 }
 
 /// What is taken from the bytes of a leaf that is said to have `count` chunks in packs of these lengths.
 #[must_use]
 pub fn read_leaf(bytes: &[u8], count: u64, packs: &[u64]) -> Option<Vec<LeafChunk>> {
     let refs = decode_leaf(bytes, count, packs).ok()?;
-    let chunk = |chunk: ChunkRef| LeafChunk {
-        pack: chunk.pack,
-        offset: u32::try_from(chunk.offset).unwrap_or(u32::MAX),
-        stored: chunk.stored,
-        pages: chunk.raw / limits::PAGE_BYTES as u32,
-        codec: chunk.codec.id(),
-    };
-    Some(refs.into_iter().map(chunk).collect())
+    Some(refs.iter().map(leaf_chunk).collect())
 }
 
 /// The shape of a boot object.
@@ -142,6 +148,58 @@ pub fn read_boot(bytes: &[u8], raw_bytes: u64) -> Option<BootShape> {
             .collect(),
         files: root.skeleton.iter().map(|(name, bytes)| (name.clone(), bytes.len())).collect(),
     })
+}
+
+/// The boot object, and the length of its content, that a forger makes of another one whose leaves are all inline: `forge`
+/// is given the name of a pack's object and the longest chunk in it, to change it.
+///
+/// # Panics
+/// If it is no such boot object.
+#[must_use]
+pub fn forged_chunk(
+    bytes: &[u8],
+    raw_bytes: u64,
+    forge: impl FnOnce(&str, &mut LeafChunk),
+) -> (Vec<u8>, u64) {
+    let mut root = boot::decode(bytes, raw_bytes, "store", "boot").expect("a boot object");
+    let lengths: Vec<u64> = root.packs.iter().map(|(_, bytes)| *bytes).collect();
+    let mut leaves: Vec<&mut Leaf> = root.regions.iter_mut().flat_map(|region| &mut region.leaves).collect();
+    let mut read: Vec<Vec<ChunkRef>> = leaves
+        .iter()
+        .map(|leaf| match &leaf.place {
+            LeafPlace::Inline(bytes) => decode_leaf(bytes, leaf.chunks, &lengths).expect("a leaf"),
+            LeafPlace::Indexed { .. } => panic!("a leaf in an index object"),
+        })
+        .collect();
+    let longest = read.iter_mut().flatten().max_by_key(|chunk| chunk.stored).expect("content");
+    let mut forged = leaf_chunk(longest);
+    forge(pack_path(root.packs[longest.pack as usize].0).as_ref(), &mut forged);
+    *longest = chunk_ref(longest.id, &forged);
+    for (leaf, chunks) in leaves.iter_mut().zip(&read) {
+        leaf.bytes = chunks.iter().map(|chunk| u64::from(chunk.raw)).sum();
+        leaf.place = LeafPlace::Inline(encode_leaf(chunks).into());
+    }
+    encode(root)
+}
+
+/// The same with a leaf, and so a region, that claims to have so many bytes.
+///
+/// # Panics
+/// If it is no boot object with content.
+#[must_use]
+pub fn forged_length(bytes: &[u8], raw_bytes: u64, claimed: u64) -> (Vec<u8>, u64) {
+    let mut root = boot::decode(bytes, raw_bytes, "store", "boot").expect("a boot object");
+    let leaf = root.regions.iter_mut().find_map(|region| region.leaves.first_mut()).expect("content");
+    leaf.bytes = claimed;
+    encode(root)
+}
+
+fn encode(mut root: Root) -> (Vec<u8>, u64) {
+    for region in &mut root.regions {
+        region.bytes = region.leaves.iter().map(|leaf| leaf.bytes).sum();
+    }
+    let (bytes, raw_bytes) = boot::encode(&root).expect("a small boot object");
+    (bytes.to_vec(), raw_bytes)
 }
 
 /// Number of regions and of signatures that are taken from the bytes of a manifest.
