@@ -144,6 +144,12 @@ impl Server {
         Self::python("memory", "memory.py", &["--mib", &mib.to_string()]).asking(Question::get("/digest"))
     }
 
+    /// A server with memory of `mib` MiB that becomes another program when it is asked to, and so does a child of it.
+    #[must_use]
+    pub fn becoming(mib: u32) -> Self {
+        Self::python("become", "become.py", &["--mib", &mib.to_string()])
+    }
+
     /// A server with an environment that looks like secrets.
     #[must_use]
     pub fn secretive() -> Self {

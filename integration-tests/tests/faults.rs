@@ -3,6 +3,7 @@
 mod contents;
 mod criu;
 mod disk_cache;
+mod executed;
 mod filling;
 mod forged;
 mod freeze;

@@ -75,6 +75,17 @@ pub(crate) fn await_crash(world: &World, replica: &Replica<'_>) -> String {
     reason
 }
 
+/// Waits until no process fills memory, and asserts that none holds a userfaultfd.
+pub(crate) fn nothing_fills(world: &World) {
+    world.await_state("the pager has ended", TOLD_MAX, || pagers(world).is_empty());
+    for (pid, command) in residue::processes(world.id()) {
+        for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
+            let target = std::fs::read_link(fd.path()).unwrap_or_default();
+            assert!(!target.to_string_lossy().contains("userfaultfd"), "{command} holds {target:?}");
+        }
+    }
+}
+
 #[test]
 fn a_replica_is_ready_before_its_memory_is_complete() {
     let server = Server::memory_of(LARGE_MIB);
@@ -91,13 +102,7 @@ fn a_replica_is_ready_before_its_memory_is_complete() {
     let present = await_present(&world, &replica);
     assert!(present["present_ms"].as_i64().is_some_and(|ms| ms > 0), "{present}");
     // Nothing is left of the filling: no process, and no userfaultfd in any.
-    world.await_state("the pager has ended", TOLD_MAX, || pagers(&world).is_empty());
-    for (pid, command) in residue::processes(world.id()) {
-        for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
-            let target = std::fs::read_link(fd.path()).unwrap_or_default();
-            assert!(!target.to_string_lossy().contains("userfaultfd"), "{command} holds {target:?}");
-        }
-    }
+    nothing_fills(&world);
     server_answers_as_before(&replica, &server, &before);
     world.finish();
 }
