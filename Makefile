@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup build demo check test bench bench-gateway soak clean help
+.PHONY: setup build demo check test bench bench-memory bench-gateway soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
 NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,chromium,torch
@@ -29,8 +29,12 @@ check: ## formatting, lints and documentation, with warnings as errors
 test: setup check ## what continuous integration does
 	REWARM_TEST_NEEDS=$(NEEDS) cargo test --workspace --no-fail-fast
 
-bench: setup build ## the measured table of the README
+bench: setup build ## the measured tables of the README: whole servers, then `rewarm bench`
 	@setup/bench
+	@target/release/rewarm bench
+
+bench-memory: setup build ## fixed cost, eight replicas at once, shared memory, sparse servers, freezes: eight minutes
+	@setup/bench-memory
 
 bench-gateway: setup build ## the gateway beside nginx and HAProxy; needs wrk and haproxy
 	@setup/bench-gateway

@@ -89,10 +89,12 @@ def frozen_seconds(stats):
 
 
 class Stock:
-    """One server under runc. `criu` is the folder of the CRIU program, the same that Rewarm uses."""
+    """One server under runc. `criu` is the folder of the CRIU program, the same that Rewarm uses; `images` lies elsewhere
+    than in `folder` where several servers are restored from the same ones, or where it is memory."""
 
-    def __init__(self, folder, name, command, criu):
+    def __init__(self, folder, name, command, criu, images=None):
         self.folder, self.name = pathlib.Path(folder), name
+        self.images = images or self.folder / "images"
         self.namespace = f"/run/netns/{name}"
         self.runc = ["runc", "--root", str(self.folder / "runc")]
         self.environment = {**os.environ, "PATH": f"{criu}:{os.environ['PATH']}"}
@@ -135,7 +137,7 @@ class Stock:
 
     def dump(self):
         """`runc checkpoint`, then tar and zstd; the server goes on. Gives seconds of all and of the freeze, and bytes."""
-        images, work, archive = self.folder / "images", self.folder / "dump", self.folder / "archive"
+        images, work, archive = self.images, self.folder / "dump", self.folder / "archive"
         for folder in (images, work):
             shutil.rmtree(folder, ignore_errors=True)
         began = time.monotonic()
@@ -154,7 +156,7 @@ class Stock:
         """Seconds until `runc restore` returns: everything is in memory then."""
         began = time.monotonic()
         mute(
-            *(*self.runc, "restore", "-d", "--bundle", self.folder / "bundle", "--image-path", self.folder / "images"),
+            *(*self.runc, "restore", "-d", "--bundle", self.folder / "bundle", "--image-path", self.images),
             *("--work-path", self.folder / "restore", "--tcp-established", self.name),
             env=self.environment,
         )
