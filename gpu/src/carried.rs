@@ -68,6 +68,7 @@ impl Carried {
                     process.pid, process.restore_thread
                 ))?,
                 copies: process.copies.clone(),
+                direct: process.direct.clone(),
             })
         };
         let processes = suspended.processes.iter().map(inner).collect::<io::Result<_>>();
@@ -93,6 +94,12 @@ impl Carried {
         }
     }
 
+    /// Whether device memory is not in the processes' own memory but has to come from elsewhere at the restore.
+    #[must_use]
+    pub fn is_direct(&self) -> bool {
+        self.processes.iter().any(|process| !process.direct.is_empty())
+    }
+
     /// Bytes of device memory.
     #[must_use]
     pub fn bytes(&self) -> u64 {
@@ -113,7 +120,7 @@ impl Carried {
             let restore_thread = rewarm_sys::hold::threads(pid).into_iter().find(|thread| {
                 innermost(&format!("/proc/{pid}/task/{thread}/status")).ok() == Some(process.restore_thread)
             })?;
-            Some(Process { pid, restore_thread, copies: process.copies.clone() })
+            Some(Process { pid, restore_thread, ..process.clone() })
         };
         let missing =
             |process: &Process| CarryError::Missing { pid: process.pid, thread: process.restore_thread };

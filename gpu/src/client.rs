@@ -4,6 +4,7 @@
 
 use std::ffi::OsString;
 use std::io::{self, Read};
+use std::os::fd::BorrowedFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -12,6 +13,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use rewarm_sys::pidfd::PidFd;
 
+use crate::custom::Part;
 use crate::driver::{Code, Version};
 use crate::helper::SOCKET_FD;
 use crate::nvml::Machine;
@@ -115,6 +117,20 @@ impl CallError {
     }
 }
 
+/// Where device memory was kept past the process.
+#[derive(Debug, Clone, Copy)]
+pub enum Kept<'a> {
+    /// In a file, each part at its offset.
+    File(BorrowedFd<'a>),
+    /// It comes through a socket, one part behind the other.
+    Stream {
+        /// The socket.
+        socket: BorrowedFd<'a>,
+        /// How long the other end may take beside the moving.
+        patience: Duration,
+    },
+}
+
 /// A helper, started when it is first needed and again after it was killed.
 #[derive(Debug)]
 pub struct Helper {
@@ -206,7 +222,7 @@ impl Helper {
         let driver = Err(String::new());
         let mut running = Running { socket: ours, process, child, driver, attached: false };
         let call = Call::Hello { version: wire::VERSION };
-        match running.ask(&call, START_DEADLINE)? {
+        match running.ask(&call, None, START_DEADLINE)? {
             Answer::Hello { version: wire::VERSION, driver } => {
                 running.driver = driver;
                 Ok(running)
@@ -220,10 +236,31 @@ impl Helper {
         self.exchange(call, deadline)
     }
 
+    /// A call in which the driver maps the process's device memory into the helper. If it fails the mapping ends with the helper:
+    /// nothing else gives that memory back.
+    fn past_the_process(
+        &mut self,
+        call: Call,
+        fd: BorrowedFd<'_>,
+        deadline: Duration,
+    ) -> Result<Answer, CallError> {
+        self.start()?;
+        self.exchange_with(call, Some(fd), deadline).inspect_err(|_| self.running = None)
+    }
+
     /// One call of a helper that need not be attached.
     fn exchange(&mut self, call: Call, deadline: Duration) -> Result<Answer, CallError> {
+        self.exchange_with(call, None, deadline)
+    }
+
+    fn exchange_with(
+        &mut self,
+        call: Call,
+        fd: Option<BorrowedFd<'_>>,
+        deadline: Duration,
+    ) -> Result<Answer, CallError> {
         let deadline = self.deadline.unwrap_or(deadline);
-        let result = self.running()?.ask(&call, deadline);
+        let result = self.running()?.ask(&call, fd, deadline);
         match result {
             Ok(Answer::Refused(code)) => Err(CallError::Refused { call, code }),
             Ok(Answer::Unable(reason)) => Err(CallError::Unable { call, reason }),
@@ -323,6 +360,48 @@ impl Helper {
         self.step(call, moving(bytes))
     }
 
+    /// Checkpoints a locked process and writes its device memory to `file` from `offset` on, so that its own memory does not
+    /// grow. `bytes`: how much at most, for the deadline.
+    ///
+    /// # Errors
+    /// [`CallError`]; the process may then be in a state from which nothing leads back.
+    pub fn store(
+        &mut self,
+        pid: i32,
+        bytes: u64,
+        file: BorrowedFd<'_>,
+        offset: u64,
+    ) -> Result<(Duration, Vec<Part>), CallError> {
+        let call = Call::Store { pid, offset };
+        match self.past_the_process(call.clone(), file, moving(bytes))? {
+            Answer::Stored { micros, parts } => Ok((Duration::from_micros(micros), parts)),
+            other => self.unexpected(call, &other),
+        }
+    }
+
+    /// Restores a process of whose device memory `parts` were kept, in the order of a stream.
+    ///
+    /// # Errors
+    /// [`CallError`]; the process may then be in a state from which nothing leads back.
+    pub fn load(
+        &mut self,
+        pid: i32,
+        parts: &[Part],
+        from: Kept<'_>,
+        pairs: &[Pair],
+    ) -> Result<Duration, CallError> {
+        let (fd, file, patience) = match from {
+            Kept::File(fd) => (fd, true, Duration::ZERO),
+            Kept::Stream { socket, patience } => (socket, false, patience),
+        };
+        let bytes = parts.iter().map(|part| part.bytes).sum();
+        let call = Call::Load { pid, parts: parts.to_vec(), file, pairs: pairs.to_vec() };
+        match self.past_the_process(call.clone(), fd, moving(bytes) + patience)? {
+            Answer::Done { micros } => Ok(Duration::from_micros(micros)),
+            other => self.unexpected(call, &other),
+        }
+    }
+
     /// Lets the calls of a locked process go on.
     ///
     /// # Errors
@@ -345,9 +424,12 @@ fn moving(bytes: u64) -> Duration {
 }
 
 impl Running {
-    fn ask(&mut self, call: &Call, limit: Duration) -> Result<Answer, CallError> {
+    fn ask(&mut self, call: &Call, fd: Option<BorrowedFd<'_>>, limit: Duration) -> Result<Answer, CallError> {
         let lost = |source| CallError::Lost { call: call.clone(), source };
         wire::send(&self.socket, call).map_err(lost)?;
+        if let Some(fd) = fd {
+            wire::send_fd(&self.socket, fd).map_err(lost)?;
+        }
         let answer = wire::receive(Until { socket: &self.socket, deadline: Instant::now() + limit });
         match answer {
             Ok(Some(answer)) => Ok(answer),

@@ -173,6 +173,7 @@ struct Calls {
 /// A loaded driver.
 #[derive(Debug)]
 pub struct Driver {
+    loaded: &'static Library,
     calls: Calls,
     version: Version,
     library: PathBuf,
@@ -207,7 +208,16 @@ impl Driver {
         if version < VERSION_MIN {
             return Err(DriverError::TooOld { library: path, found: version });
         }
-        Ok(Self { calls: bind(loaded, &path)?, version, library: path })
+        Ok(Self { loaded, calls: bind(loaded, &path)?, version, library: path })
+    }
+
+    /// A function that only some drivers have.
+    ///
+    /// # Safety
+    /// `T` must be the function's type.
+    pub(crate) unsafe fn symbol<T: Copy>(&self, name: &'static str) -> Option<T> {
+        // SAFETY: by this function's contract.
+        unsafe { find(self.loaded, &self.library, name) }.ok()
     }
 
     /// Its version.

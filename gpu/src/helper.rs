@@ -7,14 +7,17 @@
 //! It ends when its socket is closed, also while a call hangs.
 
 use std::cell::OnceCell;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
+use crate::custom::{Custom, Part};
 use crate::driver::{Code, Driver, DriverError};
 use crate::wire::{self, Answer, Call, PAIRS_MAX};
 
@@ -70,7 +73,11 @@ fn serve(socket: &UnixStream, library: &Path, nvml: &Path) -> io::Result<()> {
     }
     let attached = OnceCell::new();
     while let Some(call) = wire::receive::<Call>(socket)? {
-        wire::send(socket, &answer(&driver, &attached, nvml, &call))?;
+        let fd = match call {
+            Call::Store { .. } | Call::Load { .. } => Some(File::from(wire::receive_fd(socket)?)),
+            _ => None,
+        };
+        wire::send(socket, &answer(&driver, &attached, nvml, &call, fd.as_ref()))?;
     }
     Ok(())
 }
@@ -81,6 +88,7 @@ fn answer(
     attached: &OnceCell<Result<(), String>>,
     nvml: &Path,
     call: &Call,
+    fd: Option<&File>,
 ) -> Answer {
     match call {
         Call::Hello { .. } => {
@@ -98,14 +106,67 @@ fn answer(
         Err(error) => return Answer::Unable(error.to_string()),
     };
     match attached.get_or_init(|| driver.init().map_err(|error| error.to_string())) {
-        Ok(()) => with_driver(driver, call),
+        Ok(()) => match fd {
+            Some(fd) => past_the_process(driver, call, fd),
+            None => with_driver(driver, call),
+        },
         Err(error) => Answer::Unable(error.clone()),
+    }
+}
+
+/// A checkpoint or a restore in which device memory goes to or comes from a descriptor.
+fn past_the_process(driver: &Driver, call: &Call, fd: &File) -> Answer {
+    let began = Instant::now();
+    let micros = || u64::try_from(began.elapsed().as_micros()).unwrap_or(u64::MAX);
+    let devices = match driver.devices() {
+        Ok(devices) => devices,
+        Err(error) => return Answer::Unable(error.to_string()),
+    };
+    let result = Custom::of(driver).and_then(|custom| match call {
+        Call::Store { pid, offset } => {
+            let parts = custom.store(&devices, *pid, fd, *offset)?;
+            Ok(Answer::Stored { micros: micros(), parts })
+        }
+        Call::Load { pairs, .. } if pairs.len() > PAIRS_MAX => {
+            Ok(Answer::Unable(format!("a map of {} GPUs, at most {PAIRS_MAX}", pairs.len())))
+        }
+        Call::Load { pid, parts, file: true, pairs } => {
+            let from = Parts { file: fd, parts: parts.clone() };
+            custom.load(&devices, *pid, from, parts, pairs)?;
+            Ok(Answer::Done { micros: micros() })
+        }
+        Call::Load { pid, parts, file: false, pairs } => {
+            custom.load(&devices, *pid, fd, parts, pairs)?;
+            Ok(Answer::Done { micros: micros() })
+        }
+        _ => unreachable!("only these come with a descriptor"),
+    });
+    result.unwrap_or_else(|error| Answer::Unable(error.to_string()))
+}
+
+/// Parts of a file, read one behind the other.
+struct Parts<'a> {
+    file: &'a File,
+    parts: Vec<Part>,
+}
+
+impl Read for Parts<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.parts.retain(|part| part.bytes > 0);
+        let Some(part) = self.parts.first_mut() else { return Ok(0) };
+        let wanted = usize::try_from(part.bytes).unwrap_or(usize::MAX).min(buffer.len());
+        let count = self.file.read_at(&mut buffer[..wanted], part.offset)?;
+        part.offset += count as u64;
+        part.bytes -= count as u64;
+        Ok(count)
     }
 }
 
 fn with_driver(driver: &Driver, call: &Call) -> Answer {
     match call {
-        Call::Hello { .. } | Call::Machine => unreachable!("answered by the caller, which needs no driver"),
+        Call::Hello { .. } | Call::Machine | Call::Store { .. } | Call::Load { .. } => {
+            unreachable!("answered by the caller")
+        }
         Call::Attach => Answer::Done { micros: 0 },
         Call::Devices => match driver.devices() {
             Ok(devices) => Answer::Devices(devices),

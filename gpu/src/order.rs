@@ -18,7 +18,9 @@ use rewarm_sys::hold::Hold;
 use serde::{Deserialize, Serialize};
 
 use crate::client::{CallError, Helper};
+use crate::custom::Part;
 use crate::driver::Code;
+use crate::place::{DeviceState, DeviceStateSink, DeviceStateSource};
 use crate::ranges::{self, Range};
 use crate::states::{State, Step};
 use crate::topology::Pair;
@@ -57,17 +59,21 @@ pub struct Process {
     pub restore_thread: i32,
     /// Where the driver's copy of the device memory lies, while it is checkpointed.
     pub copies: Vec<Range>,
+    /// Where its device memory is in the file that took it past the process; then there are no copies.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub direct: Vec<Part>,
 }
 
 impl Process {
-    /// Size of the driver's copies.
+    /// Size of its device memory.
     #[must_use]
     pub fn bytes(&self) -> u64 {
-        self.copies.iter().map(Range::bytes).sum()
+        let direct: u64 = self.direct.iter().map(|part| part.bytes).sum();
+        direct + self.copies.iter().map(Range::bytes).sum::<u64>()
     }
 }
 
-/// A server whose device memory lies in its host memory, and which is frozen.
+/// A server whose device memory is away from the devices, and which is frozen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspended {
     /// Those of its processes that use CUDA.
@@ -220,24 +226,29 @@ pub fn find(helper: &mut Helper, group: &dyn Group) -> Result<Vec<Process>, Call
             continue;
         }
         if let Some(restore_thread) = helper.restore_thread(pid)? {
-            found.push(Process { pid, restore_thread, copies: Vec::new() });
+            found.push(Process { pid, restore_thread, copies: Vec::new(), direct: Vec::new() });
         }
     }
     Ok(found)
 }
 
-/// Brings the device memory of all processes into host memory and freezes the group. What uses no CUDA is only frozen.
+/// Brings the device memory of all processes to `state` and freezes the group. What uses no CUDA is only frozen.
 ///
 /// # Errors
 /// [`Failure`]; everything that was locked or checkpointed is restored and unlocked by then.
-pub fn suspend(helper: &mut Helper, group: &dyn Group, lock_timeout: Duration) -> Result<Suspended, Failure> {
+pub fn suspend(
+    helper: &mut Helper,
+    group: &dyn Group,
+    lock_timeout: Duration,
+    state: &mut dyn DeviceState,
+) -> Result<Suspended, Failure> {
     let mut attempts = 1;
     loop {
         let mut work = Work { helper, group, hold: Hold::new(false), processes: Vec::new() };
-        match work.suspend(lock_timeout) {
+        match work.suspend(lock_timeout, state) {
             Ok(suspended) => return Ok(suspended),
             Err(cause) => {
-                let aftermath = work.back_to_running();
+                let aftermath = work.back_to_running(state);
                 match cause {
                     Cause::Began { .. } if aftermath == Aftermath::Running && attempts < ATTEMPTS_MAX => {
                         attempts += 1
@@ -261,11 +272,12 @@ pub fn resume(
     group: &dyn Group,
     processes: &[Process],
     pairs: &[Pair],
+    state: &mut dyn DeviceState,
 ) -> Result<Resumed, Failure> {
     let processes = processes.iter().filter(|process| ranges::exists(process.pid)).cloned().collect();
     let mut work = Work { helper, group, hold: Hold::new(false), processes };
-    work.resume(pairs).map_err(|cause| {
-        let aftermath = work.back_to_suspended();
+    work.resume(pairs, state).map_err(|cause| {
+        let aftermath = work.back_to_suspended(state);
         Failure { cause, aftermath }
     })
 }
@@ -280,8 +292,9 @@ pub fn begin(
     group: &dyn Group,
     processes: Vec<Process>,
     pairs: &[Pair],
+    source: &mut dyn DeviceStateSource,
 ) -> Result<Resumed, Cause> {
-    Work { helper, group, hold: Hold::new(true), processes }.resume(pairs)
+    Work { helper, group, hold: Hold::new(true), processes }.resume(pairs, source)
 }
 
 /// One suspend or resume.
@@ -293,7 +306,11 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn suspend(&mut self, lock_timeout: Duration) -> Result<Suspended, Cause> {
+    fn suspend(
+        &mut self,
+        lock_timeout: Duration,
+        sink: &mut dyn DeviceStateSink,
+    ) -> Result<Suspended, Cause> {
         let began = Instant::now();
         self.processes = find(self.helper, self.group)?;
         self.before(Step::Lock, State::RUNNING)?;
@@ -305,27 +322,24 @@ impl Work<'_> {
         if let Some(new) = now.iter().find(|process| !known(process.pid)) {
             return Err(Cause::Began { pid: new.pid, attempts: 1 });
         }
-        let mut before = Vec::new();
         for process in &self.processes {
-            before.push(ranges::private_memory(process.pid).map_err(about("read the address space"))?);
+            sink.begin(process.pid).map_err(about("prepare the checkpoint"))?;
         }
         driver +=
-            self.phase(Step::Checkpoint, |helper, process| helper.checkpoint(process.pid, bytes_max))?;
-        for (process, before) in self.processes.iter_mut().zip(before) {
-            let after = ranges::private_memory(process.pid).map_err(about("read the address space"))?;
-            process.copies = ranges::added(&before, &after);
+            self.phase(Step::Checkpoint, |helper, process| sink.checkpoint(helper, process, bytes_max))?;
+        for process in &mut self.processes {
+            sink.end(process).map_err(about("find what was checkpointed"))?;
         }
         self.group.freeze().map_err(about("freeze the server"))?;
         self.let_go();
         Ok(Suspended { processes: self.processes.clone(), driver, total: began.elapsed() })
     }
 
-    fn resume(&mut self, pairs: &[Pair]) -> Result<Resumed, Cause> {
+    fn resume(&mut self, pairs: &[Pair], source: &mut dyn DeviceStateSource) -> Result<Resumed, Cause> {
         let began = Instant::now();
         self.before(Step::Restore, State::CHECKPOINTED)?;
         self.hold_frozen()?;
-        let restore =
-            self.phase(Step::Restore, |helper, process| helper.restore(process.pid, process.bytes(), pairs))?;
+        let restore = self.phase(Step::Restore, |helper, process| source.restore(helper, process, pairs))?;
         let unlock = self.phase(Step::Unlock, |helper, process| helper.unlock(process.pid))?;
         self.let_go();
         Ok(Resumed { restore, unlock, total: began.elapsed() })
@@ -434,23 +448,25 @@ impl Work<'_> {
     }
 
     /// Restores and unlocks whatever is not running, and reads what came of it.
-    fn back_to_running(&mut self) -> Aftermath {
+    fn back_to_running(&mut self, source: &mut dyn DeviceStateSource) -> Aftermath {
         // Frozen, nothing of it would be answered.
         if let Err(error) = self.group.thaw() {
             tracing::warn!(%error, "thaw");
         }
-        self.bring_back(State::CHECKPOINTED, Step::Restore);
-        self.bring_back(State::LOCKED, Step::Unlock);
+        self.bring_back(Step::Restore, |helper, process| source.restore(helper, process, &[]));
+        self.bring_back(Step::Unlock, |helper, process| helper.unlock(process.pid));
         self.let_go();
         let left = self.not_in(State::RUNNING);
         if left.is_empty() { Aftermath::Running } else { Aftermath::Stranded(left) }
     }
 
     /// Checkpoints whatever was restored and freezes the group again: what is not whole must not answer.
-    fn back_to_suspended(&mut self) -> Aftermath {
+    fn back_to_suspended(&mut self, sink: &mut dyn DeviceStateSink) -> Aftermath {
         // A process that runs already was unlocked.
-        self.bring_back(State::RUNNING, Step::Lock);
-        self.bring_back(State::LOCKED, Step::Checkpoint);
+        self.bring_back(Step::Lock, |helper, process| helper.lock(process.pid, HOLD_DEADLINE));
+        self.bring_back(Step::Checkpoint, |helper, process| {
+            sink.checkpoint(helper, process, process.bytes())
+        });
         let left = self.not_in(State::CHECKPOINTED);
         let frozen = self.group.freeze();
         self.let_go();
@@ -464,21 +480,19 @@ impl Work<'_> {
         }
     }
 
-    /// Takes `step` with every process that is in `state`.
-    fn bring_back(&mut self, state: State, step: Step) {
-        for process in self.processes.clone() {
+    /// Takes `step` with every process that it leads on.
+    fn bring_back(
+        &mut self,
+        step: Step,
+        mut call: impl FnMut(&mut Helper, &Process) -> Result<Duration, CallError>,
+    ) {
+        for process in &self.processes.clone() {
             let pid = process.pid;
-            if !ranges::exists(pid) || self.helper.state(pid).ok() != Some(state) {
+            let leads_on = |state: State| step.from(state).is_some();
+            if !ranges::exists(pid) || !self.helper.state(pid).is_ok_and(leads_on) {
                 continue;
             }
-            let bytes = process.bytes();
-            let result = match step {
-                Step::Lock => self.helper.lock(pid, HOLD_DEADLINE),
-                Step::Checkpoint => self.helper.checkpoint(pid, bytes),
-                Step::Restore => self.helper.restore(pid, bytes, &[]),
-                Step::Unlock => self.helper.unlock(pid),
-            };
-            if let Err(error) = result {
+            if let Err(error) = call(self.helper, process) {
                 tracing::warn!(%error, "on the way back");
                 // Whatever it did shows in the state that is read next.
                 let _ = self.settled(pid, step);

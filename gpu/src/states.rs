@@ -21,6 +21,10 @@ impl State {
     pub const CHECKPOINTED: Self = Self(2);
     /// A checkpoint or a restore failed for good: it can only be killed.
     pub const FAILED: Self = Self(3);
+    /// Its device memory is left to a caller who copies it away (custom storage), and nothing else leads on.
+    pub const CHECKPOINTING: Self = Self(4);
+    /// Its device memory is left to a caller who fills it, and nothing else leads on.
+    pub const RESTORING: Self = Self(5);
 }
 
 impl fmt::Display for State {
@@ -30,6 +34,8 @@ impl fmt::Display for State {
             Self::LOCKED => f.write_str("locked"),
             Self::CHECKPOINTED => f.write_str("checkpointed"),
             Self::FAILED => f.write_str("failed"),
+            Self::CHECKPOINTING => f.write_str("in the middle of a checkpoint"),
+            Self::RESTORING => f.write_str("in the middle of a restore"),
             Self(other) => write!(f, "unknown state {other}"),
         }
     }

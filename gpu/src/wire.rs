@@ -5,16 +5,20 @@
 //! replaced while a helper runs: hence the version.
 
 use std::io::{self, Read, Write};
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::os::unix::net::UnixStream;
 
+use rewarm_sys::fdpass;
 use serde::{Deserialize, Serialize};
 
+use crate::custom::Part;
 use crate::driver::{Code, Version};
 use crate::nvml::Machine;
 use crate::states::{State, Step};
 use crate::topology::{Device, Pair};
 
 /// Version of this protocol; both ends must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Longest message in bytes.
 pub const MESSAGE_BYTES_MAX: usize = 64 << 10;
 /// Most devices that a map may name; a machine has 16 at most today.
@@ -45,6 +49,24 @@ pub enum Call {
         /// The process.
         pid: i32,
     },
+    /// A checkpoint whose device memory goes to the file that follows ([`send_fd`]).
+    Store {
+        /// The process.
+        pid: i32,
+        /// Where in the file.
+        offset: u64,
+    },
+    /// A restore whose device memory comes from the descriptor that follows.
+    Load {
+        /// The process.
+        pid: i32,
+        /// What comes, in this order.
+        parts: Vec<Part>,
+        /// The descriptor is a file, in which a part lies at its offset.
+        file: bool,
+        /// The map; empty where every device stays.
+        pairs: Vec<Pair>,
+    },
     /// One step.
     Step {
         /// Which.
@@ -67,6 +89,8 @@ impl std::fmt::Display for Call {
             Self::Machine => f.write_str("NVML"),
             Self::State { pid } => write!(f, "state of process {pid}"),
             Self::RestoreThread { pid } => write!(f, "restore thread of process {pid}"),
+            Self::Store { pid, .. } => write!(f, "checkpoint of process {pid} past its memory"),
+            Self::Load { pid, .. } => write!(f, "restore of process {pid} past its memory"),
             Self::Step { step, pid, .. } => write!(f, "{step} of process {pid}"),
         }
     }
@@ -91,6 +115,13 @@ pub enum Answer {
     State(State),
     /// The thread.
     RestoreThread(i32),
+    /// The checkpoint was done and device memory written.
+    Stored {
+        /// Microseconds of the call and the copy.
+        micros: u64,
+        /// What was written.
+        parts: Vec<Part>,
+    },
     /// The step was done, by the driver's word, or the helper is attached; the call took so long.
     Done {
         /// Microseconds within the driver.
@@ -100,6 +131,23 @@ pub enum Answer {
     Refused(Code),
     /// The helper cannot do what was asked, and why.
     Unable(String),
+}
+
+/// Sends the descriptor of a [`Call::Store`] or [`Call::Load`], behind it.
+///
+/// # Errors
+/// The socket's.
+pub fn send_fd(to: &UnixStream, fd: BorrowedFd<'_>) -> io::Result<()> {
+    fdpass::send(to, &[0], &[fd])
+}
+
+/// Receives it.
+///
+/// # Errors
+/// The socket's, and `InvalidData` where none came.
+pub fn receive_fd(from: &UnixStream) -> io::Result<OwnedFd> {
+    let (_, mut fds) = fdpass::recv(from, &mut [0], 1)?;
+    fds.pop().ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "a descriptor was expected"))
 }
 
 /// Sends one message.
@@ -161,6 +209,13 @@ mod tests {
             Call::Machine,
             Call::State { pid: 1 },
             Call::RestoreThread { pid: i32::MAX },
+            Call::Store { pid: 3, offset: u64::MAX },
+            Call::Load {
+                pid: 3,
+                parts: vec![Part { gpu: crate::Uuid([7; 16]), offset: 1, bytes: u64::MAX }],
+                file: true,
+                pairs: pairs.clone(),
+            },
             Call::Step { step: Step::Restore, pid: 7, lock_timeout_ms: u64::MAX, pairs },
         ] {
             let mut sent = Vec::new();

@@ -10,6 +10,7 @@ use crate::PERSISTENCE_ENV;
 use crate::code;
 use crate::control::{self, Action, Fault};
 use crate::page::{MAGIC, PAGE, PAIRS_MAX, Page, STEPS, Uuid, wake_signal};
+use crate::target::custom::Piece;
 
 const STEP: Duration = Duration::from_micros(200);
 /// Index of the restore in [`STEPS`].
@@ -40,7 +41,8 @@ pub(crate) fn restore_thread(pid: i32) -> Result<u32, u32> {
 }
 
 /// One step.
-pub(crate) fn step(step: usize, pid: i32, timeout_ms: u32, pairs: &[[Uuid; 2]]) -> u32 {
+/// `custom`: the caller moves the memory itself.
+pub(crate) fn step(step: usize, pid: i32, timeout_ms: u32, pairs: &[[Uuid; 2]], custom: bool) -> u32 {
     let result = follow(STEPS[step], pid, |action| {
         let initialized = INITIALIZED.load(Ordering::SeqCst) || std::env::var_os(PERSISTENCE_ENV).is_some();
         if step == RESTORE && !initialized {
@@ -49,12 +51,28 @@ pub(crate) fn step(step: usize, pid: i32, timeout_ms: u32, pairs: &[[Uuid; 2]]) 
         if pairs.len() > PAIRS_MAX {
             return Err(code::INVALID_VALUE);
         }
-        match find(pid)?.ask(step, timeout_ms, pairs, action)? {
+        match find(pid)?.ask(step, timeout_ms, pairs, custom, action)? {
             code::SUCCESS => Ok(0),
             code => Err(code),
         }
     });
     result.err().unwrap_or(code::SUCCESS)
+}
+
+/// The pieces of device memory that a process has left to the caller.
+pub(crate) fn pieces(pid: i32) -> Result<Vec<Piece>, u32> {
+    let target = find(pid)?;
+    let count = target.read_u32(std::mem::offset_of!(Page, piece_count))? as usize;
+    let at = usize::try_from(target.read_u64(std::mem::offset_of!(Page, pieces))?);
+    let list = Target { page: at.map_err(|_| code::INVALID_VALUE)?, ..target };
+    (0..count)
+        .map(|index| {
+            let mut bytes = [0; size_of::<Piece>()];
+            list.read(index * size_of::<Piece>(), &mut bytes)?;
+            // SAFETY: a structure of numbers, as the target wrote it.
+            Ok(unsafe { std::mem::transmute::<[u8; size_of::<Piece>()], Piece>(bytes) })
+        })
+        .collect()
 }
 
 /// Does `work` as the control file says.
@@ -203,7 +221,14 @@ impl Target {
         }
     }
 
-    fn ask(&self, step: usize, timeout_ms: u32, pairs: &[[Uuid; 2]], action: Action) -> Result<u32, u32> {
+    fn ask(
+        &self,
+        step: usize,
+        timeout_ms: u32,
+        pairs: &[[Uuid; 2]],
+        custom: bool,
+        action: Action,
+    ) -> Result<u32, u32> {
         let _turn = self.turn()?;
         let (asked, done) = (std::mem::offset_of!(Page, asked), std::mem::offset_of!(Page, done));
         // A request whose caller died is finished first.
@@ -215,11 +240,12 @@ impl Target {
             Action::Rate(rate) => (Fault::None, rate),
             _ => (Fault::None, 0),
         };
-        let step = u32::try_from(step).expect("one of four");
+        let step = u32::try_from(step).expect("one of five");
         let count = u32::try_from(pairs.len()).expect("at most 16");
         self.write(std::mem::offset_of!(Page, step), &step.to_ne_bytes())?;
         self.write(std::mem::offset_of!(Page, fault), &fault.number().to_ne_bytes())?;
         self.write(std::mem::offset_of!(Page, timeout_ms), &timeout_ms.to_ne_bytes())?;
+        self.write(std::mem::offset_of!(Page, custom), &u32::from(custom).to_ne_bytes())?;
         self.write(std::mem::offset_of!(Page, rate), &rate.to_ne_bytes())?;
         self.write(std::mem::offset_of!(Page, pair_count), &count.to_ne_bytes())?;
         if !pairs.is_empty() {

@@ -110,6 +110,12 @@ impl Memory {
         if result == 0 { Ok(Self { file, bytes }) } else { Err(io::Error::from_raw_os_error(result)) }
     }
 
+    /// The descriptor by which another process finds it, and its length.
+    #[must_use]
+    pub fn descriptor(&self) -> (i32, usize) {
+        (self.file.as_raw_fd(), self.bytes)
+    }
+
     /// Maps it: anywhere, or at `address`. The second value tells whether something else lay there.
     ///
     /// # Errors

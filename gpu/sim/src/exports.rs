@@ -9,11 +9,11 @@ use crate::page::{PAIRS_MAX, Uuid};
 use crate::target::{self, virtual_memory};
 use crate::{VERSION_ENV, code};
 
-fn version() -> c_int {
+pub(crate) fn version() -> c_int {
     std::env::var(VERSION_ENV).ok().and_then(|text| text.parse().ok()).unwrap_or(13_000)
 }
 
-fn device_of(number: c_int) -> Result<Device, u32> {
+pub(crate) fn device_of(number: c_int) -> Result<Device, u32> {
     let index = usize::try_from(number).map_err(|_| code::INVALID_DEVICE)?;
     device::all().into_iter().nth(index).ok_or(code::INVALID_DEVICE)
 }
@@ -104,7 +104,10 @@ unsafe extern "C" fn cuDevicePrimaryCtxRetain(out: *mut *mut c_void, number: c_i
     }
     let made = device_of(number).and_then(|_| match target::context() {
         // The device's number and one.
-        code::SUCCESS => Ok(std::ptr::without_provenance_mut(number.unsigned_abs() as usize + 1)),
+        code::SUCCESS => {
+            crate::custom::RETAINED.fetch_add(1, Ordering::SeqCst);
+            Ok(std::ptr::without_provenance_mut(number.unsigned_abs() as usize + 1))
+        }
         code => Err(code),
     });
     // SAFETY: as the header asks.
@@ -275,23 +278,23 @@ unsafe extern "C" fn cuCheckpointProcessLock(pid: c_int, args: *const [u32; 16])
     }
     // Zero is to wait for ever.
     let timeout = if args[0] == 0 { u32::MAX } else { args[0] };
-    caller::step(0, pid, timeout, &[])
+    caller::step(0, pid, timeout, &[], false)
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuCheckpointProcessCheckpoint(pid: c_int, args: *const [u32; 16]) -> u32 {
     // SAFETY: as the header asks.
-    unsafe { reserved(args) }.unwrap_or_else(|| caller::step(1, pid, 0, &[]))
+    unsafe { reserved(args) }.unwrap_or_else(|| caller::step(1, pid, 0, &[], false))
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuCheckpointProcessUnlock(pid: c_int, args: *const [u32; 16]) -> u32 {
     // SAFETY: as the header asks.
-    unsafe { reserved(args) }.unwrap_or_else(|| caller::step(3, pid, 0, &[]))
+    unsafe { reserved(args) }.unwrap_or_else(|| caller::step(3, pid, 0, &[], false))
 }
 
 /// The refusal of arguments that are not all zero.
-unsafe fn reserved(args: *const [u32; 16]) -> Option<u32> {
+pub(crate) unsafe fn reserved(args: *const [u32; 16]) -> Option<u32> {
     // SAFETY: null or 64 bytes.
     let args = unsafe { args.as_ref() }?;
     args.iter().any(|word| *word != 0).then_some(code::INVALID_VALUE)
@@ -299,19 +302,30 @@ unsafe fn reserved(args: *const [u32; 16]) -> Option<u32> {
 
 /// `CUcheckpointRestoreArgs` of CUDA 13.
 #[repr(C)]
-struct RestoreArgs {
+pub(crate) struct RestoreArgs {
     pairs: *const [Uuid; 2],
     count: c_uint,
-    rest: [u32; 13],
+    pad: c_uint,
+    /// Custom storage, known from CUDA 13.4 on.
+    pub(crate) custom: u64,
+    rest: [u32; 10],
 }
 const _: () = assert!(size_of::<RestoreArgs>() == 64);
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuCheckpointProcessRestore(pid: c_int, args: *const RestoreArgs) -> u32 {
     // SAFETY: as the header asks: null or 64 bytes.
-    let Some(args) = (unsafe { args.as_ref() }) else { return caller::step(2, pid, 0, &[]) };
+    let Some(args) = (unsafe { args.as_ref() }) else { return caller::step(2, pid, 0, &[], false) };
+    match args.custom {
+        0 => restore(pid, args, false),
+        _ => code::INVALID_VALUE,
+    }
+}
+
+/// The restore of either version of the function.
+pub(crate) fn restore(pid: c_int, args: &RestoreArgs, custom: bool) -> u32 {
     let count = args.count as usize;
-    let malformed = args.rest.iter().any(|word| *word != 0) || count > PAIRS_MAX;
+    let malformed = args.pad != 0 || args.rest.iter().any(|word| *word != 0) || count > PAIRS_MAX;
     // A driver of R570 knows no pairs: to it these bytes are reserved.
     if malformed || (count > 0 && (args.pairs.is_null() || version() < 13_000)) {
         return code::INVALID_VALUE;
@@ -321,5 +335,5 @@ unsafe extern "C" fn cuCheckpointProcessRestore(pid: c_int, args: *const Restore
         // SAFETY: the header asks for that many pairs.
         count => unsafe { std::slice::from_raw_parts(args.pairs, count) },
     };
-    caller::step(2, pid, 0, pairs)
+    caller::step(2, pid, 0, pairs, custom)
 }

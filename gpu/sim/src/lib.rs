@@ -21,6 +21,7 @@
 
 pub mod caller;
 pub mod control;
+mod custom;
 pub mod device;
 mod exports;
 mod nvml;
@@ -58,6 +59,8 @@ pub mod code {
     pub const INVALID_DEVICE: u32 = 101;
     /// Rights are missing, or what the operating system refused.
     pub const OPERATING_SYSTEM: u32 = 304;
+    /// A context of a device is missing in the caller.
+    pub const INVALID_CONTEXT: u32 = 201;
     /// The state does not allow the step.
     pub const ILLEGAL_STATE: u32 = 401;
     /// The lock's time is over.

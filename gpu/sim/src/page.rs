@@ -9,7 +9,7 @@ use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicI32, AtomicU32, AtomicU64};
 
 /// Marks a page that a target has set up, and the layout below.
-pub const MAGIC: u64 = 0x5245_5741_524d_0001;
+pub const MAGIC: u64 = 0x5245_5741_524d_0002;
 /// Most pairs of a device map.
 pub const PAIRS_MAX: usize = 16;
 
@@ -48,6 +48,12 @@ pub struct Page {
     pub result: AtomicU32,
     /// How often a restore found something else in the place of a device range.
     pub clobbered: AtomicU32,
+    /// 1 where the caller moves the memory itself (custom storage).
+    pub custom: AtomicU32,
+    /// How many pieces of device memory are at the caller's disposal.
+    pub piece_count: AtomicU32,
+    /// Where they are listed: so many [`crate::target::Piece`] in the target's memory.
+    pub pieces: AtomicU64,
     /// The map.
     pub pairs: Pairs,
 }
@@ -63,7 +69,7 @@ unsafe impl Sync for Pairs {}
 const _: () = assert!(size_of::<Page>() == 4096);
 
 /// Names of the steps.
-pub const STEPS: [&str; 4] = ["lock", "checkpoint", "restore", "unlock"];
+pub const STEPS: [&str; 5] = ["lock", "checkpoint", "restore", "unlock", "complete"];
 
 /// This process's page.
 pub static PAGE: Page = Page {
@@ -81,6 +87,9 @@ pub static PAGE: Page = Page {
     rate: AtomicU64::new(0),
     result: AtomicU32::new(0),
     clobbered: AtomicU32::new(0),
+    custom: AtomicU32::new(0),
+    piece_count: AtomicU32::new(0),
+    pieces: AtomicU64::new(0),
     pairs: Pairs(UnsafeCell::new([[[0; 16]; 2]; PAIRS_MAX])),
 };
 

@@ -1,5 +1,6 @@
 //! The side of the process that uses the device: its memory, its calls, and the thread that carries steps out.
 
+pub(crate) mod custom;
 pub(crate) mod virtual_memory;
 
 use std::collections::BTreeMap;
@@ -17,6 +18,8 @@ const RUNNING: u32 = 0;
 const LOCKED: u32 = 1;
 const CHECKPOINTED: u32 = 2;
 const FAILED: u32 = 3;
+const CHECKPOINTING: u32 = 4;
+const RESTORING: u32 = 5;
 const STEP: Duration = Duration::from_micros(500);
 
 /// What this process has on devices.
@@ -30,6 +33,12 @@ struct Held {
     /// Address and length of the copy, while it is checkpointed.
     copy: Option<(usize, usize)>,
     context: bool,
+    /// The checkpoint left the memory to the caller: so must the restore.
+    away: bool,
+    /// What a restore has taken for memory that the caller fills.
+    taken: Vec<(usize, Uuid, Memory)>,
+    /// What the caller is told.
+    pieces: Vec<custom::Piece>,
     /// Address and length of reserved ranges.
     reserved: BTreeMap<usize, usize>,
     /// Memory that was made apart from an address, by handle.
@@ -156,7 +165,7 @@ pub(crate) unsafe fn copy(device: usize, host: *mut u8, bytes: usize, to_host: b
         let below = guard.get_or_insert_default().allocations.range(..=device).next_back();
         below.is_some_and(|(start, allocation)| device + bytes <= start + allocation.bytes)
     };
-    if !inside {
+    if !inside && !crate::custom::has_mapped(device, bytes) {
         return code::INVALID_VALUE;
     }
     let place: *mut u8 = std::ptr::with_exposed_provenance_mut(device);
@@ -247,8 +256,12 @@ fn carry_out() -> u32 {
     let state = PAGE.state.load(Ordering::SeqCst);
     match (PAGE.step.load(Ordering::SeqCst), state) {
         (0, RUNNING) => lock(Duration::from_millis(PAGE.timeout_ms.load(Ordering::SeqCst).into())),
+        (1, LOCKED) if custom::wanted() => custom::begin_checkpoint(),
         (1, LOCKED) => checkpoint(),
+        (4, CHECKPOINTING) => custom::end_checkpoint(),
+        (4, RESTORING) => custom::end_restore(),
         (2, CHECKPOINTED) if PAGE.broken.load(Ordering::SeqCst) != 0 => code::OPERATING_SYSTEM,
+        (2, CHECKPOINTED) if custom::wanted() => custom::begin_restore(),
         (2, CHECKPOINTED) => restore(),
         (3, LOCKED) => {
             PAGE.state.store(RUNNING, Ordering::SeqCst);
@@ -318,11 +331,28 @@ fn checkpoint() -> u32 {
     code::SUCCESS
 }
 
+impl Held {
+    /// Maps restored memory where it was.
+    fn place(&mut self, filled: Vec<(usize, Uuid, Memory)>) -> Result<(), u32> {
+        for (address, uuid, memory) in filled {
+            let (_, clobbered) = memory.map(Some(address)).map_err(|_| code::OPERATING_SYSTEM)?;
+            PAGE.clobbered.fetch_add(clobbered.into(), Ordering::SeqCst);
+            let allocation = self.allocations.get_mut(&address).expect("taken from this map");
+            allocation.device = uuid;
+            allocation.memory = Some(memory);
+        }
+        Ok(())
+    }
+}
+
 /// In two phases, so that a failed one can be repeated: everything is taken and filled, then mapped.
 fn restore() -> u32 {
     let began = Instant::now();
     let mut guard = held();
     let held = guard.get_or_insert_default();
+    if held.away {
+        return code::INVALID_VALUE;
+    }
     let places = match places(&held.visible) {
         Ok(places) => places,
         Err(code) => return code,
@@ -339,14 +369,8 @@ fn restore() -> u32 {
         from += allocation.bytes;
         filled.push((*address, device.uuid, memory));
     }
-    for (address, uuid, memory) in filled {
-        match memory.map(Some(address)) {
-            Ok((_, clobbered)) => PAGE.clobbered.fetch_add(clobbered.into(), Ordering::SeqCst),
-            Err(_) => return code::OPERATING_SYSTEM,
-        };
-        let allocation = held.allocations.get_mut(&address).expect("taken from this map");
-        allocation.device = uuid;
-        allocation.memory = Some(memory);
+    if let Err(code) = held.place(filled) {
+        return code;
     }
     held.nodes = nodes;
     if let Some((address, bytes)) = held.copy.take() {

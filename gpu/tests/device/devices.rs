@@ -1,6 +1,7 @@
 //! Other devices than at the checkpoint, full ones, and drivers that are missing, old or incomplete.
 
 use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::place::InProcess;
 use rewarm_gpu::topology;
 use rewarm_gpu::{Aftermath, CallError, Code, Helper, Pair, order};
 
@@ -31,12 +32,12 @@ fn a_server_moves_to_another_device() -> Result<(), Failed> {
     let server = world.serve(&["--mib", "16"]);
     let mut helper = world.helper();
     let there = helper.devices()?;
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.remove_device(0);
     world.add_device(1, 64);
     let pairs = topology::map(&there, &helper.devices()?, &topology::Wish::Same, &topology::Room::default())?;
     assert_eq!(pairs, [pair(0, 1)]);
-    order::resume(&mut helper, &world.group, &suspended.processes, &pairs)?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &pairs, &mut InProcess::default())?;
     assert_eq!((world.used(0), world.used(1)), (0, 18 * MIB));
     server.is_whole();
     Ok(())
@@ -46,19 +47,26 @@ fn a_map_that_does_not_fit_is_refused() -> Result<(), Failed> {
     let mut world = World::new(&[64, 64]);
     let server = world.serve(&["--mib", "4"]);
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.add_device(2, 64);
     let twice = [pair(0, 0), pair(1, 0)];
     let too_few = [pair(0, 2)];
     let unknown = [pair(0, 7), pair(1, 1)];
     for bad in [&twice[..], &too_few, &unknown] {
         let failure =
-            order::resume(&mut helper, &world.group, &suspended.processes, bad).expect_err("refused");
+            order::resume(&mut helper, &world.group, &suspended.processes, bad, &mut InProcess::default())
+                .expect_err("refused");
         assert!(failure.to_string().contains("invalid value (1)"), "{failure}");
         assert_eq!(failure.aftermath, Aftermath::Suspended);
         assert!(world.group.is_frozen());
     }
-    order::resume(&mut helper, &world.group, &suspended.processes, &[pair(0, 1), pair(1, 2)])?;
+    order::resume(
+        &mut helper,
+        &world.group,
+        &suspended.processes,
+        &[pair(0, 1), pair(1, 2)],
+        &mut InProcess::default(),
+    )?;
     server.is_whole();
     assert_eq!((world.used(0), world.used(1)), (0, 6 * MIB));
     Ok(())
@@ -68,14 +76,16 @@ fn a_full_device_leaves_the_server_paused_until_there_is_room() -> Result<(), Fa
     let mut world = World::new(&[64]);
     let server = world.serve(&["--mib", "32"]);
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     let neighbour = world.path("devices").join("0/neighbour");
     std::fs::write(&neighbour, vec![1; 48 << 20])?;
-    let failure = order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("full");
+    let failure =
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+            .expect_err("full");
     assert!(failure.to_string().contains("out of memory (2); the server stays paused"), "{failure}");
     assert_eq!(failure.aftermath, Aftermath::Suspended);
     std::fs::remove_file(&neighbour)?;
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())
 }
@@ -110,12 +120,13 @@ fn an_old_driver_refuses_a_map() -> Result<(), Failed> {
     let mut world = World::new(&[64, 64]);
     let server = world.serve(&["--mib", "4"]);
     let mut helper = world.helper_of_version(12_080);
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     let pairs = [pair(0, 1), pair(1, 0)];
     let failure =
-        order::resume(&mut helper, &world.group, &suspended.processes, &pairs).expect_err("too old");
+        order::resume(&mut helper, &world.group, &suspended.processes, &pairs, &mut InProcess::default())
+            .expect_err("too old");
     assert!(failure.to_string().contains("needs CUDA 13.0 (R580), the driver has 12.8"), "{failure}");
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     assert_eq!(
         helper.lock(server.pid, LOCK).and_then(|_| helper.lock(server.pid, LOCK)).expect_err("locked").code(),

@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::place::InProcess;
 use rewarm_gpu::{Aftermath, Cause, State, order, ranges};
 
 use crate::world::{LOCK, PATIENCE, World};
@@ -34,7 +35,8 @@ fn the_helper_dies_in_each_call_of_a_suspend() -> Result<(), Failed> {
     // Killed before it asked the driver: the call is not repeated, everything is undone.
     for call in ["thread", "lock", "checkpoint"] {
         world.control(&format!("{call}*1 die"));
-        let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("the helper died");
+        let failure = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())
+            .expect_err("the helper died");
         assert!(failure.to_string().contains("the GPU helper ended during the call"), "{call}: {failure}");
         assert_eq!(failure.aftermath, Aftermath::Running, "{call}");
         assert_eq!(
@@ -46,9 +48,9 @@ fn the_helper_dies_in_each_call_of_a_suspend() -> Result<(), Failed> {
     // Killed after it was done: the state shows it.
     for call in ["lock", "checkpoint"] {
         world.control(&format!("{call} then-die"));
-        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
         world.control("");
-        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
         server.is_whole();
     }
     Ok(())
@@ -59,22 +61,24 @@ fn the_helper_dies_in_each_call_of_a_resume() -> Result<(), Failed> {
     let server = world.serve(&["--mib", "4"]);
     let answer = server.generate();
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     for call in ["restore", "unlock"] {
         world.control(&format!("{call} die"));
-        let failure = order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("died");
+        let failure =
+            order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+                .expect_err("died");
         assert_eq!(failure.aftermath, Aftermath::Suspended, "{call}: {failure}");
         assert!(world.group.is_frozen(), "{call}");
     }
     for call in ["restore", "unlock"] {
         world.control(&format!("{call} then-die"));
-        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
         assert_eq!(server.generate(), answer, "{call}");
         world.control("");
-        order::suspend(&mut helper, &world.group, LOCK)?;
+        order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     }
     let now = order::find(&mut helper, &world.group)?;
-    order::resume(&mut helper, &world.group, &now, &[])?;
+    order::resume(&mut helper, &world.group, &now, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())
 }
@@ -99,9 +103,9 @@ fn the_server_dies_in_each_state() -> Result<(), Failed> {
     }
     // Suspended, one of two: the other one goes on.
     let (gone, left) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.kill_frozen(gone.pid);
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     left.is_whole();
     Ok(())
 }
@@ -112,7 +116,8 @@ fn the_server_dies_within_each_call() -> Result<(), Failed> {
         let (bad, good) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
         let mut helper = world.helper();
         world.control(&format!("{call}@{} crash", bad.pid));
-        let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("it crashed");
+        let failure = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())
+            .expect_err("it crashed");
         assert!(matches!(failure.cause, Cause::Gone { pid, .. } if pid == bad.pid), "{call}: {failure}");
         assert_eq!(failure.aftermath, Aftermath::Running, "{call}");
         good.is_whole();
@@ -121,14 +126,15 @@ fn the_server_dies_within_each_call() -> Result<(), Failed> {
         let mut world = World::new(&[64]);
         let (bad, good) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
         let mut helper = world.helper();
-        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
         world.control(&format!("{call}@{} crash", bad.pid));
         let failure =
-            order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("it crashed");
+            order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+                .expect_err("it crashed");
         assert!(matches!(failure.cause, Cause::Gone { pid, .. } if pid == bad.pid), "{call}: {failure}");
         assert_eq!(failure.aftermath, Aftermath::Suspended, "{call}");
         world.control("");
-        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
         good.is_whole();
     }
     Ok(())

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::place::InProcess;
 use rewarm_gpu::{Aftermath, Cause, Code, State, Step, order};
 use rewarm_report::{Class, Classify};
 
@@ -50,7 +51,8 @@ fn a_lock_under_a_long_kernel_times_out_and_the_server_goes_on() -> Result<(), F
     server.ask("POST", "/kernel?1500", "")?;
     let mut helper = world.helper();
     let failure =
-        order::suspend(&mut helper, &world.group, Duration::from_millis(100)).expect_err("a kernel runs");
+        order::suspend(&mut helper, &world.group, Duration::from_millis(100), &mut InProcess::default())
+            .expect_err("a kernel runs");
     assert!(
         failure.to_string().ends_with("the driver says not ready (600); the server runs on"),
         "{failure}"
@@ -59,8 +61,8 @@ fn a_lock_under_a_long_kernel_times_out_and_the_server_goes_on() -> Result<(), F
     assert_eq!(helper.state(server.pid)?, State::RUNNING);
     assert_eq!(server.generate(), answer);
     // With enough time the same server can be locked.
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())
 }
@@ -71,7 +73,8 @@ fn a_checkpoint_that_fails_for_the_second_of_three_undoes_all() -> Result<(), Fa
     let answers = servers.map(|server| server.generate());
     world.control(&format!("checkpoint@{} result 801", servers[1].pid));
     let mut helper = world.helper();
-    let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("refused");
+    let failure =
+        order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default()).expect_err("refused");
     let text = format!(
         "checkpoint of process {}: the driver says not supported (801); the server runs on; managed memory and CUDA IPC are what drivers refuse so (docs/gpu.md)",
         servers[1].pid
@@ -92,7 +95,8 @@ fn a_failed_process_is_named_and_the_others_run() -> Result<(), Failed> {
     let bad = servers[1].pid;
     world.control(&format!("checkpoint@{bad} failed"));
     let mut helper = world.helper();
-    let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("failed");
+    let failure =
+        order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default()).expect_err("failed");
     assert_eq!(failure.aftermath, Aftermath::Stranded(vec![(bad, "failed".into())]));
     assert_eq!(failure.class(), Class::Stranded);
     assert!(
@@ -110,7 +114,8 @@ fn a_state_that_nobody_knows_counts_as_no_success() -> Result<(), Failed> {
     helper.start()?;
     // The first question is asked before the lock; the second is answered with a state of the future.
     world.control("state*1 value 0\nstate*1 value 99");
-    let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("unknown");
+    let failure =
+        order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default()).expect_err("unknown");
     let lock = Step::Lock;
     assert!(
         matches!(&failure.cause, Cause::State { step, seen: State(99), .. } if *step == lock),
@@ -120,7 +125,8 @@ fn a_state_that_nobody_knows_counts_as_no_success() -> Result<(), Failed> {
     server.is_whole();
     // One that stays unknown is no state from which the server goes on.
     world.control("state value 99");
-    let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("unknown");
+    let failure =
+        order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default()).expect_err("unknown");
     assert_eq!(failure.aftermath, Aftermath::Stranded(vec![(server.pid, "unknown state 99".into())]));
     world.control("");
     server.is_whole();
@@ -131,9 +137,9 @@ fn an_unlock_that_errs_although_it_was_done_is_done() -> Result<(), Failed> {
     let mut world = World::new(&[64]);
     let server = world.serve(&["--mib", "4"]);
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.control("unlock then-result 401");
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())
 }
@@ -152,11 +158,17 @@ fn a_call_that_never_returns_is_given_up_and_undone() -> Result<(), Failed> {
         ("thread*1 hang", false),
     ] {
         world.control(rule);
-        let result = order::suspend(&mut helper, &world.group, LOCK);
+        let result = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default());
         world.control("");
         match result {
             Ok(suspended) if done => {
-                order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+                order::resume(
+                    &mut helper,
+                    &world.group,
+                    &suspended.processes,
+                    &[],
+                    &mut InProcess::default(),
+                )?;
             }
             Err(failure) if !done => {
                 assert!(failure.to_string().contains("no answer within 1 s"), "{rule}: {failure}");
@@ -175,7 +187,8 @@ fn a_result_that_nobody_knows_is_told() -> Result<(), Failed> {
     let server = world.serve(&["--mib", "4"]);
     world.control("checkpoint result 4321");
     let mut helper = world.helper();
-    let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("refused");
+    let failure =
+        order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default()).expect_err("refused");
     assert!(failure.to_string().contains("result 4321, which this program does not know"), "{failure}");
     assert_eq!(failure.aftermath, Aftermath::Running);
     server.is_whole();
@@ -186,12 +199,16 @@ fn a_restore_that_broke_the_process_for_good_is_stranded() -> Result<(), Failed>
     let mut world = World::new(&[64]);
     let server = world.serve(&["--mib", "4"]);
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.control("restore oom");
-    let failure = order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("broken");
+    let failure =
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+            .expect_err("broken");
     assert!(failure.to_string().contains("out of memory (2)"), "{failure}");
     world.control("");
-    let failure = order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("broken");
+    let failure =
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+            .expect_err("broken");
     assert!(failure.to_string().contains("operating system (304)"), "{failure}");
     assert!(world.group.is_frozen(), "what is not whole does not answer");
     assert_eq!(helper.state(server.pid)?, State::CHECKPOINTED);
@@ -203,20 +220,22 @@ fn a_success_that_is_a_lie_is_found() -> Result<(), Failed> {
     let server = world.serve(&["--mib", "4"]);
     let mut helper = world.helper();
     world.control("checkpoint value 0");
-    let failure = order::suspend(&mut helper, &world.group, LOCK).expect_err("nothing was done");
+    let failure = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())
+        .expect_err("nothing was done");
     let text = format!(
         "after checkpoint process {} is locked, expected checkpointed; the server runs on",
         server.pid
     );
     assert_eq!(failure.to_string(), text);
     world.control("");
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.control("restore value 0");
     let failure =
-        order::resume(&mut helper, &world.group, &suspended.processes, &[]).expect_err("nothing was done");
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+            .expect_err("nothing was done");
     assert_eq!(failure.aftermath, Aftermath::Suspended, "{failure}");
     world.control("");
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     assert_eq!(Code::SUCCESS, Code(0));
     Ok(())

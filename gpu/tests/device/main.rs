@@ -4,6 +4,7 @@
 //! simulated device memory.
 
 mod devices;
+mod direct;
 mod endings;
 mod failures;
 mod steps;
@@ -33,10 +34,11 @@ fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let trials: Vec<Trial> = [steps::trials(), devices::trials(), failures::trials(), endings::trials()]
-        .into_iter()
-        .flatten()
-        .collect();
+    let trials: Vec<Trial> =
+        [steps::trials(), devices::trials(), failures::trials(), endings::trials(), direct::trials()]
+            .into_iter()
+            .flatten()
+            .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 

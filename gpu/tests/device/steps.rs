@@ -1,6 +1,7 @@
 //! What works: servers are suspended and resumed, and nothing of theirs is changed.
 
 use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::place::InProcess;
 use rewarm_gpu::{Code, State, Step, order};
 
 use crate::world::{LOCK, MIB, World};
@@ -28,14 +29,15 @@ fn two_servers_are_suspended_and_resumed() -> Result<(), Failed> {
     let answers = servers.map(|server| server.generate());
     assert_eq!(servers[0].nodes().len(), 2, "a running server holds the device's nodes");
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     // Weights and KV cache of both, in whole pieces of 2 MiB.
     assert_eq!(suspended.bytes(), (32 + 2 + 16 + 2) * MIB);
     assert_eq!(suspended.processes.len(), 2);
     assert_eq!(world.used(0), 0, "the device is free");
     assert!(world.group.is_frozen());
     assert!(servers.iter().all(|server| server.nodes().is_empty()), "no descriptor is left");
-    let resumed = order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    let resumed =
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     assert!(resumed.restore <= resumed.total);
     assert!(!world.group.is_frozen());
     assert_eq!(world.used(0), 52 * MIB);
@@ -52,9 +54,9 @@ fn rounds_under_threads_that_map_memory() -> Result<(), Failed> {
     let server = world.serve(&["--mib", "16", "--threads", "6"]);
     let mut helper = world.helper();
     for _ in 0..8 {
-        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
         assert_eq!(suspended.bytes(), 18 * MIB, "the copy is found exactly among memory that comes and goes");
-        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
         server.is_whole();
     }
     Ok(())
@@ -64,11 +66,11 @@ fn what_uses_no_device_is_only_frozen() -> Result<(), Failed> {
     let mut world = World::new(&[64]);
     let server = world.serve(&["--late"]);
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     assert_eq!((suspended.processes.len(), suspended.bytes()), (0, 0));
     assert_eq!(helper.pid(), None, "no helper is started for it");
     assert!(world.group.is_frozen());
-    order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.ask("GET", "/health", "")?;
     Ok(())
 }
@@ -103,9 +105,9 @@ fn a_process_that_begins_meanwhile_is_suspended_too() -> Result<(), Failed> {
     let (first, begin) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "8", "--late"]));
     let group = Late { group: &world.group, begin, looks: 0.into() };
     let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &group, LOCK)?;
+    let suspended = order::suspend(&mut helper, &group, LOCK, &mut InProcess::default())?;
     assert_eq!(suspended.processes.len(), 2);
-    order::resume(&mut helper, &group, &suspended.processes, &[])?;
+    order::resume(&mut helper, &group, &suspended.processes, &[], &mut InProcess::default())?;
     first.is_whole();
     begin.is_whole();
     Ok(())
@@ -162,8 +164,8 @@ fn one_helper_serves_all_calls() -> Result<(), Failed> {
     helper.start()?;
     let pid = helper.pid();
     for _ in 0..3 {
-        let suspended = order::suspend(&mut helper, &world.group, LOCK)?;
-        order::resume(&mut helper, &world.group, &suspended.processes, &[])?;
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     }
     assert!(pid.is_some() && helper.pid() == pid);
     let devices = helper.devices()?;
