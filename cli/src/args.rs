@@ -255,6 +255,9 @@ pub(crate) struct Snapshot {
     /// How long the server may be frozen; then the dump is given up and it goes on. Without it 5m, and 1h with --stop.
     #[arg(long, value_name = "TIME", value_parser = values::duration)]
     pub(crate) freeze_timeout: Option<Duration>,
+    /// Move device memory past the server's own memory; needs CUDA 13.4 (docs/gpu.md).
+    #[arg(long)]
+    pub(crate) gpu_direct: bool,
 }
 
 #[derive(Debug, Args)]

@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use crate::driver::Version;
 use crate::nvml::{Machine, Sharing};
 use crate::topology::Uuid;
 
@@ -103,6 +104,15 @@ pub enum Refusal {
         thread: i32,
         /// The debugger.
         tracer: i32,
+    },
+    /// The driver has no custom storage.
+    #[error(
+        "device memory can be moved past the process from CUDA {} (R615) on, the driver has {found}; leave --gpu-direct out",
+        crate::custom::VERSION_MIN
+    )]
+    Direct {
+        /// Its version.
+        found: Version,
     },
     /// Device memory does not fit into host memory.
     #[error("{needed} bytes of device memory go into host memory, of which {free} are free{}", if *limited { " within the replica's limit" } else { "" })]

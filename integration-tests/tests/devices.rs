@@ -1,5 +1,6 @@
 //! Servers with device memory, against the simulated driver.
 
+mod direct;
 mod engine;
 mod given;
 mod luck;

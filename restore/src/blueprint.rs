@@ -39,11 +39,22 @@ pub(crate) struct DeviceRegion {
     pub(crate) layout: Arc<Layout>,
 }
 
+/// Device memory of a task on one device, which goes there without lying in the task's memory.
+#[derive(Debug, Clone)]
+pub(crate) struct DirectRegion {
+    pub(crate) region: usize,
+    pub(crate) pid: u32,
+    pub(crate) gpu: String,
+    /// Addresses are those on the device, counted from 0.
+    pub(crate) layout: Arc<Layout>,
+}
+
 /// A snapshot's parts.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Blueprint {
     pub(crate) objects: Vec<ObjectRegion>,
     pub(crate) devices: Vec<DeviceRegion>,
+    pub(crate) direct: Vec<DirectRegion>,
     pub(crate) trees: Vec<(usize, Place, Arc<Tree>)>,
     /// Image files that are regions: region, name, length.
     pub(crate) files: Vec<(usize, String, u64)>,
@@ -63,8 +74,9 @@ impl Blueprint {
                 RegionKind::Shmem { id } => {
                     blueprint.object(region, Object::Shmem { id: *id }, &stored.meta, stored.bytes)?
                 }
-                RegionKind::Device { pid, .. } => {
-                    blueprint.device(region, *pid, &stored.meta, stored.bytes)?
+                RegionKind::Device { pid, gpu, direct } => {
+                    let gpu = direct.then(|| gpu.clone().unwrap_or_default());
+                    blueprint.device(region, *pid, gpu, &stored.meta, stored.bytes)?
                 }
                 RegionKind::Tree { name } => {
                     let place = match name.as_str() {
@@ -95,17 +107,30 @@ impl Blueprint {
         Ok(blueprint)
     }
 
-    fn device(&mut self, region: usize, pid: u32, meta: &[u8], bytes: u64) -> Result<(), Cause> {
+    /// `gpu` where it does not lie in the task's memory.
+    fn device(
+        &mut self,
+        region: usize,
+        pid: u32,
+        gpu: Option<String>,
+        meta: &[u8],
+        bytes: u64,
+    ) -> Result<(), Cause> {
         let what = format!("device memory of task {pid}");
         let layout = Layout::decode(meta).map_err(|error| inconsistent(format!("{what}: {error}")))?;
         same_length(&what, layout.stream_bytes(), bytes)?;
         if layout.runs().iter().any(|run| !run.lazy) {
             return Err(inconsistent(format!("{what} has pages that CRIU insists on")));
         }
+        let layout = Arc::new(layout);
+        if let Some(gpu) = gpu {
+            self.direct.push(DirectRegion { region, pid, gpu, layout });
+            return Ok(());
+        }
         if self.devices.iter().any(|other| other.pid == pid) {
             return Err(inconsistent(format!("{what} is there twice")));
         }
-        self.devices.push(DeviceRegion { region, pid, layout: Arc::new(layout) });
+        self.devices.push(DeviceRegion { region, pid, layout });
         Ok(())
     }
 

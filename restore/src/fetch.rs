@@ -110,8 +110,9 @@ impl Fetching {
                 }
             }
         }
-        // What is touched before the probe has ended comes next.
+        // Then device memory, for which the whole server waits, then what is touched before the probe has ended.
         let layout = self.stream.layout();
+        first.extend(self.lazy.direct().filter_map(|region| layout.regions().get(region).copied()));
         let known = self.stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         first.extend(known.iter().filter_map(|&(region, offset, bytes)| {
             let (base, _) = layout.regions().get(region as usize)?;

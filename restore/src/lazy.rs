@@ -16,9 +16,11 @@ use rewarm_criu::layout::Layout;
 use rewarm_criu::page_server::Object;
 use rewarm_criu::patch;
 use rewarm_fetcher::{Lease, Stream};
+use rewarm_gpu::carried::Carried;
 use serde::{Deserialize, Serialize};
 
-use crate::blueprint::Blueprint;
+use crate::blueprint::{Blueprint, DirectRegion};
+use crate::direct::Feed;
 use crate::error::Cause;
 use crate::pager::{AtFork, Extent, Mapping, Plan, Run};
 
@@ -120,10 +122,12 @@ pub(crate) struct Lazy {
     orders: OwnedFd,
     /// When memory is filled.
     when: When,
-    /// Whether only one pager reads the stream.
-    alone: bool,
+    /// Whether only one pager reads the stream, and says what it is done with: nobody says so of device memory.
+    passing: bool,
     /// The tasks' pids and their regions.
     regions: Vec<(u32, u32)>,
+    /// Device memory that goes past the tasks.
+    direct: Vec<DirectRegion>,
 }
 
 /// Device memory of a task has a content stream of its own, named by the task's pid and this bit, which no pid has.
@@ -173,7 +177,8 @@ impl Lazy {
         let record = when == When::Recorded || (when == When::AtOnce && stream.working_set().is_some());
         let orders = Orders { first: first.collect(), tasks, devices, when, record, alone };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { stream, orders, when, alone, regions })
+        let passing = alone && blueprint.devices.is_empty() && blueprint.direct.is_empty();
+        Ok(Self { stream, orders, when, passing, regions, direct: blueprint.direct.clone() })
     }
 
     /// Whether the tree is filled while it is stopped.
@@ -183,7 +188,17 @@ impl Lazy {
 
     /// Whether content is said to be done with as it is put into place.
     pub(crate) fn is_passing(&self) -> bool {
-        self.alone && !self.is_eager()
+        self.passing && !self.is_eager()
+    }
+
+    /// What carries device memory past the tasks, to the driver.
+    pub(crate) fn feed(&self, carried: &Carried) -> Result<Option<Feed>, Cause> {
+        Feed::plan(carried, &self.direct, &self.stream)
+    }
+
+    /// Regions of device memory that goes past the tasks.
+    pub(crate) fn direct(&self) -> impl Iterator<Item = usize> + '_ {
+        self.direct.iter().map(|direct| direct.region)
     }
 
     /// What was touched, by region.

@@ -7,6 +7,7 @@ mod begun;
 mod blueprint;
 pub mod cold;
 mod device;
+mod direct;
 mod error;
 mod fetch;
 mod lazy;

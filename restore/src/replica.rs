@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::direct::{Feed, Feeding};
 use rewarm_container::cgroup::Cgroup;
 use rewarm_container::dial::Inside;
 use rewarm_container::shim::{Client, DeviceRequest, Prepare, ResidentRequest, RestoreRequest};
@@ -77,7 +78,9 @@ impl Replica {
             let violations = violations.iter().map(ToString::to_string).collect();
             return Err(Cause::Inadmissible { violations });
         }
-        let timeout = RESTORE_TIMEOUT + Duration::from_millis(facts.memory.logical_bytes / 100_000);
+        let feed = device.as_ref().map(|device| lazy.feed(&device.carried)).transpose()?.flatten();
+        let bytes = facts.memory.logical_bytes + device.as_ref().map_or(0, |device| device.carried.bytes());
+        let timeout = RESTORE_TIMEOUT + Duration::from_millis(bytes / 100_000);
         let stopped = lazy.is_eager() || device.is_some();
         let config = if stopped { Config::restore().leave_stopped() } else { Config::restore() };
         let request = RestoreRequest {
@@ -97,7 +100,12 @@ impl Replica {
         let (recorder, line) = Recorder::new()?;
         let mut files = lazy.files().to_vec();
         files.extend([lease.as_fd(), line.as_fd()]);
+        let feeding = feed.map(Feed::begin).transpose()?;
+        files.extend(feeding.iter().map(|feeding| feeding.socket.as_fd()));
         let pid = self.client.restore(request, &files).map_err(|error| {
+            if let Some(cause) = feeding.as_ref().and_then(Feeding::failure) {
+                return cause;
+            }
             // CRIU's log says more than runc, and is there only as long as the replica.
             match error.log().and_then(|log| rewarm_criu::Error::of_log("restore", log)) {
                 Some(refused) => Cause::Criu(refused),

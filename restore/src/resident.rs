@@ -119,7 +119,9 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
     let source = Arc::new(Stream { stream, lease, tasks: streams.collect(), alone: orders.alone });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
-    watch(control, &holder, eager, devices)?;
+    // Device memory that goes past the tasks is none that this process fills.
+    let elsewhere = held && !devices && !eager;
+    watch(control, &holder, eager, devices, elsewhere)?;
     if !eager {
         obey(&command, &holder)?;
     }
@@ -137,13 +139,17 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
 
 /// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server. Device memory, and an eager
 /// fill of all memory, begin when the shim says that the tree is restored, which is stopped then.
-fn watch(control: &Control, holder: &Holder, eager: bool, devices: bool) -> io::Result<()> {
+/// `elsewhere`: device memory is there as far as it depends on this process.
+fn watch(control: &Control, holder: &Holder, eager: bool, devices: bool, elsewhere: bool) -> io::Result<()> {
     let listening = control.duplicate()?;
     let socket = holder.control().try_clone()?;
     std::thread::spawn(move || {
         while let Ok(Some((FromShim::Restored { .. }, _))) = listening.next() {
             if devices {
                 let _ = tell(&socket, Command::Devices);
+            }
+            if elsewhere {
+                let _ = listening.tell(&ToShim::Devices, &[]);
             }
             if eager {
                 // A pager that is gone has been heard of already.

@@ -2,7 +2,9 @@
 //! streams into the store from the first page on.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
@@ -21,6 +23,7 @@ use tokio::sync::oneshot;
 use crate::arena::Arena;
 use crate::budget::Budget;
 use crate::capture::{self, capture};
+use crate::direct;
 use crate::error::Cause;
 use crate::pipeline::{Context, Replica, Request, blocking};
 use crate::preflight::Findings;
@@ -49,6 +52,8 @@ pub(crate) struct Dumped {
     pub(crate) limits: BTreeMap<String, u64>,
     /// Device state of a server that uses CUDA; its copies are among the pages.
     pub(crate) device: Option<Carried>,
+    /// Where its device memory is kept, if that went past it.
+    pub(crate) kept: Option<File>,
 }
 
 /// What is copied inside the freeze, and when that was.
@@ -73,8 +78,11 @@ pub(crate) async fn dump(
     };
     touch(&arena, budget.expected, replica).await;
     // From here on a server that uses CUDA stands still. The dump lets it go on.
+    let kept = if request.gpu_direct { Some(direct::file()?) } else { None };
+    let given = kept.as_ref().map(OwnedFd::try_clone).transpose();
+    let given = given.map_err(Cause::io("duplicate the file for device memory"))?;
     let client = replica.client.clone();
-    let device = blocking(move || client.suspend_devices()).await?;
+    let device = blocking(move || client.suspend_devices(given.as_ref().map(AsFd::as_fd))).await?;
     let mut streamer = Streamer::start(session, received, device.as_ref())?;
     let deadline = Instant::now() + request.freeze_timeout;
     let copied = Arc::new(Mutex::new(Copied::default()));
@@ -109,7 +117,8 @@ pub(crate) async fn dump(
     let stats = stats::dump(&replica.client.inside().dump_work())?;
     let since_1970 = dumped_at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let dumped_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
-    Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits: findings.limits.clone(), device })
+    let (limits, kept) = (findings.limits.clone(), kept.map(File::from));
+    Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits, device, kept })
 }
 
 /// Touches the memory that will be needed, up to the part that can be touched while runc and CRIU start.

@@ -6,6 +6,7 @@
 mod arena;
 mod budget;
 mod capture;
+mod direct;
 mod dump;
 mod error;
 mod facts;

@@ -15,7 +15,7 @@ use crate::budget::Budget;
 use crate::dump::Dumped;
 use crate::error::{Cause, Error, Result};
 use crate::preflight::{self, Findings, Rules};
-use crate::{dump, facts, skeleton};
+use crate::{direct, dump, facts, skeleton};
 
 /// How long a failed snapshot waits for its uploads to be aborted, once the server goes on.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(10);
@@ -52,6 +52,8 @@ pub struct Request {
     /// Bytes of memory for what the frozen server has and the store has not taken; without it half of what is free, and
     /// at most 256 MiB with `stop`. What finds no room waits, and the server with it.
     pub freeze_memory: Option<u64>,
+    /// Device memory goes past the server's own (CUDA 13.4).
+    pub gpu_direct: bool,
 }
 
 /// What the pipeline works with.
@@ -181,7 +183,8 @@ impl Attempt {
         let findings = examined.await.expect("the preflight does not panic");
         let mut findings = findings.map_err(|obstacles| Cause::Obstacles { obstacles })?;
         let asked = self.replica.as_ref().expect("connected above").client.clone();
-        findings.memory_bytes += blocking(move || asked.examine_devices()).await?;
+        let direct = self.request.gpu_direct;
+        findings.memory_bytes += blocking(move || asked.examine_devices(direct)).await?;
         for warning in &findings.warnings {
             self.context.clock.progress().warning(warning);
         }
@@ -258,6 +261,9 @@ impl Attempt {
         let mut facts = facts::gather(replica, &dumped, &self.request, &self.context, recorded).await?;
         let client = replica.client.clone();
         blocking(move || client.release_dump()).await?;
+        if let (Some(kept), Some(device)) = (&dumped.kept, &dumped.device) {
+            direct::store(session, kept, device).await?;
+        }
         let progress = self.context.clock.progress().as_ref();
         facts.memory = dumped.streamer.finish(dumped.received_bytes, progress).await?;
         Ok(facts)

@@ -151,13 +151,17 @@ enum Open {
 }
 
 /// A region of pages.
-struct Pages {
+pub(crate) struct Pages {
     writer: RegionWriter,
     layout: Layout,
 }
 
 impl Pages {
-    async fn push(&mut self, run: Run, bytes: Bytes) -> Result<(), Cause> {
+    pub(crate) async fn begin(session: &Session, kind: RegionKind) -> Result<Self, Cause> {
+        Ok(Self { writer: session.region(kind).await?, layout: Layout::new() })
+    }
+
+    pub(crate) async fn push(&mut self, run: Run, bytes: Bytes) -> Result<(), Cause> {
         self.layout.push(run);
         if !run.zero {
             self.writer.push(bytes).await?;
@@ -166,7 +170,7 @@ impl Pages {
     }
 
     /// Ends it; gives its bytes with and without zero pages.
-    async fn finish(self) -> Result<(u64, u64), Cause> {
+    pub(crate) async fn finish(self) -> Result<(u64, u64), Cause> {
         let sizes = (self.layout.logical_bytes(), self.layout.stream_bytes());
         self.writer.finish(self.layout.encode()).await?;
         Ok(sizes)
@@ -222,7 +226,7 @@ impl<'a> Streaming<'a> {
     }
 
     async fn region(&self, kind: RegionKind) -> Result<Pages, Cause> {
-        Ok(Pages { writer: self.session.region(kind).await?, layout: Layout::new() })
+        Pages::begin(self.session, kind).await
     }
 
     async fn end(&mut self) -> Result<(), Cause> {
@@ -273,7 +277,7 @@ impl<'a> Streaming<'a> {
     async fn put(&mut self, object: Object, run: Run, bytes: Bytes, copy: bool) -> Result<(), Cause> {
         if let (true, Object::Task { pid }) = (copy, object) {
             if self.device.is_none() {
-                let kind = RegionKind::Device { pid, gpu: self.copies.gpu.clone() };
+                let kind = RegionKind::Device { pid, gpu: self.copies.gpu.clone(), direct: false };
                 self.device = Some(self.region(kind).await?);
             }
             return self.device.as_mut().expect("just begun").push(run, bytes).await;
@@ -286,7 +290,7 @@ impl<'a> Streaming<'a> {
 }
 
 /// Splits pages into runs of zero and other ones, addresses counted from 0.
-fn alike(bytes: &[u8]) -> impl Iterator<Item = Run> + '_ {
+pub(crate) fn alike(bytes: &[u8]) -> impl Iterator<Item = Run> + '_ {
     let mut pages = bytes.chunks_exact(PAGE_BYTES as usize).map(is_zero).peekable();
     let mut vaddr = 0;
     std::iter::from_fn(move || {

@@ -77,6 +77,7 @@ fn request(args: &Snapshot, global: &Global) -> Result<Request, Cause> {
             FREEZE_TIMEOUT
         }),
         freeze_memory: args.freeze_memory,
+        gpu_direct: args.gpu_direct,
     })
 }
 

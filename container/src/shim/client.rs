@@ -180,21 +180,21 @@ impl Client {
     ///
     /// # Errors
     /// A `Shim` error of class `Incompatible` with every reason at once.
-    pub fn examine_devices(&self) -> Result<u64, Error> {
-        match self.call("examine the devices", &Request::ExamineDevices, &[])? {
+    pub fn examine_devices(&self, direct: bool) -> Result<u64, Error> {
+        match self.call("examine the devices", &Request::ExamineDevices { direct }, &[])? {
             Reply::Examined { device_bytes } => Ok(device_bytes),
             other => Err(self.unexpected("examine the devices", &other)),
         }
     }
 
-    /// Moves the device memory of a server that uses CUDA into its host memory and freezes it, until [`Client::dump`] or
-    /// [`Client::thaw`] or the end of this client. Gives its device state; none where nothing was suspended.
+    /// Moves the device memory of a server that uses CUDA into its host memory, or into the file `direct`, and freezes it, until
+    /// [`Client::dump`] or [`Client::thaw`] or the end of this client. Gives its device state; none where nothing was suspended.
     ///
     /// # Errors
     /// Of class `Incompatible` where the driver cannot do it; the server runs on. Of class `Stranded` where a process was left
     /// in a state from which it cannot go on.
-    pub fn suspend_devices(&self) -> Result<Option<Carried>, Error> {
-        match self.call("suspend the devices", &Request::SuspendDevices, &[])? {
+    pub fn suspend_devices(&self, direct: Option<BorrowedFd<'_>>) -> Result<Option<Carried>, Error> {
+        match self.call("suspend the devices", &Request::SuspendDevices, direct.as_slice())? {
             Reply::Suspended(carried) => Ok(carried.map(|carried| *carried)),
             other => Err(self.unexpected("suspend the devices", &other)),
         }

@@ -6,13 +6,15 @@
 
 use std::ffi::OsString;
 use std::io;
+use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use rewarm_gpu::carried::{self, Carried};
 use rewarm_gpu::nvml::Machine;
-use rewarm_gpu::preflight::{self, Proc, Purpose, Unfit};
-use rewarm_gpu::{Aftermath, Cause, Failure, Group, Helper, Launch, Process, order, ranges};
+use rewarm_gpu::place::{DeviceState, InFile, InProcess};
+use rewarm_gpu::preflight::{self, Proc, Purpose, Refusal, Unfit};
+use rewarm_gpu::{Aftermath, Cause, Failure, Group, Helper, Launch, Process, custom, order, ranges};
 
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
@@ -53,6 +55,15 @@ pub(super) struct Suspension {
     processes: Vec<Process>,
 }
 
+/// Takes the memory for a file now: a checkpoint that runs out of it cannot be undone, and the server still runs.
+fn reserve(file: &OwnedFd, bytes: u64) -> io::Result<()> {
+    let length = i64::try_from(bytes).map_err(io::Error::other)?;
+    match length {
+        0 => Ok(()),
+        _ => Ok(nix::fcntl::posix_fallocate(file, 0, length)?),
+    }
+}
+
 /// What the helper said before anything was touched.
 pub(super) fn untouched(error: rewarm_gpu::CallError) -> Error {
     Failure { cause: Cause::Call(error), aftermath: Aftermath::Running }.into()
@@ -61,7 +72,14 @@ pub(super) fn untouched(error: rewarm_gpu::CallError) -> Error {
 impl Replica {
     /// Refuses what could not be suspended, with every reason at once, and touches nothing. Gives what NVML tells, as far as
     /// it tells something, and the bytes of device memory; nothing where no process uses the driver.
-    pub(super) fn examine(&self, parts: &Parts, purpose: Purpose) -> Result<(Option<Machine>, u64), Error> {
+    ///
+    /// `direct`: device memory shall go past the processes.
+    pub(super) fn examine(
+        &self,
+        parts: &Parts,
+        purpose: Purpose,
+        direct: bool,
+    ) -> Result<(Option<Machine>, u64), Error> {
         let tasks = Tasks(&parts.cgroup);
         let processes = tasks.processes();
         if !processes.iter().any(|pid| ranges::loads_driver(*pid)) {
@@ -73,44 +91,78 @@ impl Replica {
         let found = order::find(&mut helper, &tasks).map_err(untouched)?;
         let cuda: Vec<i32> = found.iter().map(|process| process.pid).collect();
         refusals.extend(proc.server(&processes, &cuda, purpose));
+        let version = helper.version().map_err(untouched)?;
+        if direct && version < custom::VERSION_MIN {
+            refusals.push(Refusal::Direct { found: version });
+        }
         let machine = helper.machine().map_err(untouched)?;
         let mut needed = 0;
         if let Some(machine) = &machine {
             refusals.extend(preflight::devices(machine));
             needed = machine.used_by(&cuda).values().sum();
             let free = rewarm_sys::machine::free_bytes().context("look at", "free memory")?;
-            refusals.extend(preflight::host_memory(needed, free, parts.cgroup.memory_left()));
+            let limit = if direct { None } else { parts.cgroup.memory_left() };
+            refusals.extend(preflight::host_memory(needed, free, limit));
         }
         if refusals.is_empty() { Ok((machine, needed)) } else { Err(Error::Unfit(Unfit(refusals))) }
     }
 
     /// Whether a snapshot of the server's devices can be begun, and the bytes that it has on them.
-    pub(super) fn examine_devices(&self, asker: Asker<'_>) -> Result<u64, Error> {
+    pub(super) fn examine_devices(&self, asker: Asker<'_>, direct: bool) -> Result<u64, Error> {
         let (_busy, parts) = self.begin("examine", asker.id)?;
-        self.examine(parts, Purpose::Snapshot).map(|(_, bytes)| bytes)
+        self.examine(parts, Purpose::Snapshot, direct).map(|(_, bytes)| bytes)
     }
 
-    /// Moves device memory into host memory and leaves the server frozen, for a dump of the same connection; does nothing to
+    /// Works with the device state of this server, wherever it is.
+    pub(super) fn with_state<T>(&self, work: impl FnOnce(&mut dyn DeviceState) -> T) -> T {
+        match self.change(|inner| inner.kept.take()) {
+            Some(mut kept) => {
+                let result = work(&mut kept);
+                self.change(|inner| inner.kept = Some(kept));
+                result
+            }
+            None => work(&mut InProcess::default()),
+        }
+    }
+
+    /// Moves device memory into host memory, or into the file `direct`, and leaves the server frozen, for a dump of the same connection; does nothing to
     /// a server that uses no device.
-    pub(super) fn suspend_devices(&self, asker: Asker<'_>) -> Result<Option<Carried>, Error> {
+    pub(super) fn suspend_devices(
+        &self,
+        asker: Asker<'_>,
+        direct: Option<OwnedFd>,
+    ) -> Result<Option<Carried>, Error> {
         let (_busy, parts) = self.begin("suspend", asker.id)?;
-        let result = self.suspend(parts, asker.id);
+        let result = self.suspend(parts, asker.id, direct);
         if !matches!(result, Ok(Some(_))) {
             self.settle(parts)?;
         }
         result
     }
 
-    fn suspend(&self, parts: &Parts, by: ConnectionId) -> Result<Option<Carried>, Error> {
+    fn suspend(
+        &self,
+        parts: &Parts,
+        by: ConnectionId,
+        direct: Option<OwnedFd>,
+    ) -> Result<Option<Carried>, Error> {
         let tasks = Tasks(&parts.cgroup);
         if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
             return Ok(None);
         }
         // The driver's own threads have to run; what the lease froze is frozen again when all is done.
         parts.cgroup.thaw()?;
-        let (machine, _) = self.examine(parts, Purpose::Snapshot)?;
+        let (machine, bytes) = self.examine(parts, Purpose::Snapshot, direct.is_some())?;
+        if let Some(file) = direct {
+            reserve(&file, bytes).context("reserve memory for", "device memory")?;
+            self.change(|inner| inner.kept = Some(InFile::new(file)));
+        }
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let suspended = order::suspend(&mut helper, &tasks, LOCK_TIMEOUT)?;
+        let suspended = self.with_state(|state| order::suspend(&mut helper, &tasks, LOCK_TIMEOUT, state));
+        if !suspended.as_ref().is_ok_and(|suspended| !suspended.processes.is_empty()) {
+            self.change(|inner| inner.kept = None);
+        }
+        let suspended = suspended?;
         if suspended.processes.is_empty() {
             parts.cgroup.thaw()?;
             return Ok(None);
@@ -142,8 +194,12 @@ impl Replica {
     /// Gives the devices what they had before, and lets the server go on. If that fails, it is paused.
     fn resume(&self, parts: &Parts, processes: Vec<Process>) -> Result<(), Error> {
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        match order::resume(&mut helper, &Tasks(&parts.cgroup), &processes, &[]) {
-            Ok(_) => Ok(()),
+        let tasks = Tasks(&parts.cgroup);
+        match self.with_state(|state| order::resume(&mut helper, &tasks, &processes, &[], state)) {
+            Ok(_) => {
+                self.change(|inner| inner.kept = None);
+                Ok(())
+            }
             Err(failure) => {
                 self.change(|inner| inner.paused = Some(processes));
                 self.set_status(Status::Paused)?;

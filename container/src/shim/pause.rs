@@ -7,6 +7,7 @@
 
 use std::time::Duration;
 
+use rewarm_gpu::place::InProcess;
 use rewarm_gpu::preflight::Purpose;
 use rewarm_gpu::{Process, order};
 
@@ -23,9 +24,10 @@ impl Replica {
         if self.lock().frozen_by.is_some() {
             return Err(self.busy_with("it is frozen"));
         }
-        self.examine(parts, Purpose::Pause)?;
+        self.examine(parts, Purpose::Pause, false)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let suspended = order::suspend(&mut helper, &Tasks(&parts.cgroup), lock_timeout)?;
+        let tasks = Tasks(&parts.cgroup);
+        let suspended = order::suspend(&mut helper, &tasks, lock_timeout, &mut InProcess::default())?;
         let bytes = suspended.bytes();
         let first =
             WakeCost::guess(suspended.total.saturating_sub(suspended.driver), suspended.driver, bytes);
@@ -50,10 +52,12 @@ impl Replica {
         let (_busy, parts) = self.begin_paused("wake", asker.id)?;
         let processes = self.lock().paused.clone().unwrap_or_default();
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let resumed = order::resume(&mut helper, &Tasks(&parts.cgroup), &processes, &[])?;
+        let tasks = Tasks(&parts.cgroup);
+        let resumed = self.with_state(|state| order::resume(&mut helper, &tasks, &processes, &[], state))?;
         let bytes = processes.iter().map(Process::bytes).sum();
         let committed = self.change(|inner| {
             inner.paused = None;
+            inner.kept = None;
             inner.committed
         });
         let other = resumed.total.saturating_sub(resumed.restore);

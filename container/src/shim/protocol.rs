@@ -22,7 +22,7 @@ use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Longest message in bytes. The largest are the captured output of a hook and a specification with a long environment.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Most descriptors in one message.
@@ -97,7 +97,8 @@ pub struct RestoreRequest {
     pub device: Option<DeviceRequest>,
 }
 
-/// Device state that goes back to devices.
+/// Device state that goes back to devices. Where it went past the processes, the last descriptor of the request is a socket from
+/// which it comes, in the order of [`Carried::processes`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceRequest {
     /// What the snapshot keeps.
@@ -185,24 +186,42 @@ pub struct Woken {
 #[serde(rename_all = "snake_case")]
 #[expect(missing_docs, reason = "each is the method of the same name of `Client`")]
 pub enum Request {
-    Hello { version: u32 },
+    Hello {
+        version: u32,
+    },
     Prepare(Box<Prepare>),
-    Start { timeout_ms: u64 },
+    Start {
+        timeout_ms: u64,
+    },
     Restore(RestoreRequest),
     Commit,
-    ExamineDevices,
+    ExamineDevices {
+        direct: bool,
+    },
+    /// With a file where device memory goes past the processes.
     SuspendDevices,
     Dump(DumpRequest),
     ReleaseDump,
     Freeze,
     Thaw,
-    Pause { lock_timeout_ms: u64 },
+    Pause {
+        lock_timeout_ms: u64,
+    },
     Wake,
-    Dial { port: u16, timeout_ms: u64 },
+    Dial {
+        port: u16,
+        timeout_ms: u64,
+    },
     Exec(ExecRequest),
-    Signal { signal: i32 },
-    Stop { timeout_ms: u64 },
-    Kill { reason: String },
+    Signal {
+        signal: i32,
+    },
+    Stop {
+        timeout_ms: u64,
+    },
+    Kill {
+        reason: String,
+    },
     Wait,
     Status,
 }

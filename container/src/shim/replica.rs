@@ -18,6 +18,8 @@ use crate::record::{Cause, Exit, ExitStatus, Memory, Record, Status, write_json}
 use crate::runc::Runc;
 use crate::shim::Paths;
 use crate::shim::children::Children;
+use rewarm_gpu::place::InFile;
+
 use crate::shim::device::Suspension;
 use crate::shim::logs::Pump;
 use crate::shim::publish::{Open, Reserved};
@@ -75,6 +77,8 @@ pub(super) struct Inner {
     pub(super) frozen_by: Option<ConnectionId>,
     /// Set while it is paused: those of its processes whose device memory lies in their host memory.
     pub(super) paused: Option<Vec<Process>>,
+    /// Where device memory is that went past the processes of a server that is suspended or, after that failed, paused.
+    pub(super) kept: Option<InFile>,
     /// The same for a dump, and after it as long as a command keeps it frozen.
     pub(super) suspended: Option<Suspension>,
     /// During a restore: device memory lies in host memory, as a whole.

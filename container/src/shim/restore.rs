@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use rewarm_gpu::place::{DeviceStateSource, InProcess, Stream};
 use rewarm_gpu::{Group, order};
 use rewarm_sys::mount;
 
@@ -136,7 +137,10 @@ impl Replica {
         }
         if let Some(device) = &request.device {
             self.wait_present(asker, deadline, timeout.as_secs())?;
-            self.begin_devices(parts, device)?;
+            let socket =
+                if device.carried.is_direct() { Some(fds.next().ok_or_else(|| missing(1))?) } else { None };
+            let left = deadline.saturating_duration_since(Instant::now());
+            self.begin_devices(parts, device, socket.map(|socket| Stream::new(socket, left)))?;
         }
         Ok(pid)
     }
@@ -176,11 +180,21 @@ impl Replica {
     }
 
     /// Lets a restored server go that CRIU left stopped, with its device memory back on the devices.
-    fn begin_devices(&self, parts: &Parts, device: &DeviceRequest) -> Result<(), Error> {
+    fn begin_devices(
+        &self,
+        parts: &Parts,
+        device: &DeviceRequest,
+        stream: Option<Stream>,
+    ) -> Result<(), Error> {
         let stopped = Stopped(Tasks(&parts.cgroup));
         let processes = device.carried.find(&stopped)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let resumed = order::begin(&mut helper, &stopped, processes, &device.pairs)
+        let (mut stream, mut inside) = (stream, InProcess::default());
+        let source: &mut dyn DeviceStateSource = match &mut stream {
+            Some(stream) => stream,
+            None => &mut inside,
+        };
+        let resumed = order::begin(&mut helper, &stopped, processes, &device.pairs, source)
             .map_err(|cause| Error::Begin(Box::new(cause)))?;
         let bytes = device.carried.bytes();
         let other = resumed.total.saturating_sub(resumed.restore);

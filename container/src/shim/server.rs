@@ -174,11 +174,11 @@ fn carry_out(
             replica.require_lease("commit", asker)?;
             replica.commit().map(done)
         }
-        Request::ExamineDevices => {
-            replica.examine_devices(asker).map(|device_bytes| Reply::Examined { device_bytes })
+        Request::ExamineDevices { direct } => {
+            replica.examine_devices(asker, direct).map(|device_bytes| Reply::Examined { device_bytes })
         }
         Request::SuspendDevices => {
-            replica.suspend_devices(asker).map(|carried| Reply::Suspended(carried.map(Box::new)))
+            replica.suspend_devices(asker, fds.pop()).map(|carried| Reply::Suspended(carried.map(Box::new)))
         }
         Request::Dump(request) => match fds.pop() {
             Some(socket) => replica.dump(asker, &request, socket).map(done),

@@ -1,8 +1,10 @@
 //! Bad luck with device memory: commands that are killed between any two steps, several at once, damage in the store.
 
+use std::path::PathBuf;
+
 use nix::sys::signal::Signal;
-use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
+use rewarm_integration_tests::{Replica, World};
 use rewarm_report::{Operation, Stage};
 
 use super::{start, world_with};
@@ -112,15 +114,8 @@ fn two_snapshots_and_pauses_at_once_exclude_each_other() {
     world.finish();
 }
 
-#[test]
-fn damaged_device_memory_is_found_before_the_driver_sees_it() {
-    let Some((world, devices)) = world_with(&[64]) else { return };
-    let server = devices.server(16);
-    let source = start(&world, &devices, "device", &server);
-    let before = answers(&source, &server);
-    // Stored as it is, so that device memory can be found in the pack by its content.
-    world.snapshot(&source, "v1", &["--compression", "none"]);
-    let traces = world.traces();
+/// Changes one bit of the weights of the workload where they lie in packs. Gives what was there before.
+pub(super) fn damage_device_memory(world: &World) -> Vec<(PathBuf, Vec<u8>)> {
     let packs = std::fs::read_dir(world.store_folder().join("packs")).expect("packs").flatten();
     // The workload's weights begin with this word, times and again from its seed.
     let first = 1_u64.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -135,6 +130,19 @@ fn damaged_device_memory_is_found_before_the_driver_sees_it() {
         })
         .collect();
     assert!(!damaged.is_empty(), "the weights lie in a pack");
+    damaged
+}
+
+#[test]
+fn damaged_device_memory_is_found_before_the_driver_sees_it() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    // Stored as it is, so that device memory can be found in the pack by its content.
+    world.snapshot(&source, "v1", &["--compression", "none"]);
+    let traces = world.traces();
+    let damaged = damage_device_memory(&world);
     // Any step of the driver would be another error.
     devices.control("restore result 999");
     let restore = || {

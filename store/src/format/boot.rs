@@ -111,6 +111,8 @@ struct DeviceMessage {
     pid: u32,
     #[prost(string, optional, tag = "2")]
     gpu: Option<String>,
+    #[prost(bool, tag = "3")]
+    direct: bool,
 }
 
 #[derive(Clone, PartialEq, Eq, Message)]
@@ -187,8 +189,8 @@ fn region_message(region: &RootRegion) -> RegionMessage {
             RegionKind::Shmem { id } => KindMessage::Shmem(*id),
             RegionKind::Tree { name } => KindMessage::Tree(name.clone()),
             RegionKind::File { name } => KindMessage::File(name.clone()),
-            RegionKind::Device { pid, gpu } => {
-                KindMessage::Device(DeviceMessage { pid: *pid, gpu: gpu.clone() })
+            RegionKind::Device { pid, gpu, direct } => {
+                KindMessage::Device(DeviceMessage { pid: *pid, gpu: gpu.clone(), direct: *direct })
             }
         }),
         meta: region.meta.clone(),
@@ -261,7 +263,9 @@ fn read_region(region: RegionMessage, index_bytes: u64) -> Result<RootRegion, Da
         Some(KindMessage::Shmem(id)) => RegionKind::Shmem { id },
         Some(KindMessage::Tree(name)) => RegionKind::Tree { name },
         Some(KindMessage::File(name)) => RegionKind::File { name },
-        Some(KindMessage::Device(DeviceMessage { pid, gpu })) => RegionKind::Device { pid, gpu },
+        Some(KindMessage::Device(DeviceMessage { pid, gpu, direct })) => {
+            RegionKind::Device { pid, gpu, direct }
+        }
         None => {
             let (found, expected) = ("unknown".to_owned(), "task, shmem, tree, file or device".to_owned());
             return Err(Damage::Frame { what: "kind of a region", found, expected });

@@ -196,8 +196,12 @@ fn manifest_object() {
 #[test]
 fn regions_of_device_memory() {
     let kinds = [
-        RegionKind::Device { pid: 1, gpu: Some("GPU-00000000-0000-0000-0000-0000000000d0".into()) },
-        RegionKind::Device { pid: 300, gpu: None },
+        RegionKind::Device {
+            pid: 1,
+            gpu: Some("GPU-00000000-0000-0000-0000-0000000000d0".into()),
+            direct: false,
+        },
+        RegionKind::Device { pid: 300, gpu: None, direct: false },
     ];
     let mut root = root();
     let first = root.regions[0].clone();

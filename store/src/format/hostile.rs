@@ -50,8 +50,9 @@ fn any_root() -> impl Strategy<Value = Root> {
         any::<u64>().prop_map(|id| RegionKind::Shmem { id }),
         "[a-z]{0,8}".prop_map(|name| RegionKind::Tree { name }),
         "[a-z]{0,8}".prop_map(|name| RegionKind::File { name }),
-        any::<(u32, Option<u8>)>()
-            .prop_map(|(pid, gpu)| RegionKind::Device { pid, gpu: gpu.map(|gpu| format!("GPU-{gpu}")) }),
+        any::<(u32, Option<u8>, bool)>().prop_map(|(pid, gpu, direct)| {
+            RegionKind::Device { pid, gpu: gpu.map(|gpu| format!("GPU-{gpu}")), direct }
+        }),
     ];
     let leaf = (0..=LEAF_CHUNKS_LIMIT, 0..1000u64, any::<bool>(), any::<[u8; 32]>()).prop_map(
         |(chunks, pages, inline, digest)| Leaf {

@@ -75,13 +75,17 @@ pub enum RegionKind {
         /// Its name.
         name: String,
     },
-    /// Device memory of a task, as the driver copied it into the task's own memory.
+    /// Device memory of a task.
     Device {
         /// Process id of the task inside the replica.
         pid: u32,
         /// Identity of the device; absent where the task had several and the driver does not tell which part is whose.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         gpu: Option<String>,
+        /// It went past the task's own memory, in which it lies otherwise; then its addresses are those on the device, counted
+        /// from 0.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        direct: bool,
     },
 }
 
