@@ -94,6 +94,23 @@ impl Devices {
         });
     }
 
+    /// Puts another build of the driver's library in the place of the one that servers find.
+    ///
+    /// # Panics
+    /// When it has no build id that could be changed.
+    pub fn other_build(&self) {
+        let library = self.path("inside/lib/libcuda.so.1");
+        let mut bytes = fs::read(&library).expect("the simulated driver");
+        // Length of the name, length of the id, the type of the note, the name.
+        let note = b"\x04\0\0\0\x14\0\0\0\x03\0\0\0GNU\0";
+        let at = bytes.windows(note.len()).position(|window| window == note).expect("a build id");
+        bytes[at + note.len()] ^= 1;
+        // Beside it and renamed: running servers keep theirs.
+        let new = self.path("inside/lib/new");
+        fs::write(&new, bytes).expect("write");
+        fs::rename(new, library).expect("rename");
+    }
+
     /// MiB that are taken on a GPU.
     ///
     /// # Panics

@@ -40,6 +40,11 @@ pub(crate) fn trials() -> Vec<Trial> {
             "failures::a_restore_that_broke_the_process_for_good_is_stranded",
             a_restore_that_broke_the_process_for_good_is_stranded,
         ),
+        Trial::test("failures::a_slow_driver_is_waited_for", a_slow_driver_is_waited_for),
+        Trial::test(
+            "failures::a_call_that_goes_on_without_its_caller_counts_when_it_is_done",
+            a_call_that_goes_on_without_its_caller_counts_when_it_is_done,
+        ),
         Trial::test("failures::a_success_that_is_a_lie_is_found", a_success_that_is_a_lie_is_found),
     ]
 }
@@ -139,6 +144,41 @@ fn an_unlock_that_errs_although_it_was_done_is_done() -> Result<(), Failed> {
     let mut helper = world.helper();
     let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.control("unlock then-result 401");
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
+    server.is_whole();
+    Ok(())
+}
+
+fn a_slow_driver_is_waited_for() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let mut helper = world.helper();
+    helper.start()?;
+    let first = helper.pid();
+    for call in ["thread", "state", "lock", "checkpoint", "restore", "unlock"] {
+        world.control(&format!("{call}*1 wait 1200"));
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
+        server.is_whole();
+        world.control("");
+    }
+    assert_eq!(helper.pid(), first, "nothing of it was a reason to kill the helper");
+    Ok(())
+}
+
+/// The helper is killed when its time is over; what it asked for goes on in the server, and the state tells when it is done.
+fn a_call_that_goes_on_without_its_caller_counts_when_it_is_done() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let mut helper = world.helper().with_deadline(Duration::from_millis(800));
+    helper.start()?;
+    let first = helper.pid();
+    // 6 MiB in 1.5 seconds.
+    world.control("checkpoint rate 4");
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+    assert_ne!(helper.pid(), first, "its time was over");
+    assert!(world.group.is_frozen());
+    world.control("restore rate 4");
     order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())

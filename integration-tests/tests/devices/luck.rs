@@ -1,6 +1,7 @@
 //! Bad luck with device memory: commands that are killed between any two steps, several at once, damage in the store.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
@@ -157,6 +158,99 @@ fn damaged_device_memory_is_found_before_the_driver_sees_it() {
     }
     let clones = Replica::of_restore(&world, server.port, &restore().ok());
     server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+#[test]
+fn another_build_of_the_drivers_library_is_refused() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("device", "v1")]).ok().json();
+    let library = &inspected["variants"][0]["manifest"]["facts"]["device"]["library"];
+    let kept = library["build_id"].as_str().expect("a build id").to_owned();
+    devices.other_build();
+    let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+    let output = devices.seen_by(call).fails(3);
+    output.says(&["libcuda.so.1 is another build", &format!("{kept} at the snapshot")]);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+fn kill_shim(replica: &Replica<'_>) {
+    let shim = replica.entry().and_then(|entry| entry["shim_pid"].as_i64()).expect("it is listed");
+    let shim = nix::unistd::Pid::from_raw(i32::try_from(shim).expect("a process"));
+    nix::sys::signal::kill(shim, Signal::SIGKILL).expect("it runs");
+}
+
+#[test]
+fn a_shim_killed_in_any_step_of_the_driver_leaves_nothing_on_the_device() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    for (verb, step) in [
+        ("pause", "lock"),
+        ("pause", "checkpoint"),
+        ("wake", "restore"),
+        ("wake", "unlock"),
+        ("snapshot", "checkpoint"),
+        ("snapshot", "restore"),
+    ] {
+        let traces = world.traces();
+        let source = start(&world, &devices, "device", &server);
+        if verb == "wake" {
+            world.rewarm().args(["pause", source.name()]).ok();
+        }
+        devices.control(&format!("{step} wait 2000"));
+        let running = match verb {
+            "snapshot" => world.snapshot_call(&source, "v1", &[]).spawn(),
+            verb => world.rewarm().args([verb, source.name()]).spawn(),
+        };
+        devices.await_rule(&world);
+        kill_shim(&source);
+        let output = running.wait();
+        assert!(matches!(output.code, Some(1 | 6)), "{verb}, {step}: {output}");
+        devices.control("");
+        // The next command finds what is left, and takes it away.
+        world.await_state("the replica is gone", Duration::from_secs(20), || {
+            let status = source.entry().map(|entry| entry["status"].clone());
+            status.is_none_or(|status| status == "crashed")
+        });
+        world.await_state("the device is free", Duration::from_secs(20), || devices.used_mib(0) == 0);
+        let _ = world.rewarm().args(["rm", source.name()]).run();
+        no_residue(&world, &traces);
+    }
+    world.finish();
+}
+
+#[test]
+fn a_command_killed_in_any_step_of_a_pause_or_wake_changes_nothing_of_it() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    for (verb, step, becomes) in [
+        ("pause", "lock", "paused"),
+        ("wake", "restore", "ready"),
+        ("pause", "checkpoint", "paused"),
+        ("wake", "unlock", "ready"),
+    ] {
+        devices.control(&format!("{step} wait 1000"));
+        let running = world.rewarm().args([verb, source.name()]).spawn();
+        devices.await_rule(&world);
+        running.signal(Signal::SIGKILL);
+        let _ = running.wait();
+        devices.control("");
+        world.await_state("the replica is as it was asked for", Duration::from_secs(20), || {
+            source.entry().is_some_and(|entry| entry["status"] == becomes)
+        });
+        if becomes == "ready" {
+            server_answers_as_before(&source, &server, &before);
+        } else {
+            assert_eq!(devices.used_mib(0), 0);
+        }
+    }
     world.finish();
 }
 
