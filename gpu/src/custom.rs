@@ -111,14 +111,17 @@ struct RestoreArgs {
 
 const _: () = assert!(size_of::<CheckpointArgs>() == 64 && size_of::<RestoreArgs>() == 64);
 
+type Checkpoint = unsafe extern "C" fn(c_int, *mut CheckpointArgs) -> u32;
+type Restore = unsafe extern "C" fn(c_int, *mut RestoreArgs) -> u32;
+type Complete = unsafe extern "C" fn(u64) -> u32;
 type GetProc = unsafe extern "C" fn(*const c_char, *mut *const c_void, c_int, u64, *mut c_uint) -> u32;
 
 /// The functions of it.
 #[derive(Debug, Clone, Copy)]
 pub struct Custom {
-    checkpoint: unsafe extern "C" fn(c_int, *mut CheckpointArgs) -> u32,
-    restore: unsafe extern "C" fn(c_int, *mut RestoreArgs) -> u32,
-    complete: unsafe extern "C" fn(u64) -> u32,
+    checkpoint: Checkpoint,
+    restore: Restore,
+    complete: Complete,
     retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> u32,
     release: unsafe extern "C" fn(c_int) -> u32,
     set_current: unsafe extern "C" fn(*mut c_void) -> u32,
@@ -154,11 +157,11 @@ impl Custom {
         let complete = new(c"cuCheckpointOperationComplete")?;
         Some(Self {
             // SAFETY: the driver's function of that name and version.
-            checkpoint: unsafe { std::mem::transmute::<*const c_void, _>(checkpoint) },
+            checkpoint: unsafe { std::mem::transmute::<*const c_void, Checkpoint>(checkpoint) },
             // SAFETY: as above.
-            restore: unsafe { std::mem::transmute::<*const c_void, _>(restore) },
+            restore: unsafe { std::mem::transmute::<*const c_void, Restore>(restore) },
             // SAFETY: as above.
-            complete: unsafe { std::mem::transmute::<*const c_void, _>(complete) },
+            complete: unsafe { std::mem::transmute::<*const c_void, Complete>(complete) },
             // SAFETY: as above.
             retain: unsafe { driver.symbol("cuDevicePrimaryCtxRetain") }?,
             // SAFETY: as above.
