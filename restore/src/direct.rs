@@ -20,7 +20,7 @@ use crate::error::Cause;
 use crate::fetch::BLOCK_WITHIN;
 
 /// Zeros that are written at a time.
-const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// How long a restore that failed waits for the failure of the stream that may be behind it.
 const WHY_WITHIN: Duration = Duration::from_millis(200);
 
