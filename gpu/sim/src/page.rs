@@ -52,7 +52,7 @@ pub struct Page {
     pub custom: AtomicU32,
     /// How many pieces of device memory are at the caller's disposal.
     pub piece_count: AtomicU32,
-    /// Where they are listed: so many [`crate::target::Piece`] in the target's memory.
+    /// Where they are listed: so many pieces in the target's memory.
     pub pieces: AtomicU64,
     /// The map.
     pub pairs: Pairs,
