@@ -1,9 +1,9 @@
 """A server that becomes another program while its memory is still being filled.
 
     --mib N                private memory, every byte known; a child that stays has it too, copied on write
-    POST /start            a second child with the same memory becomes another program; what that holds is compared
-    POST /become           the server itself becomes another program, with other memory; the child that stays goes on
-    POST /become?alone=1   the same, after the child was killed
+    POST /start            a second child with the same memory becomes another program; what that holds is part of `/check` later
+    POST /become           the server itself becomes another program, with other memory; the children go on
+    POST /become?alone=1   the same, after the children were killed
     GET  /program          which program this is: 1, or 2 once it has become another one
 """
 
@@ -50,17 +50,28 @@ class Beginner:
 
     def start(self):
         self.connection.send(b"!")
-        expect("content of the child's new program", self.connection.recv(64).decode(), content(CHILD_MIB))
-        os.waitpid(self.pid, 0)
 
 
 class StayingChild:
-    """The child of the first program, as the second one knows it."""
+    """The child of the first program that stays, as the second program knows it."""
 
     def __init__(self, descriptor):
         self.connection = socket.socket(fileno=descriptor)
 
     check = Child.check
+
+
+class BegunChild:
+    """The child of the first program that became another one, as the second program knows it."""
+
+    def __init__(self, descriptor):
+        self.connection = socket.socket(fileno=descriptor)
+        self.held = None
+
+    def check(self):
+        if self.held is None:
+            self.held = self.connection.recv(64).decode()
+        expect("content of the child's new program", self.held, content(CHILD_MIB))
 
 
 def first(options):
@@ -83,8 +94,9 @@ def first(options):
                 os.kill(child.pid, signal.SIGKILL)
                 os.waitpid(child.pid, 0)
         else:
-            staying.connection.set_inheritable(True)
-            flags += ["--staying", staying.connection.fileno()]
+            for name, child in (("--staying", staying), ("--begun", beginner)):
+                child.connection.set_inheritable(True)
+                flags += [name, child.connection.fileno()]
 
         def later():
             time.sleep(ANSWER_SECONDS)
@@ -104,6 +116,7 @@ def second(options):
     checks.add("memory", memory.check)
     if options.staying is not None:
         checks.add("child", StayingChild(options.staying).check)
+        checks.add("begun", BegunChild(options.begun).check)
     serve(options, checks, {("GET", "/program"): lambda query, body: (200, {"program": 2})})
 
 
@@ -111,7 +124,8 @@ def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--mib", type=int, default=64)
     parser.add_argument("--second", action="store_true", help="this is the program that the server became")
-    parser.add_argument("--staying", type=int, metavar="FD", help="connection to the child of the first program")
+    parser.add_argument("--staying", type=int, metavar="FD", help="connection to the child that stays")
+    parser.add_argument("--begun", type=int, metavar="FD", help="connection to the child that became another program")
     parser.add_argument("--answer", type=int, metavar="FD", help="only tell what new memory holds")
     options = parser.parse_args()
     if options.answer is not None:
