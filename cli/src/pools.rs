@@ -2,6 +2,8 @@
 //!
 //! A label in its record says to which pool a replica belongs, so another `serve` over the same state folder finds it.
 
+mod capture;
+
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr, TcpStream};
@@ -14,7 +16,7 @@ use rewarm_container::shim::Client;
 use rewarm_container::{Error, Name, Origin, Spec, State, Status};
 use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Hidden};
-use rewarm_restore::{Context, Ground, Mode, Request, cold};
+use rewarm_restore::{Context, Ground, Mode, Request, Seen, cold};
 use rewarm_serve::config::{Cold, Config as PoolsConfig, PoolConfig};
 use rewarm_serve::replicas::{Existing, GivenUp, Known, Order, Replicas, Started};
 use rewarm_store::Reference;
@@ -23,6 +25,7 @@ use crate::args::Global;
 use crate::commands::restore;
 use crate::config::Config;
 use crate::failure::{Cause, messages};
+use crate::programs;
 
 /// The label that says to which pool a replica belongs.
 const POOL: &str = "rewarm.pool";
@@ -36,6 +39,7 @@ const REMOVAL_POLL: Duration = Duration::from_millis(5);
 pub(crate) struct Pools {
     context: Context,
     config: Config,
+    runc_version: String,
     /// What each pool's snapshot described when it was looked at last: a cold start needs no store.
     specs: Mutex<HashMap<String, Spec>>,
     /// The network namespaces of replicas that were dialled.
@@ -58,9 +62,13 @@ impl Pools {
         for pool in &pools.pools {
             let reference = reference(pool).map_err(|problem| Cause::Usage { problem })?;
             config.demand(&reference.store, None)?;
+            if pool.capture {
+                capture::check(pool, &config)?;
+            }
         }
         let context = restore::context(global, Clock::start(Arc::new(Hidden))).await?;
-        Ok(Self { context, config, specs: Mutex::default(), networks: Mutex::default() })
+        let runc_version = programs::runc_version().await?;
+        Ok(Self { context, config, runc_version, specs: Mutex::default(), networks: Mutex::default() })
     }
 
     /// The state folder.
@@ -96,6 +104,13 @@ impl Pools {
             hook_timeout: HOOK_TIMEOUT,
             cold_fallback: None,
         })
+    }
+
+    /// Looks at the pool's snapshot.
+    async fn look(&self, pool: &PoolConfig) -> Result<Seen, String> {
+        let request = self.request(pool, None)?;
+        let (context, _) = self.context();
+        rewarm_restore::look(&request, &context).await.map_err(|error| told(&error))
     }
 
     async fn restore(&self, pool: &PoolConfig, name: Name, given_up: GivenUp) -> Result<Started, String> {
@@ -152,6 +167,18 @@ impl Pools {
             .map_err(|error| told(&error))
     }
 
+    /// Ends a replica, and removes what is left of it.
+    async fn end(&self, name: &str, timeout: Duration) -> Result<(), String> {
+        let stopped = self.with_client(name, move |client| client.stop(timeout).map(drop)).await;
+        let (state, name) = (self.context.state.clone(), parse(name)?);
+        let removed = tokio::task::spawn_blocking(move || remove(&state, &name));
+        match removed.await.expect("removing a folder does not panic") {
+            // It had ended by itself, before or while it was asked.
+            Ok(()) => Ok(()),
+            Err(error) => stopped.and(Err(told(&error))),
+        }
+    }
+
     /// The network namespace that a replica's server lives in.
     fn network(&self, name: &str) -> io::Result<Arc<std::fs::File>> {
         if let Some(network) = lock(&self.networks).get(name) {
@@ -190,12 +217,14 @@ async fn not_wanted(given_up: GivenUp) -> &'static str {
 #[async_trait::async_trait]
 impl Replicas for Pools {
     async fn find(&self, pool: &PoolConfig) -> Result<Known, String> {
-        let request = self.request(pool, None)?;
-        let (context, _) = self.context();
-        let seen = rewarm_restore::look(&request, &context).await.map_err(|error| told(&error))?;
-        let port = seen.spec.ports.first().copied();
-        lock(&self.specs).insert(pool.name.clone(), seen.spec);
-        Ok(Known { source: seen.source, host_bytes: seen.host_bytes, device_bytes: seen.device_bytes, port })
+        let Seen { source, spec, host_bytes, device_bytes, fits, .. } = self.look(pool).await?;
+        let port = spec.ports.first().copied();
+        lock(&self.specs).insert(pool.name.clone(), spec);
+        Ok(Known { source, host_bytes, device_bytes, port, fits })
+    }
+
+    async fn capture(&self, order: Order, given_up: GivenUp) -> Result<(), String> {
+        self.captured(&order.pool, parse(&order.name)?, given_up).await
     }
 
     async fn start(&self, order: Order, given_up: GivenUp) -> Result<Started, String> {
@@ -216,14 +245,7 @@ impl Replicas for Pools {
 
     async fn stop(&self, name: &str, timeout: Duration) -> Result<(), String> {
         lock(&self.networks).remove(name);
-        let stopped = self.with_client(name, move |client| client.stop(timeout).map(drop)).await;
-        let (state, name) = (self.context.state.clone(), parse(name)?);
-        let removed = tokio::task::spawn_blocking(move || remove(&state, &name));
-        match removed.await.expect("removing a folder does not panic") {
-            // It had ended by itself, before or while it was asked.
-            Ok(()) => Ok(()),
-            Err(error) => stopped.and(Err(told(&error))),
-        }
+        self.end(name, timeout).await
     }
 
     async fn ended(&self, name: &str) -> String {
@@ -249,6 +271,7 @@ impl Replicas for Pools {
     fn existing(&self) -> Result<Vec<Existing>, String> {
         let state = &self.context.state;
         state.sweep().map_err(|error| told(&error))?;
+        capture::sweep(state).map_err(|error| told(&error))?;
         let entries = state.list().map_err(|error| told(&error))?;
         let alive = entries.into_iter().filter(|entry| entry.exit.is_none());
         let found = alive.filter_map(|entry| {

@@ -44,7 +44,7 @@ pub(crate) async fn find(global: &Global) -> Result<Programs, Cause> {
     Ok(Programs { criu, runc_version })
 }
 
-async fn runc_version() -> Result<String, Cause> {
+pub(crate) async fn runc_version() -> Result<String, Cause> {
     let path = env::program("runc").ok_or(Cause::NoRunc)?;
     let asked = tokio::process::Command::new(&path).arg("--version").stdin(Stdio::null()).output().await;
     let output = asked.map_err(|source| Cause::File { doing: "run", path, source })?;

@@ -292,3 +292,21 @@ pub fn fixtures() -> PathBuf {
 pub fn examples() -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../examples")
 }
+
+/// A small library of the host under another name, as a server that brings its own would have mapped it.
+///
+/// # Panics
+///
+/// When it cannot be written.
+#[must_use]
+pub fn own_library(folder: &Path, name: &str) -> PathBuf {
+    let folders = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64"];
+    let source = folders
+        .iter()
+        .map(|folder| Path::new(folder).join("libuuid.so.1"))
+        .find(|path| path.exists())
+        .expect("libuuid is part of the base system");
+    let copy = folder.join(name);
+    std::fs::copy(source, &copy).expect("our own folder");
+    copy
+}

@@ -1,5 +1,6 @@
 //! `rewarm serve`: pools of real replicas behind a real gateway, as clients and operators see them.
 
+mod capture;
 mod changes;
 mod operators;
 mod pool;

@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use crate::compare::{Compare, Difference, Located, Point};
 use crate::dial::Dial;
 use crate::error::{Error, Result};
+use crate::file::{Probe, Request};
 use crate::http::{Call, Reply, call};
 use crate::json::{cut, parse};
 use crate::limits::RECORDED_BYTES_MAX;
@@ -117,6 +118,28 @@ pub struct ReplayReport {
 }
 
 impl Recorded {
+    /// The same questions, to be asked of another server: each must be answered with the status that was recorded.
+    ///
+    /// # Errors
+    /// [`Error::Unrecordable`] when a body is not what a recording holds.
+    pub fn questions(&self) -> Result<Probe> {
+        let requests = self.exchanges.iter().map(|Exchange { question, answer }| {
+            Ok(Request {
+                name: question.name.clone(),
+                method: question.method.clone(),
+                path: question.path.clone(),
+                headers: question.headers.clone(),
+                body: body(question)?,
+                port: Some(question.port),
+                timeout: Duration::from_millis(question.timeout_ms),
+                status: Some(answer.status),
+                compare: question.compare.clone(),
+                compare_headers: question.compare_headers.clone(),
+            })
+        });
+        Ok(Probe { requests: requests.collect::<Result<_>>()? })
+    }
+
     /// Reads a recording from the manifest.
     ///
     /// # Errors
@@ -152,13 +175,7 @@ pub async fn replay(recorded: &Recorded, dial: &dyn Dial) -> Result<ReplayReport
 
 /// Asks one question.
 pub(crate) async fn ask(question: &Question, dial: &dyn Dial) -> Result<Reply> {
-    let body = match &question.body {
-        None => Bytes::new(),
-        Some(body) => body.bytes().map(Bytes::from).ok_or_else(|| Error::Unrecordable {
-            request: question.name.clone(),
-            problem: "its recorded body is not hexadecimal".to_owned(),
-        })?,
-    };
+    let body = body(question)?.map_or_else(Bytes::new, Bytes::from);
     let request = Call {
         port: question.port,
         method: &question.method,
@@ -168,6 +185,15 @@ pub(crate) async fn ask(question: &Question, dial: &dyn Dial) -> Result<Reply> {
         timeout: Duration::from_millis(question.timeout_ms),
     };
     call(dial, &request).await.map_err(|source| Error::Ask { request: question.name.clone(), source })
+}
+
+fn body(question: &Question) -> Result<Option<Vec<u8>>> {
+    let Some(body) = &question.body else { return Ok(None) };
+    let bytes = body.bytes().ok_or_else(|| Error::Unrecordable {
+        request: question.name.clone(),
+        problem: "its recorded body is not hexadecimal".to_owned(),
+    });
+    bytes.map(Some)
 }
 
 /// Keeps of a reply what will be compared; says why it cannot be kept.

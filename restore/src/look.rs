@@ -3,8 +3,9 @@
 use rewarm_container::Spec;
 use rewarm_fetcher::Access;
 use rewarm_gpu::carried::Carried;
+use rewarm_probe::Recorded;
 use rewarm_report::Stage;
-use rewarm_store::{Reference, Target};
+use rewarm_store::{Hooks, Reference, Target};
 
 use crate::error::{Cause, Error, Result};
 use crate::machine::{HostView, here};
@@ -24,6 +25,10 @@ pub struct Seen {
     pub device_bytes: u64,
     /// Whether it fits this machine, free memory and devices aside.
     pub fits: bool,
+    /// The questions that its replicas are asked, with the answers.
+    pub recorded: Option<Recorded>,
+    /// What is done before a dump and after it.
+    pub hooks: Hooks,
 }
 
 /// Looks at the variant that a restore would take: the newest that fits this machine, else the newest.
@@ -46,6 +51,8 @@ pub async fn look(request: &Request, context: &Context) -> Result<Seen> {
         let fits = blocking(move || Ok(reasons(&facts, &known, &view).is_empty())).await.map_err(failed)?;
         let device =
             manifest.facts.device.clone().and_then(|value| serde_json::from_value::<Carried>(value).ok());
+        let recorded = manifest.facts.probe.clone().map(Recorded::from_json).transpose();
+        let recorded = recorded.map_err(|error| failed(error.into()))?;
         let digest = Reference { target: Target::Digest(found.digest()), ..request.source.clone() };
         let seen = Seen {
             source: digest.to_string(),
@@ -53,6 +60,8 @@ pub async fn look(request: &Request, context: &Context) -> Result<Seen> {
             host_bytes: manifest.facts.memory.logical_bytes,
             device_bytes: device.map_or(0, |carried| carried.bytes()),
             fits,
+            recorded,
+            hooks: manifest.facts.hooks.clone(),
         };
         if fits {
             return Ok(seen);

@@ -116,6 +116,8 @@ pub struct PoolConfig {
     pub replica_memory: Option<u64>,
     /// How often is looked whether the tag names another snapshot; zero: never.
     pub follow: Duration,
+    /// Whether a snapshot that does not fit this machine is given a variant that does.
+    pub capture: bool,
 }
 
 /// A cold start.
@@ -351,7 +353,12 @@ fn pool(mut from: Reader) -> Result<PoolConfig> {
             .unwrap_or(Cold::Recorded),
         replica_memory: from.get("replica_memory", BYTES, bytes)?,
         follow: from.time("follow")?.unwrap_or(Duration::from_secs(30)),
+        capture: from.flag("capture")?.unwrap_or(false),
     };
+    if pool.capture && pool.cold == Cold::Never {
+        let expected = "false where cold is false: what is captured is started cold";
+        return Err(from.bad("capture", "true".to_owned(), expected));
+    }
     if pool.min_replicas > pool.max_replicas {
         let expected = format!("at most max_replicas, which is {}", pool.max_replicas);
         return Err(from.bad("min_replicas", pool.min_replicas.to_string(), &expected));

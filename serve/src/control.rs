@@ -188,6 +188,7 @@ impl Control {
                 ToGateway::Failed { name, reason } => self.heard(&name, Heard::Failed(reason)),
                 ToGateway::Stopped { name } => self.heard(&name, Heard::Stopped),
                 ToGateway::Ended { name, reason } => self.heard(&name, Heard::Ended(reason)),
+                ToGateway::Captured { name, problem } => self.heard(&name, Heard::Captured(problem)),
                 ToGateway::Dialled { number, error } => {
                     let answer = match (error, fds.into_iter().next()) {
                         (None, Some(socket)) => Ok(socket),

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
+use rewarm_autoscaler::pool::Tier;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
@@ -289,6 +290,15 @@ impl Keeper {
                 let Some(line) = self.line.clone() else { return };
                 let order = Order { pool: config.clone(), name: name.clone(), tier };
                 self.tasks.insert(name, Task::start(order, self.replicas.clone(), line));
+            }
+            ToParent::Capture { pool, name } => {
+                let Some(config) = self.may_start(&pool, &name).filter(|config| config.capture) else {
+                    let problem = Some("it may not be captured".to_owned());
+                    return self.tell(&ToGateway::Captured { name, problem });
+                };
+                let Some(line) = self.line.clone() else { return };
+                let order = Order { pool: config.clone(), name: name.clone(), tier: Tier::Cold };
+                self.tasks.insert(name, Task::capture(order, self.replicas.clone(), line));
             }
             ToParent::GiveUp { name } => self.job(&name, Job::GiveUp),
             ToParent::Pause { name } => self.job(&name, Job::Pause),

@@ -69,6 +69,8 @@ pub(crate) enum ToGateway {
     Stopped { name: String },
     /// A replica ended by itself.
     Ended { name: String, reason: String },
+    /// A capture is over.
+    Captured { name: String, problem: Option<String> },
     /// A connection is open; it comes along unless there is an error.
     Dialled { number: u64, error: Option<(i32, String)> },
     /// Answer what is there, take nothing more, and say when that is done.
@@ -82,6 +84,8 @@ pub(crate) enum ToParent {
     Configured,
     /// Make a replica.
     Start { pool: String, name: String, tier: Tier },
+    /// Start a replica cold, and publish a snapshot of it.
+    Capture { pool: String, name: String },
     /// Give a start up.
     GiveUp { name: String },
     /// Pause a replica.

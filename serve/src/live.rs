@@ -4,6 +4,7 @@
 //! ([`Live::heard`]), and time ([`Live::run`]). Each takes the lock, changes the book, lets the policy look and carries its
 //! steps out by telling the parent. Queue, book, policies and steps are those of the simulator.
 
+mod capture;
 mod circuit;
 mod dial;
 mod inner;
@@ -24,6 +25,7 @@ use rewarm_autoscaler::start_times::StartTimes;
 use rewarm_gateway::desk::Traffic;
 use tokio::sync::{Notify, broadcast};
 
+use self::capture::Capture;
 use self::circuit::Tiers;
 pub(crate) use self::dial::Dialler;
 use self::inner::Inner;
@@ -79,6 +81,8 @@ pub(crate) enum Heard {
     Failed(String),
     Stopped,
     Ended(String),
+    /// A capture is over, with what went wrong.
+    Captured(Option<String>),
 }
 
 fn shape(config: &PoolConfig, serving: Memory, paused: Memory) -> Shape {
@@ -115,6 +119,7 @@ impl Live {
                 paused: false,
                 finishing: false,
                 rolling: None,
+                capture: Capture::default(),
                 desired: 0,
                 armed: Moment::NEVER,
                 decisions: VecDeque::new(),
@@ -190,7 +195,9 @@ impl Live {
 
     /// Whether a replica of this name is in the book.
     pub(crate) fn has(&self, name: &str) -> bool {
-        self.with(|inner| inner.names.contains_key(name) || inner.stopping.contains_key(name))
+        self.with(|inner| {
+            inner.names.contains_key(name) || inner.stopping.contains_key(name) || inner.captures(name)
+        })
     }
 
     /// Changes what holds from now on.
@@ -220,7 +227,9 @@ impl Live {
 
     /// Whether no replica is left.
     pub(crate) fn is_empty(&self) -> bool {
-        self.with(|inner| inner.members.is_empty() && inner.stopping.is_empty())
+        self.with(|inner| {
+            inner.members.is_empty() && inner.stopping.is_empty() && !inner.capture.is_running()
+        })
     }
 
     /// The pool as others see it.

@@ -21,6 +21,8 @@ pub struct Known {
     pub device_bytes: u64,
     /// The port that its server listens on, if the snapshot names one.
     pub port: Option<u16>,
+    /// Whether it fits this machine, free memory and devices aside.
+    pub fits: bool,
 }
 
 /// A replica that is to be made.
@@ -75,6 +77,14 @@ pub trait Replicas: Send + Sync + 'static {
     /// # Errors
     /// Why there is none.
     async fn start(&self, order: Order, given_up: GivenUp) -> Result<Started, String>;
+
+    /// Starts a replica cold, makes a snapshot of it before anybody asks it for anything, publishes that under the pool's tag
+    /// with the questions of the snapshot that was there, and ends the replica. Nothing is left of it on this machine,
+    /// whatever happens.
+    ///
+    /// # Errors
+    /// Why nothing was published.
+    async fn capture(&self, order: Order, given_up: GivenUp) -> Result<(), String>;
 
     /// Pauses a replica.
     ///

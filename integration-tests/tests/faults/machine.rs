@@ -1,33 +1,19 @@
 //! The verdict: a machine that a snapshot does not fit is refused before any data moves, with every reason at once.
 
 use std::fs;
-use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
-use rewarm_integration_tests::server::Server;
-use rewarm_integration_tests::{Need, Replica, World};
+use rewarm_integration_tests::server::{Server, own_library};
+use rewarm_integration_tests::{Need, Replica};
 
 use crate::world_for;
-
-/// A small library of the host under another name, as a server that brings its own would have mapped it.
-fn own_library(world: &World, name: &str) -> PathBuf {
-    let folders = ["/lib/x86_64-linux-gnu", "/usr/lib/x86_64-linux-gnu", "/lib/aarch64-linux-gnu", "/lib64"];
-    let source = folders
-        .iter()
-        .map(|folder| Path::new(folder).join("libuuid.so.1"))
-        .find(|path| path.exists())
-        .expect("libuuid is part of the base system");
-    let copy = world.files().join(name);
-    fs::copy(source, &copy).expect("our own folder");
-    copy
-}
 
 #[test]
 fn libraries_that_changed_since_the_snapshot_are_all_named() {
     let mut server = Server::plain();
     let Some(world) = world_for(&server) else { return };
-    let libraries = ["libfirst.so", "libsecond.so"].map(|name| own_library(&world, name));
+    let libraries = ["libfirst.so", "libsecond.so"].map(|name| own_library(&world.files(), name));
     let preload =
         libraries.iter().map(|path| path.to_string_lossy().into_owned()).collect::<Vec<_>>().join(":");
     server.env.push(("LD_PRELOAD".to_owned(), preload));

@@ -31,7 +31,7 @@ fn everything_can_be_said() {
         "{POOL}port = 8001\nconcurrency = 4\ntarget_concurrency = 3\nmin_replicas = 1\nmax_replicas = 2\nwarm = 2\n\
          queue = {{ max = 10, deadline = '3s' }}\ntarget_wait = '2s'\nstart_timeout = '5s'\nrouting = 'least-in-flight'\n\
          affinity = 'x-session'\nretry = false\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
-         replica_memory = '1.5GiB'\nfollow = '0s'\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
+         replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
          [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\non_exit = 'keep'\nmemory = '20GiB'\n\
          tls = {{ cert = 'c.pem', key = 'k.pem' }}\nadmin_token = 'token'\nheader_timeout = '5s'\nbody_max = '1MiB'\n\
@@ -43,6 +43,7 @@ fn everything_can_be_said() {
     assert_eq!(pool.matching.host.as_deref(), Some("a.example"));
     assert_eq!(pool.matching.header, Some(("x-team".to_owned(), "red".to_owned())));
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));
+    assert!(pool.capture);
     assert_eq!((config.serve.admin, config.serve.memory), (None, Some(20 << 30)));
 }
 
@@ -72,6 +73,10 @@ fn mistakes_name_what_is_nearest_or_expected() {
         (
             format!("{POOL}max_replicas = 0"),
             "max_replicas of configuration pool.toml, pool llama is 0, expected a whole number from 1 to 100000",
+        ),
+        (
+            format!("{POOL}cold = false\ncapture = true"),
+            "capture of configuration pool.toml, pool llama is true, expected false where cold is false: what is captured is started cold",
         ),
         (
             format!("{POOL}min_replicas = 17"),

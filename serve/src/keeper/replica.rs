@@ -60,6 +60,23 @@ impl Task {
         Self { jobs, give_up: Some(give_up), work }
     }
 
+    /// Makes a snapshot of a replica that nobody uses, and tells what the pool's snapshot is from then on.
+    pub(super) fn capture(order: Order, replicas: Arc<dyn Replicas>, line: Line) -> Self {
+        let (give_up, given_up) = oneshot::channel();
+        let (jobs, worker) = Worker::new(&order.name, replicas, line);
+        let work = tokio::spawn(async move {
+            let pool = order.pool.clone();
+            let problem = worker.replicas.capture(order, given_up).await.err();
+            if problem.is_none()
+                && let Ok(known) = worker.replicas.find(&pool).await
+            {
+                worker.tell(&ToGateway::Known { pool: pool.name, known });
+            }
+            worker.tell(&ToGateway::Captured { name: worker.name.clone(), problem });
+        });
+        Self { jobs, give_up: Some(give_up), work }
+    }
+
     /// Takes over a replica that is there.
     pub(super) fn adopt(name: &str, replicas: Arc<dyn Replicas>, line: Line) -> Self {
         let (jobs, worker) = Worker::new(name, replicas, line);

@@ -94,12 +94,15 @@ impl Tiers {
         }
     }
 
+    /// Restores are of another snapshot from now on.
+    pub(super) fn replaced(&mut self) {
+        self.restore.worked();
+        self.owed = 0;
+    }
+
     pub(super) fn worked(&mut self, tier: Tier) {
         match tier {
-            Tier::Restore => {
-                self.restore.worked();
-                self.owed = 0;
-            }
+            Tier::Restore => self.replaced(),
             Tier::Cold => self.cold.worked(),
             Tier::Wake => {}
         }

@@ -12,6 +12,7 @@ use rewarm_autoscaler::queue::Queue;
 use rewarm_autoscaler::start_times::StartTimes;
 use rewarm_autoscaler::steer::{Step, Victim, next_step};
 
+use super::capture::Capture;
 use super::circuit::Tiers;
 use super::members::Member;
 use super::requests::{Granted, Waiter};
@@ -48,6 +49,7 @@ pub(super) struct Inner {
     pub(super) finishing: bool,
     /// On its way to take the place of a replica of an older snapshot.
     pub(super) rolling: Option<ReplicaId>,
+    pub(super) capture: Capture,
     /// Wanted by the last decision, within the limits.
     pub(super) desired: u32,
     /// When [`Live::run`] looks next.
@@ -222,6 +224,7 @@ impl Inner {
         self.serve(Event::Timer);
         self.fill_warm();
         self.roll();
+        self.capture();
     }
 
     /// When something has to be looked at, if nothing happens before.
@@ -229,7 +232,7 @@ impl Inner {
         let deadlines = self.members.values().filter_map(|member| member.deadline);
         let circuit = self.tiers.open(self.now).map(|open| open.until);
         let policy = self.policy.timer(&self.view());
-        let known = [self.queue.next_expiry(), circuit, policy, self.warm_again()];
+        let known = [self.queue.next_expiry(), circuit, policy, self.warm_again(), self.capture_again()];
         deadlines.chain(known.into_iter().flatten()).min().unwrap_or(Moment::NEVER)
     }
 
@@ -245,7 +248,7 @@ impl Inner {
     }
 
     /// What one replica takes, as far as is known.
-    fn memory(&self) -> (Memory, Memory) {
+    pub(super) fn memory(&self) -> (Memory, Memory) {
         let known = self.known.as_ref();
         let host = self.config.replica_memory.or(known.map(|known| known.host_bytes)).unwrap_or(0);
         let device = known.map_or(0, |known| known.device_bytes);
@@ -258,6 +261,7 @@ impl Inner {
         let (serving, paused) = self.memory();
         self.pool.reshape(shape(&self.config, serving, paused));
         self.roll();
+        self.capture();
     }
 
     /// Changes what holds from now on.

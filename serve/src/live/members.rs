@@ -70,7 +70,7 @@ impl Inner {
         name
     }
 
-    fn order(&self, message: &ToParent) {
+    pub(super) fn order(&self, message: &ToParent) {
         tell(&self.shared.line, message);
     }
 
@@ -251,9 +251,13 @@ impl Inner {
 
     /// Takes in what the parent says of a replica, and does what was waiting for it.
     pub(super) fn heard(&mut self, name: &str, heard: Heard) {
-        self.take_in(name, heard);
+        match heard {
+            Heard::Captured(problem) => self.captured(name, problem),
+            heard => self.take_in(name, heard),
+        }
         self.fill_warm();
         self.roll();
+        self.capture();
     }
 
     fn take_in(&mut self, name: &str, heard: Heard) {
@@ -494,7 +498,7 @@ impl Inner {
 }
 
 /// Six hexadecimal digits' worth of chance, so that names are not used again soon.
-fn random() -> u32 {
+pub(super) fn random() -> u32 {
     let mut bytes = [0; 4];
     if getrandom::fill(&mut bytes).is_err() {
         bytes = (crate::status::now() as u32).to_le_bytes();
