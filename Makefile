@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup build demo check test bench bench-memory bench-gateway soak clean help
+.PHONY: setup build demo check test bench bench-memory bench-gateway bench-serve soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
 NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,chromium,torch
@@ -39,10 +39,15 @@ bench-memory: setup build ## fixed cost, eight replicas at once, shared memory, 
 bench-gateway: setup build ## the gateway beside nginx and HAProxy; needs wrk and haproxy
 	@setup/bench-gateway
 
+bench-serve: setup build ## pools from zero, waking, a burst, held requests, and the simulator beside a replay
+	@setup/bench-serve
+
 soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours, and Ray Serve
 	@setup/ray
 	REWARM_FUZZ_SECONDS=$${REWARM_FUZZ_SECONDS:-900} cargo test -p rewarm-integration-tests --test 'fuzz-*'
 	REWARM_SOAK_ROUNDS=$${REWARM_SOAK_ROUNDS:-200} cargo test -p rewarm-integration-tests --test main devices::soak
+	REWARM_SOAK_SCALINGS=$${REWARM_SOAK_SCALINGS:-1000} REWARM_SOAK_RESTARTS=$${REWARM_SOAK_RESTARTS:-1000} \
+		cargo test -p rewarm-integration-tests --test main serve:: -- scaling:: gateways_killed
 	@setup/soak
 
 clean: ## remove what was built here; the cache folder stays

@@ -85,6 +85,10 @@ pub trait Desk: Send + Sync + 'static {
     /// Whether a request that no replica began to answer may be tried once elsewhere.
     fn retries(&self) -> bool;
 
+    /// How long a replica may take from the beginning of a request to the head of its answer; without it as long as that
+    /// takes.
+    fn patience(&self) -> Option<Duration>;
+
     /// A slot, now or after a while. Dropping the future gives the wait up.
     ///
     /// # Errors

@@ -106,6 +106,8 @@ enum Failed {
     Unsent(Box<(Parts, Outgoing)>, String),
     /// It can be repeated safely.
     Again(Box<(Parts, Outgoing)>, String),
+    /// The replica has been waited for long enough.
+    Late(Duration),
     Not(String),
 }
 
@@ -127,7 +129,7 @@ async fn carry(
             Err(refusal) => return refused(&refusal, desk.retry_after()),
         };
         let (name, held) = (slot.upstream.name().to_owned(), slot.held);
-        match try_once(parts, body, slot).await {
+        match try_once(parts, body, slot, desk.patience()).await {
             Ok((mut response, slot, connection)) => {
                 headers::for_client(response.headers_mut(), id, &name, held);
                 return match (response.status(), upgrade) {
@@ -150,6 +152,10 @@ async fn carry(
                 (parts, body) = *request;
                 want.again = true;
             }
+            Err(Failed::Late(after)) => {
+                let why = format!("replica {name} did not answer within {} ms", after.as_millis());
+                return own(StatusCode::GATEWAY_TIMEOUT, "replica_late", &why);
+            }
             Err(Failed::Unsent(_, why) | Failed::Again(_, why) | Failed::Not(why)) => {
                 let why = format!("replica {name} did not answer: {why}");
                 return own(StatusCode::BAD_GATEWAY, "replica_lost", &why);
@@ -164,6 +170,7 @@ async fn try_once(
     parts: Parts,
     body: Outgoing,
     mut slot: Slot,
+    patience: Option<Duration>,
 ) -> Result<(Response<Incoming>, Slot, Connection), Failed> {
     let repeatable = parts.method.is_safe() && parts.method != Method::CONNECT && body.is_end_stream();
     let copy = repeatable.then(|| (parts.clone(), body.copy_of_nothing()));
@@ -176,7 +183,16 @@ async fn try_once(
                 return Err(Failed::Unsent(Box::new(request.into_parts()), error.to_string()));
             }
         };
-        match connection.ask(request).await {
+        let asked = connection.ask(request);
+        let answered = match patience {
+            Some(patience) => tokio::time::timeout(patience, asked).await.map_err(|_| patience),
+            None => Ok(asked.await),
+        };
+        let answered = answered.map_err(|patience| {
+            slot.lease.broken(&format!("there was no answer within {} ms", patience.as_millis()));
+            Failed::Late(patience)
+        })?;
+        match answered {
             Ok(response) => return Ok((response, slot, connection)),
             Err(Unanswered::Unsent(again)) if connection.kept => request = *again,
             Err(Unanswered::Unsent(again)) => {

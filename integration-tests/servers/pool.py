@@ -12,6 +12,7 @@
     GET  /cut               ends the process in the middle of an answer
     GET  /hang              never answers
     GET  /status?code=N     answers with N
+    GET  /same              200 as long as it has the name under which it began, else 500
 """
 
 import argparse
@@ -94,6 +95,9 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(4)
         elif url.path == "/hang":
             time.sleep(3600)
+        elif url.path == "/same":
+            same = who() == BEGAN
+            self.answer(200 if same else 500, {"same": same})
         elif url.path == "/status":
             self.answer(int(asked["code"]), {"code": int(asked["code"])})
         else:
@@ -134,6 +138,10 @@ class Handler(BaseHTTPRequestHandler):
 def who():
     with open("/run/rewarm/identity.json") as file:
         return json.load(file)
+
+
+# What a snapshot holds of the replica that it was taken of.
+BEGAN = who()
 
 
 class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):

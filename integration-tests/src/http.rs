@@ -46,7 +46,7 @@ impl Response {
 ///
 /// When the connection fails, or the answer is cut short or is not HTTP.
 pub fn request(port: u16, method: &str, path: &str, body: Option<&str>) -> io::Result<Response> {
-    exchange(&mut connect(port)?, "close", method, path, body)
+    exchange(&mut connect(port)?, "connection: close\r\n", method, path, body)
 }
 
 /// A connection that is used for one request after another.
@@ -69,7 +69,7 @@ impl Connection {
     ///
     /// As [`request`]; a connection that was closed meanwhile is one.
     pub fn get(&mut self, path: &str) -> io::Result<Response> {
-        exchange(&mut self.0, "keep-alive", "GET", path, None)
+        exchange(&mut self.0, "connection: keep-alive\r\n", "GET", path, None)
     }
 }
 
@@ -84,12 +84,12 @@ fn connect(port: u16) -> io::Result<TcpStream> {
 
 fn exchange(
     stream: &mut TcpStream,
-    connection: &str,
+    headers: &str,
     method: &str,
     path: &str,
     body: Option<&str>,
 ) -> io::Result<Response> {
-    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\nconnection: {connection}\r\n");
+    let mut head = format!("{method} {path} HTTP/1.1\r\nhost: localhost\r\n{headers}");
     if let Some(body) = body {
         head += &format!("content-type: application/json\r\ncontent-length: {}\r\n", body.len());
     }
@@ -113,6 +113,15 @@ fn exchange(
             return Ok(response);
         }
     }
+}
+
+/// [`get`] with a header, such as `x-session: 1`.
+///
+/// # Errors
+///
+/// As [`request`].
+pub fn get_with(port: u16, path: &str, header: &str) -> io::Result<Response> {
+    exchange(&mut connect(port)?, &format!("connection: close\r\n{header}\r\n"), "GET", path, None)
 }
 
 /// [`request`] with `GET`.

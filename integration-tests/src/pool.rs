@@ -12,6 +12,13 @@ use crate::world::World;
 
 /// How long a busy machine may take until replicas are as they should be.
 const REPLICAS_MAX: Duration = Duration::from_secs(60);
+/// How long `serve` may run, all in all: hours where `make soak` asks for many rounds.
+fn serve_max() -> Duration {
+    let soak =
+        ["REWARM_SOAK_SCALINGS", "REWARM_SOAK_RESTARTS"].iter().any(|name| std::env::var_os(name).is_some());
+    Duration::from_secs(if soak { 7200 } else { 300 })
+}
+
 const POLL: Duration = Duration::from_millis(50);
 
 /// `rewarm serve` in a world. Dropping it kills it; its replicas stay until the world ends.
@@ -59,11 +66,7 @@ impl World {
     #[must_use]
     pub fn serve_call(&self) -> crate::Rewarm {
         let file = self.files().join("pool.toml");
-        self.rewarm()
-            .env("REWARM_LOG", "info")
-            .args(["serve", "-f"])
-            .arg(file)
-            .timeout(Duration::from_secs(300))
+        self.rewarm().env("REWARM_LOG", "info").args(["serve", "-f"]).arg(file).timeout(serve_max())
     }
 }
 
@@ -72,6 +75,23 @@ impl Serving<'_> {
     #[must_use]
     pub fn running(&self) -> &Running {
         &self.running
+    }
+
+    /// Process id of the gateway.
+    ///
+    /// # Panics
+    ///
+    /// When there is none for a minute.
+    #[must_use]
+    pub fn gateway(&self) -> i32 {
+        let began = Instant::now();
+        loop {
+            if let Some(pid) = children(self.running.pid()).into_iter().find(|pid| is_gateway(*pid)) {
+                return pid;
+            }
+            assert!(began.elapsed() < REPLICAS_MAX, "no gateway; serve said:\n{}", self.running.stderr());
+            std::thread::sleep(POLL);
+        }
     }
 
     /// The replicas that live, as `rewarm ps` shows them: name and status.
@@ -125,4 +145,18 @@ impl Serving<'_> {
         self.running.signal(Signal::SIGKILL);
         let _ = self.running.wait();
     }
+}
+
+/// The children of all threads of a process; none where it is gone.
+fn children(pid: i32) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let lists = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    lists
+        .flat_map(|list| list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect()
+}
+
+fn is_gateway(pid: i32) -> bool {
+    let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    command.split(|byte| *byte == 0).nth(1) == Some(b"gateway")
 }

@@ -2,12 +2,24 @@
 
 mod capture;
 mod changes;
+mod crowd;
+mod luck;
 mod operators;
 mod pool;
 mod scaling;
 
+use std::time::{Duration, Instant};
+
 use rewarm_integration_tests::World;
 use rewarm_integration_tests::server::Server;
+
+/// Whether there is another round: until as many were done as the variable says, else for a while.
+fn goes_on(began: Instant, done: u32, variable: &str, time: Duration) -> bool {
+    match std::env::var(variable).ok().and_then(|text| text.parse().ok()) {
+        Some(rounds) => done < rounds,
+        None => began.elapsed() < time,
+    }
+}
 
 /// A world with the snapshot `pool@v1`, whose source is gone.
 fn pool_world() -> Option<World> {

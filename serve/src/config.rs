@@ -108,6 +108,8 @@ pub struct PoolConfig {
     pub affinity: Option<String>,
     /// Whether a request that no replica began to answer may be tried once elsewhere.
     pub retry: bool,
+    /// How long a replica may take from the beginning of a request to the head of its answer; without it as long as that takes.
+    pub answer_timeout: Option<Duration>,
     /// How long a replica that is let go may take for what it has in flight; without it as long as that lasts.
     pub drain: Option<Duration>,
     /// How a server is started where its snapshot cannot be restored.
@@ -339,6 +341,7 @@ fn pool(mut from: Reader) -> Result<PoolConfig> {
             .unwrap_or(Routing::Busiest),
         affinity: from.string("affinity")?,
         retry: from.flag("retry")?.unwrap_or(true),
+        answer_timeout: from.time("answer_timeout")?,
         drain: from.time("drain")?,
         cold: from
             .get("cold", "a command as a list of words, or false", |value| match value {

@@ -11,6 +11,7 @@ use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rewarm_autoscaler::ledger::{Ledger, Memory};
 use rewarm_gateway::{Asked, Choice, Desk, Front, Limits, Router, tls};
 use tokio::net::{TcpListener, TcpStream};
@@ -47,6 +48,7 @@ pub fn main() -> u8 {
 fn run() -> io::Result<()> {
     let socket = UnixStream::from(rewarm_sys::process::take_inherited(SOCKET_FD)?);
     rewarm_sys::confine::confine(USER, USER, None)?;
+    allow_many_files();
     let line = Line::new(socket);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let (told, heard) = mpsc::unbounded_channel();
@@ -67,6 +69,19 @@ fn run() -> io::Result<()> {
     runtime.block_on(Control::new(line).serve(heard))?;
     runtime.shutdown_background();
     Ok(())
+}
+
+/// Takes as many descriptors as this process may: one for each client and one for each request in a replica. Its parent stays as
+/// it is, since replicas inherit from it.
+fn allow_many_files() {
+    let raised = getrlimit(Resource::RLIMIT_NOFILE)
+        .and_then(|(_, most)| setrlimit(Resource::RLIMIT_NOFILE, most, most).map(|()| most));
+    match raised {
+        Ok(most) => tracing::debug!(most, "open files"),
+        Err(error) => {
+            tracing::warn!(%error, "the limit of open files stays as it is: raise it with ulimit -n")
+        }
+    }
 }
 
 /// All pools and all addresses.

@@ -284,3 +284,20 @@ async fn a_front_that_closes_lets_what_is_in_flight_be_answered() {
     gateway.front.closed().await;
     tokio::net::TcpStream::connect(gateway.address).await.expect_err("nobody listens");
 }
+
+#[tokio::test]
+async fn a_replica_that_never_answers_is_waited_for_as_long_as_was_set() {
+    let server = Server::start().await;
+    let patience = Some(std::time::Duration::from_millis(100));
+    let gateway = Setup { patience, ..Setup::default() }.before(server.address).await;
+    let mut client = gateway.client().await;
+    client.say(GET).await;
+    let mut replica = server.accept().await;
+    replica.head().await;
+    let answer = client.hear("}}").await.to_lowercase();
+    assert!(answer.starts_with("http/1.1 504 ") && answer.contains("within 100 ms"), "{answer}");
+    assert_eq!(gateway.pool.broken.load(Ordering::SeqCst), 1);
+    assert_eq!(gateway.pool.retried.load(Ordering::SeqCst), 0);
+    assert_eq!(replica.rest().await, "", "the connection to the replica is closed");
+    gateway.await_taken(0).await;
+}

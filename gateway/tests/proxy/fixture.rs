@@ -33,6 +33,7 @@ pub(crate) struct Pool {
     pub(crate) retried: AtomicU32,
     traffic: Arc<Traffic>,
     refusal: Option<Refusal>,
+    patience: Option<Duration>,
 }
 
 struct To(SocketAddr);
@@ -86,6 +87,10 @@ impl Desk for Pool {
 
     fn retries(&self) -> bool {
         true
+    }
+
+    fn patience(&self) -> Option<Duration> {
+        self.patience
     }
 
     async fn slot(&self, _want: Want) -> Result<Slot, Refusal> {
@@ -144,12 +149,13 @@ pub(crate) struct Setup {
     pub(crate) limits: Limits,
     pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) refusal: Option<Refusal>,
+    pub(crate) patience: Option<Duration>,
     pub(crate) model: Option<&'static str>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { slots: 8, limits: LIMITS, tls: None, refusal: None, model: None }
+        Self { slots: 8, limits: LIMITS, tls: None, refusal: None, patience: None, model: None }
     }
 }
 
@@ -165,6 +171,7 @@ impl Setup {
             retried: AtomicU32::new(0),
             traffic: Arc::default(),
             refusal: self.refusal,
+            patience: self.patience,
         });
         let router = Arc::new(One { pool: pool.clone(), model: self.model });
         let front = Front::new(router, self.limits, self.tls, Arc::new(Semaphore::new(100)));

@@ -8,13 +8,10 @@ use nix::sys::signal::Signal;
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::free_port;
 
-use super::{config, pool_world};
+use super::{config, goes_on, pool_world};
 
-/// How long the load goes on: `make soak` makes it longer.
-fn how_long() -> Duration {
-    let seconds = std::env::var("REWARM_SOAK_SECONDS").ok().and_then(|text| text.parse().ok());
-    Duration::from_secs(seconds.unwrap_or(15))
-}
+/// How long the number of replicas changes, where `make soak` does not say how often.
+const TIME: Duration = Duration::from_secs(15);
 
 #[test]
 fn random_scaling_under_load_cuts_nothing_off() {
@@ -45,7 +42,7 @@ fn random_scaling_under_load_cuts_nothing_off() {
         .collect();
     let began = Instant::now();
     let mut moves = 0_u32;
-    while began.elapsed() < how_long() {
+    while goes_on(began, moves, "REWARM_SOAK_SCALINGS", TIME) {
         // A sequence without a pattern that scaling could follow.
         moves += 1;
         world.configure(&file(1 + moves.wrapping_mul(2_654_435_761).rotate_left(7) % 4));

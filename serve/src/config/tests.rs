@@ -30,7 +30,7 @@ fn everything_can_be_said() {
     let text = format!(
         "{POOL}port = 8001\nconcurrency = 4\ntarget_concurrency = 3\nmin_replicas = 1\nmax_replicas = 2\nwarm = 2\n\
          queue = {{ max = 10, deadline = '3s' }}\ntarget_wait = '2s'\nstart_timeout = '5s'\nrouting = 'least-in-flight'\n\
-         affinity = 'x-session'\nretry = false\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
+         affinity = 'x-session'\nretry = false\nanswer_timeout = '9s'\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
          replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
          [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\non_exit = 'keep'\nmemory = '20GiB'\n\
@@ -40,6 +40,10 @@ fn everything_can_be_said() {
     let config = read(&text).expect("good");
     let pool = &config.pools[0];
     assert_eq!((pool.port, pool.concurrency, pool.target_concurrency), (Some(8001), 4, 3));
+    assert_eq!(
+        (pool.drain, pool.answer_timeout),
+        (Some(Duration::from_secs(10)), Some(Duration::from_secs(9)))
+    );
     assert_eq!(pool.matching.host.as_deref(), Some("a.example"));
     assert_eq!(pool.matching.header, Some(("x-team".to_owned(), "red".to_owned())));
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));

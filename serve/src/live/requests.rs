@@ -128,6 +128,10 @@ impl Desk for LiveDesk {
         self.0.with(|inner| inner.config.retry)
     }
 
+    fn patience(&self) -> Option<Duration> {
+        self.0.with(|inner| inner.config.answer_timeout)
+    }
+
     async fn slot(&self, want: Want) -> Result<Slot, Refusal> {
         let live = &self.0;
         let arrived = live.with(|inner| inner.arrive(want))?;

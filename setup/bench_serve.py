@@ -1,0 +1,396 @@
+"""Measures pools of `rewarm serve` on real replicas, and the simulator beside a replay of the same trace; prints tables.
+
+Two servers: the embedding server of examples/, and a small one of the standard library. Both are restored from a folder.
+Every step from rest comes after a pause, as in bench.py.
+"""
+
+import argparse
+import contextlib
+import csv
+import datetime
+import http.client
+import json
+import math
+import os
+import pathlib
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+from bench import PAUSE
+from demo import Failed, Rewarm
+
+INSIDE, PORT, ADMIN = 8000, 18010, 18011
+PATIENCE = 180
+RUNNING_ASKED = 30
+BURST, CAP = 64, 8
+HELD = 10_000
+# What the policy may use in the replay. Little, so that requests do wait.
+TRACE_CONCURRENCY, TRACE_MAX, TRACE_TARGET = 4, 4, 0.25
+POLL = 0.05
+
+SMALL = '''
+import http.server, time, urllib.parse
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1
+    disable_nagle_algorithm = True
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        asked = urllib.parse.parse_qs(urllib.parse.urlparse(self.path).query)
+        time.sleep(float(asked.get("s", ["0"])[0]))
+        self.send_response(200)
+        self.send_header("content-length", "3")
+        self.end_headers()
+        self.wfile.write(b"ok\\n")
+        self.wfile.flush()
+
+http.server.ThreadingHTTPServer(("127.0.0.1", 8000), Handler).serve_forever()
+'''
+# Opens many connections in a process of its own, asks over each, and says when all have been sent. Ends when stdin does.
+HOLDER = '''
+import asyncio, resource, sys
+
+async def main(port, count):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    writers = []
+    for _ in range(count):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /?s=0 HTTP/1.1\\r\\nhost: held.example\\r\\n\\r\\n")
+        writers.append((reader, writer))
+    print("sent", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+
+asyncio.run(main(int(sys.argv[1]), int(sys.argv[2])))
+'''
+
+
+class Server:
+    """What is served, and a request of a user."""
+
+    def __init__(self, name, label, command, mounts, path, body=None):
+        self.name, self.label, self.command, self.mounts, self.path = name, label, command, mounts, path
+        self.body = None if body is None else json.dumps(body)
+
+    def ask(self, path=None):
+        """Asks through the gateway; seconds, and how many milliseconds the request was held."""
+        began = time.monotonic()
+        connection = http.client.HTTPConnection("127.0.0.1", PORT, timeout=PATIENCE)
+        connection.request("GET" if self.body is None else "POST", path or self.path, self.body, {"content-type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read()
+        connection.close()
+        if answer.status != 200:
+            raise Failed(f"{self.name} answers {answer.status}: {text[:300]!r}")
+        return time.monotonic() - began, float(answer.headers.get("x-rewarm-held-ms", 0))
+
+
+def status(starts=0):
+    with urllib.request.urlopen(f"http://127.0.0.1:{ADMIN}/admin/status?decisions=0&starts={starts}", timeout=30) as answer:
+        return json.load(answer)["pools"][0]
+
+
+def until(what, true):
+    """Waits until the pool's status is as wanted, and gives it back."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        with contextlib.suppress(OSError):
+            pool = status()
+            if true(pool):
+                return pool
+        if time.monotonic() > end:
+            raise Failed(f"{what}: not within {PATIENCE} s")
+        time.sleep(POLL)
+
+
+def states(pool):
+    return sorted(replica["state"] for replica in pool["replicas"])
+
+
+def percentile(values, share):
+    """The smallest value that so large a share of all does not exceed."""
+    return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
+
+
+def spread(values, scale=1000.0, unit="ms"):
+    return f"{statistics.median(values) * scale:.0f} {unit} ({min(values) * scale:.0f} to {max(values) * scale:.0f})"
+
+
+def children(pid):
+    return [int(child) for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+
+
+def resident(pid):
+    """Bytes of memory, shared ones too."""
+    fields = dict(line.split(":", 1) for line in pathlib.Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:])
+    return int(fields["Rss"].split()[0]) << 10
+
+
+class Bench:
+    def __init__(self, options):
+        self.options, self.work = options, options.work
+        self.rewarm = Rewarm(options.rewarm, options.work / "state")
+        small = options.work / "small.py"
+        small.write_text(SMALL)
+        program = options.examples / "embedding" / "server.py"
+        self.small = Server("small", "small server", ["/usr/bin/python3", "-B", "/srv/small.py"], [f"{small}:/srv/small.py:ro"], "/")
+        self.embedding = Server("embedding", "embedding server", [options.python, program], [], "/embed", {"texts": ["hello"]})
+
+    def note(self, text):
+        print(f"bench-serve: {text}", file=sys.stderr, flush=True)
+
+    def store(self, server):
+        """The server's snapshot, taken at its first use."""
+        folder = self.work / "stores" / server.name
+        if not folder.exists():
+            self.note(f"snapshot of the {server.label}")
+            ready = f"http://127.0.0.1:{INSIDE}/{'healthz' if server is self.embedding else ''}"
+            mounts = [word for mount in server.mounts for word in ("--mount", mount)]
+            self.rewarm("run", server.name, "--port", INSIDE, "--ready", ready, *mounts, "--", *server.command)
+            self.rewarm("snapshot", server.name, f"file://{folder}/{server.name}@v1", "--stop")
+            self.rewarm("rm", server.name)
+        return folder
+
+    @contextlib.contextmanager
+    def serving(self, server, more):
+        """`rewarm serve` with one pool; its process."""
+        file = self.work / "pool.toml"
+        file.write_text(
+            f"[[pool]]\nname = 'bench'\nsnapshot = 'file://{self.store(server)}/{server.name}@v1'\n"
+            f"listen = '127.0.0.1:{PORT}'\nport = {INSIDE}\n{more}\n[serve]\nadmin = '127.0.0.1:{ADMIN}'\n"
+        )
+        command = [self.options.rewarm, "--state", self.work / "state", "serve", "-f", file]
+        with open(self.work / "log", "ab") as log:
+            process = subprocess.Popen([str(word) for word in command], stdout=log, stderr=log)
+        try:
+            until("the snapshot is known", lambda pool: pool["digest"])
+            yield process
+        except Failed as failed:
+            raise Failed(f"{failed}\n{(self.work / 'log').read_text()[-1500:]}") from None
+        finally:
+            process.terminate()
+            process.wait(timeout=60)
+
+    def running(self, server):
+        """What an answer takes where a replica is there, through the gateway."""
+        with self.serving(server, "min_replicas = 1\nfollow = '0s'"):
+            until("a replica serves", lambda pool: states(pool) == ["ready"])
+            for _ in range(5):
+                server.ask()
+            return [server.ask()[0] for _ in range(RUNNING_ASKED)]
+
+    def from_rest(self, server, warm):
+        """What the first answer takes where no replica serves, and `warm` are paused."""
+        hasty = "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\nfollow = '0s'"
+        at_rest = ["warm"] * warm
+        took = []
+        with self.serving(server, f"warm = {warm}\nmax_replicas = 1\n{hasty}"):
+            for round in range(self.options.rounds + 1):
+                until("the pool is at rest", lambda pool: states(pool) == at_rest)
+                time.sleep(PAUSE)
+                seconds, held = server.ask()
+                if not held:
+                    raise Failed("a replica was there: the request was not held")
+                # The first one also starts the fetcher and reads what later ones find in memory.
+                if round or warm:
+                    took.append(seconds)
+        return took[: self.options.rounds]
+
+    def rest(self, which):
+        warm = 1 if which == "wake" else 0
+        goal = {"wake": "30 ms", "zero": "400 ms"}[which]
+        what = {"wake": "to a paused one", "zero": "to one in a folder"}[which]
+        for server in (self.embedding, self.small):
+            self.note(f"{server.label}, {which}")
+            running, first = self.running(server), self.from_rest(server, warm)
+            above = (statistics.median(first) - statistics.median(running)) * 1000
+            aim = goal if server is self.embedding else ""
+            self.row(f"{server.label}: first request {what}", f"{spread(first)}; running {spread(running)}", f"{above:.0f} ms above", aim)
+
+    def burst(self):
+        server, last, refused = self.embedding, {}, 0
+        folder = self.store(server)
+        limits = f"concurrency = {CAP}\nqueue = {{ max = 1000, deadline = '170s' }}\nstart_timeout = '170s'\nfollow = '0s'"
+        for name in ["restored"] * self.options.rounds + ["cold"]:
+            self.note(f"burst of {BURST}, {name}")
+            with self.serving(server, limits):
+                if name == "cold":
+                    folder.rename(folder.with_name("away"))
+                try:
+                    time.sleep(PAUSE)
+                    answers, failures = [], []
+
+                    def one():
+                        try:
+                            answers.append(server.ask()[0])
+                        except (Failed, OSError) as error:
+                            failures.append(error)
+
+                    clients = [threading.Thread(target=one) for _ in range(BURST)]
+                    began = time.monotonic()
+                    for client in clients:
+                        client.start()
+                    for client in clients:
+                        client.join()
+                    took = time.monotonic() - began
+                    tiers = sorted({start["tier"] for start in status(starts=200)["starts"] if start["outcome"] == "ready"})
+                finally:
+                    if name == "cold":
+                        folder.with_name("away").rename(folder)
+            if failures:
+                refused += len(failures)
+                self.note(f"not answered: {failures[0]}")
+            self.note(f"last answer after {took:.1f} s, by replicas that were started by {', '.join(tiers)}")
+            last.setdefault(name, []).append(took)
+        times = statistics.median(last["cold"]) / statistics.median(last["restored"])
+        self.row(f"embedding server: last of {BURST} requests to a pool at zero", f"{spread(last['restored'], 1, 's')}; cold {spread(last['cold'], 1, 's')}",
+                 f"{times:.1f} times sooner, {refused} not answered", "3 times, 0")
+
+    def held(self):
+        self.note(f"{HELD} held requests")
+        limits = f"concurrency = 1\nmin_replicas = 1\nmax_replicas = 1\nqueue = {{ max = {HELD}, deadline = '170s' }}\nfollow = '0s'"
+        with self.serving(self.small, limits) as process:
+            until("a replica serves", lambda pool: states(pool) == ["ready"])
+            gateway = children(process.pid)[0]
+            before = resident(gateway), resident(process.pid)
+            busy = threading.Thread(target=lambda: self.small.ask(f"/?s={60}"))
+            busy.start()
+            until("the only slot is taken", lambda pool: pool["in_flight"] == 1)
+            holder = subprocess.Popen(["/usr/bin/python3", "-c", HOLDER, str(PORT), str(HELD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            try:
+                holder.stdout.readline()
+                until("all are held", lambda pool: pool["held"] == HELD)
+                after = resident(gateway), resident(process.pid)
+            finally:
+                holder.kill()
+                holder.wait()
+            left = until("they are forgotten", lambda pool: pool["held"] == 0)
+            busy.join()
+        mib = [value >> 20 for value in (*before, *after)]
+        self.row(f"memory with {HELD} held requests: gateway and its parent", f"{mib[2]} and {mib[3]} MiB; with none {mib[0]} and {mib[1]} MiB",
+                 f"{mib[2] + mib[3]} MiB, {left['totals']['refused_full']} refused", "300 MiB")
+
+    def trace(self):
+        """Arrivals and service times in seconds."""
+        seconds = self.options.trace_seconds
+        if self.options.trace is None:
+            # Calm, and now and then six times as much: the same each time.
+            dice, at, trace = random.Random(6), 0.0, []
+            while True:
+                busy = (at % 25) > 19
+                at += dice.expovariate(18 if busy else 3)
+                if at > seconds:
+                    return trace
+                trace.append((at, min(dice.lognormvariate(-0.7, 0.5), 3)))
+        rows = list(csv.DictReader(self.options.trace.read_text().splitlines()))
+        if "arrival_s" in rows[0]:
+            trace = [(float(row["arrival_s"]), float(row["service_s"])) for row in rows]
+        else:
+            stamp = lambda row: datetime.datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()  # noqa: E731
+            trace = [(stamp(row), 0.05 + int(row["ContextTokens"]) / 8000 + int(row["GeneratedTokens"]) * 0.02) for row in rows]
+        first = trace[0][0]
+        return [(at - first, service) for at, service in trace if at - first <= seconds]
+
+    def replay(self):
+        trace = self.trace()
+        self.note(f"replay of {len(trace)} requests in {trace[-1][0]:.0f} s")
+        limits = f"concurrency = {TRACE_CONCURRENCY}\nmax_replicas = {TRACE_MAX}\ntarget_wait = '{TRACE_TARGET}s'\nfollow = '0s'"
+        waits, failures, sums = [], [], [0.0]
+        with self.serving(self.small, limits):
+            # The fetcher runs from here on, as it does in a pool that has served before.
+            self.small.ask()
+            until("the pool is at rest", lambda pool: states(pool) == [])
+            known = len(status(starts=200)["starts"])
+            over = threading.Event()
+
+            def watch():
+                """Adds up how long replicas were on their way, served or finished what they had."""
+                before = time.monotonic()
+                while not over.is_set() or status()["replicas"]:
+                    time.sleep(POLL / 2)
+                    count, now = len(status()["replicas"]), time.monotonic()
+                    sums[0] += count * (now - before)
+                    before = now
+
+            def one(service):
+                try:
+                    waits.append(self.small.ask(f"/?s={service:.4f}")[1])
+                except (Failed, OSError) as error:
+                    failures.append(error)
+
+            watcher = threading.Thread(target=watch)
+            watcher.start()
+            began, clients = time.monotonic(), []
+            for at, service in trace:
+                time.sleep(max(began + at - time.monotonic(), 0))
+                clients.append(threading.Thread(target=one, args=(service,)))
+                clients[-1].start()
+            for client in clients:
+                client.join()
+            over.set()
+            watcher.join()
+            starts = [start for start in status(starts=200)["starts"][known:] if start["outcome"] == "ready"]
+        if failures:
+            raise Failed(f"{len(failures)} requests of the replay failed, such as: {failures[0]}")
+        (self.work / "starts").write_text("".join(f"{start['took_ms']}ms\n" for start in starts))
+        (self.work / "trace.csv").write_text("arrival_s,service_s\n" + "".join(f"{at:.4f},{service:.4f}\n" for at, service in trace))
+        simulated, _ = self.rewarm("simulate", self.work / "trace.csv", "--policy", "rewarm", "--restore", self.work / "starts", "--warm", 0,
+                                   "--concurrency", TRACE_CONCURRENCY, "--max", TRACE_MAX, "--target-wait", f"{TRACE_TARGET}s")
+        policy = simulated["policies"][0]
+        lines = [(name, percentile(waits, share), policy["wait_ms"][name]) for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))]
+        for name, live, model in lines:
+            self.row(f"replay of {len(trace)} requests: {name} of waits", f"live {live:.0f} ms", f"simulated {model:.0f} ms",
+                     {"p50": "10 % or 5 ms", "p99": "10 % or 50 ms"}.get(name, ""))
+        self.row("the same: replica-seconds for each request", f"live {sums[0] / len(trace):.3f}", f"simulated {policy['replica_seconds_per_request']:.3f}", "")
+        self.row("the same: restores", f"live {len(starts)}, {spread([start['took_ms'] for start in starts], 1)}", f"simulated {policy['starts']['restore']}", "")
+
+    def row(self, *cells):
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+    def run(self):
+        print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.release()}, {self.options.rounds} rounds; medians, least and most\n")
+        self.row("what", "measured", "figure", "goal")
+        self.row("---", "---", "---", "---")
+        parts = {
+            "zero": lambda: self.rest("zero"),
+            "wake": lambda: self.rest("wake"),
+            "burst": self.burst,
+            "held": self.held,
+            "trace": self.replay,
+        }
+        for name, part in parts.items():
+            if self.options.only in (None, name):
+                part()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rewarm", required=True)
+    parser.add_argument("--work", type=pathlib.Path, required=True)
+    parser.add_argument("--python", required=True)
+    parser.add_argument("--examples", type=pathlib.Path, required=True)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["zero", "wake", "burst", "held", "trace"])
+    parser.add_argument("--trace", type=pathlib.Path)
+    parser.add_argument("--trace-seconds", type=float, default=90)
+    options = parser.parse_args()
+    # The holder's connections and the gateway's.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+    try:
+        Bench(options).run()
+    except Failed as failed:
+        sys.exit(f"bench-serve: {failed}")
+
+
+if __name__ == "__main__":
+    main()
