@@ -32,7 +32,7 @@ RUNNING_ASKED = 30
 BURST, CAP = 64, 8
 HELD = 10_000
 # What the policy may use in the replay. Little, so that requests do wait.
-TRACE_CONCURRENCY, TRACE_MAX, TRACE_TARGET = 4, 4, 0.25
+TRACE_CONCURRENCY, TRACE_MAX = 4, 4
 POLL = 0.05
 
 SMALL = '''
@@ -304,7 +304,7 @@ class Bench:
     def replay(self):
         trace = self.trace()
         self.note(f"replay of {len(trace)} requests in {trace[-1][0]:.0f} s")
-        limits = f"concurrency = {TRACE_CONCURRENCY}\nmax_replicas = {TRACE_MAX}\ntarget_wait = '{TRACE_TARGET}s'\nfollow = '0s'"
+        limits = f"concurrency = {TRACE_CONCURRENCY}\nmax_replicas = {TRACE_MAX}\nfollow = '0s'"
         waits, failures, sums = [], [], [0.0]
         with self.serving(self.small, limits):
             # The fetcher runs from here on, as it does in a pool that has served before.
@@ -345,7 +345,7 @@ class Bench:
         (self.work / "starts").write_text("".join(f"{start['took_ms']}ms\n" for start in starts))
         (self.work / "trace.csv").write_text("arrival_s,service_s\n" + "".join(f"{at:.4f},{service:.4f}\n" for at, service in trace))
         simulated, _ = self.rewarm("simulate", self.work / "trace.csv", "--policy", "rewarm", "--restore", self.work / "starts", "--warm", 0,
-                                   "--concurrency", TRACE_CONCURRENCY, "--max", TRACE_MAX, "--target-wait", f"{TRACE_TARGET}s")
+                                   "--concurrency", TRACE_CONCURRENCY, "--max", TRACE_MAX)
         policy = simulated["policies"][0]
         lines = [(name, percentile(waits, share), policy["wait_ms"][name]) for name, share in (("p50", 0.5), ("p99", 0.99), ("p999", 0.999))]
         for name, live, model in lines:

@@ -20,4 +20,4 @@ pub mod upstream;
 
 pub use desk::{Asked, Choice, Desk, Lease, Refusal, Router, Slot, Want};
 pub use front::{Front, Limits};
-pub use upstream::{Dial, Upstream};
+pub use upstream::{Dial, Protocol, Upstream};

@@ -194,7 +194,11 @@ async fn try_once(
         })?;
         match answered {
             Ok(response) => return Ok((response, slot, connection)),
-            Err(Unanswered::Unsent(again)) if connection.kept => request = *again,
+            Err(Unanswered::Unsent(again)) if connection.kept => {
+                // What else is kept is as old.
+                slot.upstream.hang_up();
+                request = *again;
+            }
             Err(Unanswered::Unsent(again)) => {
                 slot.lease.broken("it closed a new connection");
                 return Err(Failed::Again(

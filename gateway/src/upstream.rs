@@ -1,13 +1,16 @@
-//! Connections to the server in one replica: made when needed, kept while idle, never shared by two requests at once.
+//! Connections to the server in one replica: made when needed and kept while idle. In HTTP/1.1 two requests never share one; in
+//! HTTP/2 without TLS (h2c, for servers of gRPC) all share one.
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use hyper::body::Incoming;
-use hyper::client::conn::http1::{self, SendRequest};
-use hyper::{Request, Response};
-use hyper_util::rt::TokioIo;
+use hyper::client::conn::{http1, http2};
+use hyper::header::{CONNECTION, HOST, UPGRADE};
+use hyper::http::uri::{Authority, Scheme};
+use hyper::{Request, Response, Uri, Version};
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 
 use crate::body::Outgoing;
@@ -27,11 +30,39 @@ pub trait Dial: Send + Sync + 'static {
     async fn dial(&self) -> io::Result<TcpStream>;
 }
 
+/// What the server in a replica speaks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Protocol {
+    /// HTTP/1.1.
+    #[default]
+    Http1,
+    /// HTTP/2 without TLS, begun without asking. It carries no upgrades.
+    H2c,
+}
+
+/// Sends requests over one connection.
+enum Sender {
+    One(http1::SendRequest<Outgoing>),
+    Two(http2::SendRequest<Outgoing>),
+}
+
+impl Sender {
+    /// Completes when it can take a request.
+    async fn ready(&mut self) -> hyper::Result<()> {
+        match self {
+            Sender::One(sender) => sender.ready().await,
+            Sender::Two(sender) => sender.ready().await,
+        }
+    }
+}
+
 /// A replica's server.
 pub struct Upstream {
     name: String,
     dial: Arc<dyn Dial>,
-    idle: Mutex<Vec<SendRequest<Outgoing>>>,
+    protocol: Protocol,
+    /// Those of HTTP/1.1 that carry nothing, and that of HTTP/2 whatever it carries.
+    idle: Mutex<Vec<Sender>>,
 }
 
 impl std::fmt::Debug for Upstream {
@@ -42,7 +73,7 @@ impl std::fmt::Debug for Upstream {
 
 /// A connection that one request has for itself.
 pub(crate) struct Connection {
-    sender: SendRequest<Outgoing>,
+    sender: Sender,
     /// It has carried requests before, so its server may have closed it meanwhile.
     pub(crate) kept: bool,
 }
@@ -58,8 +89,8 @@ pub(crate) enum Unanswered {
 impl Upstream {
     /// A replica of this name, reached so.
     #[must_use]
-    pub fn new(name: impl Into<String>, dial: Arc<dyn Dial>) -> Self {
-        Self { name: name.into(), dial, idle: Mutex::default() }
+    pub fn new(name: impl Into<String>, dial: Arc<dyn Dial>, protocol: Protocol) -> Self {
+        Self { name: name.into(), dial, protocol, idle: Mutex::default() }
     }
 
     /// The replica's name.
@@ -73,10 +104,17 @@ impl Upstream {
         self.lock().clear();
     }
 
-    /// A connection that carries nothing: a kept one, or a new one.
+    /// A connection that can take a request: a kept one, or a new one.
     pub(crate) async fn connection(&self) -> io::Result<Connection> {
         loop {
-            let Some(mut sender) = self.lock().pop() else { return self.connect().await };
+            let kept = {
+                let mut idle = self.lock();
+                match idle.last() {
+                    Some(Sender::Two(sender)) if !sender.is_closed() => Some(Sender::Two(sender.clone())),
+                    _ => idle.pop(),
+                }
+            };
+            let Some(mut sender) = kept else { return self.connect().await };
             let settled = tokio::time::timeout(SETTLE, sender.ready()).await;
             if matches!(settled, Ok(Ok(()))) {
                 return Ok(Connection { sender, kept: true });
@@ -88,23 +126,39 @@ impl Upstream {
         let stream = self.dial.dial().await?;
         // Requests and tokens are small and wait for each other.
         let _ = stream.set_nodelay(true);
-        let mut builder = http1::Builder::new();
-        builder.max_buf_size(HEAD_BYTES_MAX);
-        let (sender, connection) = builder.handshake(TokioIo::new(stream)).await.map_err(io::Error::other)?;
-        // It ends when both sides are done with it; how is told to whoever waits for an answer.
-        tokio::spawn(connection.with_upgrades());
+        let stream = TokioIo::new(stream);
+        // Each ends when both sides are done with it; how is told to whoever waits for an answer.
+        let sender = match self.protocol {
+            Protocol::Http1 => {
+                let mut builder = http1::Builder::new();
+                builder.max_buf_size(HEAD_BYTES_MAX);
+                let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
+                tokio::spawn(connection.with_upgrades());
+                Sender::One(sender)
+            }
+            Protocol::H2c => {
+                let mut builder = http2::Builder::new(TokioExecutor::new());
+                builder.max_header_list_size(HEAD_BYTES_MAX as u32);
+                let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
+                tokio::spawn(connection);
+                self.lock().push(Sender::Two(sender.clone()));
+                Sender::Two(sender)
+            }
+        };
         Ok(Connection { sender, kept: false })
     }
 
     /// Keeps a connection whose answer has been read to its end.
     pub(crate) fn keep(&self, connection: Connection) {
-        if !connection.sender.is_closed() {
-            self.lock().push(connection.sender);
+        match &connection.sender {
+            Sender::One(sender) if !sender.is_closed() => self.lock().push(connection.sender),
+            // One of HTTP/2 was there all the time.
+            Sender::One(_) | Sender::Two(_) => {}
         }
     }
 
     /// No critical section can panic.
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<SendRequest<Outgoing>>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Sender>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -112,7 +166,11 @@ impl Upstream {
 impl Connection {
     /// Sends a request and waits for the head of its answer.
     pub(crate) async fn ask(&mut self, request: Request<Outgoing>) -> Result<Response<Incoming>, Unanswered> {
-        match self.sender.try_send_request(request).await {
+        let asked = match &mut self.sender {
+            Sender::One(sender) => sender.try_send_request(request).await,
+            Sender::Two(sender) => sender.try_send_request(as_two(request)).await,
+        };
+        match asked {
             Ok(response) => Ok(response),
             Err(mut error) => Err(match error.take_message() {
                 Some(request) => Unanswered::Unsent(Box::new(request)),
@@ -120,4 +178,20 @@ impl Connection {
             }),
         }
     }
+}
+
+/// A request as HTTP/2 has it: the host is part of the target, and no header is about the connection.
+fn as_two(mut request: Request<Outgoing>) -> Request<Outgoing> {
+    let headers = request.headers_mut();
+    headers.remove(CONNECTION);
+    headers.remove(UPGRADE);
+    let host = headers.remove(HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    if request.uri().authority().is_none() {
+        let mut target = request.uri().clone().into_parts();
+        target.scheme = Some(Scheme::HTTP);
+        target.authority = Some(host.unwrap_or(Authority::from_static("localhost")));
+        *request.uri_mut() = Uri::from_parts(target).unwrap_or_default();
+    }
+    *request.version_mut() = Version::HTTP_2;
+    request
 }

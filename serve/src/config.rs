@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rewarm_autoscaler::config::PolicySpec;
+use rewarm_gateway::Protocol;
 use toml::{Table, Value};
 
 use self::reader::{BYTES, Reader, bytes, plain, text};
@@ -84,6 +85,8 @@ pub struct PoolConfig {
     pub matching: Matching,
     /// The port of the server inside a replica; without it the first that the snapshot names.
     pub port: Option<u16>,
+    /// What that server speaks. A change holds for replicas that are started from then on.
+    pub protocol: Protocol,
     /// Requests that one replica answers at once, at most.
     pub concurrency: u32,
     /// Requests for each replica that the policy aims at.
@@ -323,6 +326,13 @@ fn pool(mut from: Reader) -> Result<PoolConfig> {
         port: from.get("port", "a port", |value| {
             u16::try_from(value.as_integer()?).ok().filter(|port| *port > 0)
         })?,
+        protocol: from
+            .get("protocol", "\"http1\" or \"h2c\"", |value| match value.as_str()? {
+                "http1" => Some(Protocol::Http1),
+                "h2c" => Some(Protocol::H2c),
+                _ => None,
+            })?
+            .unwrap_or(Protocol::Http1),
         concurrency,
         target_concurrency: from.count("target_concurrency", 1)?.unwrap_or(concurrency),
         min_replicas: from.count("min_replicas", 0)?.unwrap_or(0),

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use rewarm_gateway::desk::Traffic;
 use rewarm_gateway::{
-    Asked, Choice, Desk, Dial, Front, Lease, Limits, Refusal, Router, Slot, Upstream, Want,
+    Asked, Choice, Desk, Dial, Front, Lease, Limits, Protocol, Refusal, Router, Slot, Upstream, Want,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -150,12 +150,21 @@ pub(crate) struct Setup {
     pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) refusal: Option<Refusal>,
     pub(crate) patience: Option<Duration>,
+    pub(crate) protocol: Protocol,
     pub(crate) model: Option<&'static str>,
 }
 
 impl Default for Setup {
     fn default() -> Self {
-        Self { slots: 8, limits: LIMITS, tls: None, refusal: None, patience: None, model: None }
+        Self {
+            slots: 8,
+            limits: LIMITS,
+            tls: None,
+            refusal: None,
+            patience: None,
+            protocol: Protocol::Http1,
+            model: None,
+        }
     }
 }
 
@@ -163,7 +172,7 @@ impl Setup {
     /// Starts it in front of a server.
     pub(crate) async fn before(self, server: SocketAddr) -> Gateway {
         let pool = Arc::new(Pool {
-            upstream: Arc::new(Upstream::new("replica-1", Arc::new(To(server)))),
+            upstream: Arc::new(Upstream::new("replica-1", Arc::new(To(server)), self.protocol)),
             slots: Arc::new(Semaphore::new(self.slots)),
             waiting: AtomicI64::new(0),
             taken: Arc::default(),
@@ -215,6 +224,10 @@ pub(crate) struct Talk {
 impl Talk {
     pub(crate) fn new(stream: TcpStream) -> Self {
         Self { stream, seen: Vec::new() }
+    }
+
+    pub(crate) fn into_stream(self) -> TcpStream {
+        self.stream
     }
 
     pub(crate) async fn say(&mut self, text: impl AsRef<[u8]>) {

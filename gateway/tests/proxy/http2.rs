@@ -1,13 +1,17 @@
 //! HTTP/2: with prior knowledge, and as TLS agrees on it.
 
+use std::future::ready;
 use std::sync::Arc;
 
 use bytes::Bytes;
 use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
 use hyper::client::conn::http2::{self, SendRequest};
-use hyper::{Request, Version};
+use hyper::header::{HeaderMap, HeaderName, HeaderValue};
+use hyper::service::service_fn;
+use hyper::{Request, Response, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use rewarm_gateway::tls;
+use rewarm_gateway::{Protocol, tls};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio_rustls::TlsConnector;
@@ -102,4 +106,52 @@ async fn as_tls_agrees_on_it() {
     replica.say("HTTP/1.1 204 No Content\r\n\r\n").await;
     assert_eq!(asked.await.expect("no panic").expect("an answer").status(), 204);
     gateway.await_taken(0).await;
+}
+
+/// A server of HTTP/2 that answers with what it saw of a request, and the request's trailer.
+async fn echo(server: Server) {
+    let mut connections = 0;
+    loop {
+        let stream = server.accept().await.into_stream();
+        connections += 1;
+        let service = service_fn(move |request: Request<Incoming>| async move {
+            let (head, body) = request.into_parts();
+            let body = body.collect().await?;
+            let trailers = body.trailers().cloned().unwrap_or_default();
+            let has_host = head.headers.contains_key("host");
+            let text = format!("{connections} {:?} {} {has_host} ", head.version, head.uri);
+            let data = [Bytes::from(text), body.to_bytes()].concat();
+            let body = Full::new(Bytes::from(data)).with_trailers(ready(Some(Ok(trailers))));
+            Ok::<_, hyper::Error>(Response::new(body))
+        });
+        let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+        tokio::spawn(builder.serve_connection(TokioIo::new(stream), service));
+    }
+}
+
+#[tokio::test]
+async fn to_a_replica_over_one_connection() {
+    let server = Server::start().await;
+    let gateway = Setup { protocol: Protocol::H2c, ..Setup::default() }.before(server.address).await;
+    let server = tokio::spawn(echo(server));
+    let stream = TcpStream::connect(gateway.address).await.expect("it listens");
+    let (mut sender, connection) =
+        http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
+    tokio::spawn(connection);
+    for round in 0..3 {
+        let trailers = HeaderMap::from_iter([(HeaderName::from_static("x-sum"), HeaderValue::from(round))]);
+        let body = Full::new(Bytes::from("abc")).with_trailers(ready(Some(Ok(trailers))));
+        let request = Request::builder().method("POST").uri("https://a.example/rpc").header("te", "trailers");
+        let asked = sender.send_request(request.body(body).expect("good")).await;
+        let whole = asked.expect("an answer").into_body().collect().await.expect("a body");
+        assert_eq!(whole.trailers().expect("trailers")["x-sum"], round.to_string());
+        assert_eq!(whole.to_bytes(), "1 HTTP/2.0 http://a.example/rpc false abc");
+    }
+    // A client of HTTP/1.1 gets there too.
+    let mut client = gateway.client().await;
+    client.say("GET /a?b=c HTTP/1.1\r\nhost: b.example\r\nconnection: close\r\n\r\n").await;
+    let answer = client.rest().await;
+    assert!(answer.contains("1 HTTP/2.0 http://b.example/a?b=c false "), "{answer}");
+    gateway.await_taken(0).await;
+    server.abort();
 }

@@ -28,7 +28,7 @@ fn what_is_not_said_has_its_default() {
 #[test]
 fn everything_can_be_said() {
     let text = format!(
-        "{POOL}port = 8001\nconcurrency = 4\ntarget_concurrency = 3\nmin_replicas = 1\nmax_replicas = 2\nwarm = 2\n\
+        "{POOL}port = 8001\nprotocol = 'h2c'\nconcurrency = 4\ntarget_concurrency = 3\nmin_replicas = 1\nmax_replicas = 2\nwarm = 2\n\
          queue = {{ max = 10, deadline = '3s' }}\ntarget_wait = '2s'\nstart_timeout = '5s'\nrouting = 'least-in-flight'\n\
          affinity = 'x-session'\nretry = false\nanswer_timeout = '9s'\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
          replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
@@ -44,6 +44,7 @@ fn everything_can_be_said() {
         (pool.drain, pool.answer_timeout),
         (Some(Duration::from_secs(10)), Some(Duration::from_secs(9)))
     );
+    assert_eq!(pool.protocol, Protocol::H2c);
     assert_eq!(pool.matching.host.as_deref(), Some("a.example"));
     assert_eq!(pool.matching.header, Some(("x-team".to_owned(), "red".to_owned())));
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));

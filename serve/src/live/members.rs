@@ -80,7 +80,7 @@ impl Inner {
         let dial = Inside { dialler: self.shared.dialler.clone(), name: name.to_owned(), port };
         let member = Member {
             name: name.to_owned(),
-            upstream: Arc::new(Upstream::new(name, Arc::new(dial))),
+            upstream: Arc::new(Upstream::new(name, Arc::new(dial), self.config.protocol)),
             port,
             source: None,
             since: crate::status::now(),
@@ -366,11 +366,11 @@ impl Inner {
     /// The snapshot names the port, which was not known before.
     fn dial_at(&mut self, id: ReplicaId, port: Option<u16>) {
         let Some(port) = self.config.port.or(port) else { return };
-        let dialler = self.shared.dialler.clone();
+        let (dialler, protocol) = (self.shared.dialler.clone(), self.config.protocol);
         let Some(member) = self.members.get_mut(&id).filter(|member| member.port != port) else { return };
         member.port = port;
         let dial = Inside { dialler, name: member.name.clone(), port };
-        member.upstream = Arc::new(Upstream::new(member.name.clone(), Arc::new(dial)));
+        member.upstream = Arc::new(Upstream::new(member.name.clone(), Arc::new(dial), protocol));
     }
 
     /// Writes a start down, and gives the seconds that it took.
