@@ -342,7 +342,7 @@ class Bench:
             starts = [start for start in status(starts=200)["starts"][known:] if start["outcome"] == "ready"]
         if failures:
             raise Failed(f"{len(failures)} requests of the replay failed, such as: {failures[0]}")
-        (self.work / "starts").write_text("".join(f"{start['took_ms']}ms\n" for start in starts))
+        (self.work / "starts").write_text("".join(f"{start['took_ms'] / 1000:.4f}\n" for start in starts))
         (self.work / "trace.csv").write_text("arrival_s,service_s\n" + "".join(f"{at:.4f},{service:.4f}\n" for at, service in trace))
         simulated, _ = self.rewarm("simulate", self.work / "trace.csv", "--policy", "rewarm", "--restore", self.work / "starts", "--warm", 0,
                                    "--concurrency", TRACE_CONCURRENCY, "--max", TRACE_MAX)

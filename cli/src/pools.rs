@@ -6,7 +6,8 @@ mod capture;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -34,6 +35,16 @@ const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the folder of a replica that has ended may take to go.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(20);
 const REMOVAL_POLL: Duration = Duration::from_millis(5);
+
+/// Shuts a connection down when it is dropped.
+struct HangUp(Arc<UnixStream>);
+
+impl Drop for HangUp {
+    fn drop(&mut self) {
+        // The other side may have closed it.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
 
 /// What replicas are made with.
 pub(crate) struct Pools {
@@ -253,12 +264,25 @@ impl Replicas for Pools {
             Ok(name) => (self.context.state.clone(), name),
             Err(problem) => return problem,
         };
-        // A thread of its own: it waits for as long as the replica lives, and ends with this process.
+        let connect = move || {
+            let client = Client::connect(&state, &name)?;
+            let connection = client.waiting()?;
+            Ok::<_, Error>((client, connection))
+        };
+        let connected = tokio::task::spawn_blocking(connect).await.expect("connecting does not panic");
+        let (client, connection) = match connected {
+            Ok(connected) => connected,
+            Err(error) => return told(&error),
+        };
+        let connection = Arc::new(connection);
+        // Where nobody wants to know any more, the thread and its connections go too.
+        let _end = HangUp(connection.clone());
+        // A thread of its own: it waits for as long as the replica lives.
         let (tell, hear) = tokio::sync::oneshot::channel();
         std::thread::spawn(move || {
-            let exit = Client::connect(&state, &name).and_then(|client| client.wait());
-            let text = exit.map_or_else(|error| told(&error), |exit| exit.to_string());
-            let _ = tell.send(text);
+            let exit = client.wait_over(&connection);
+            // Nobody may be listening any more.
+            let _ = tell.send(exit.map_or_else(|error| told(&error), |exit| exit.to_string()));
         });
         hear.await.unwrap_or_else(|_| "its shim is gone".to_owned())
     }

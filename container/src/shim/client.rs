@@ -315,6 +315,22 @@ impl Client {
         self.exit("wait", &self.another()?, &Request::Wait)
     }
 
+    /// A connection for [`Client::wait_over`].
+    ///
+    /// # Errors
+    /// If the shim is gone.
+    pub fn waiting(&self) -> Result<UnixStream, Error> {
+        self.another()
+    }
+
+    /// As [`Client::wait`], over a connection of [`Client::waiting`]: whoever shuts it down ends the wait.
+    ///
+    /// # Errors
+    /// If the shim vanishes, or the wait was ended.
+    pub fn wait_over(&self, connection: &UnixStream) -> Result<Exit, Error> {
+        self.exit("wait", connection, &Request::Wait)
+    }
+
     fn exit(&self, what: &'static str, connection: &UnixStream, request: &Request) -> Result<Exit, Error> {
         match self.ask(connection, what, request, &[])?.0 {
             Reply::Exit(exit) => Ok(exit),

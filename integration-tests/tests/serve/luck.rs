@@ -16,6 +16,8 @@ use super::{config, goes_on, pool_world, snapshot};
 
 /// How long gateways are killed, where `make soak` does not say how often.
 const TIME: Duration = Duration::from_secs(15);
+/// Descriptors that `serve` may have for a moment, while it does something: fewer than one for each of the kills between two counts.
+const SPARE: usize = 2;
 /// How long a busy machine may take for what is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -58,7 +60,7 @@ fn programs_killed_again_and_again_lose_no_replica_and_leak_nothing() {
         });
         let now = || descriptors(serving.running().pid());
         let most = *open.get_or_insert_with(now);
-        world.await_state("no more descriptors than before", PATIENCE, || now() <= most);
+        world.await_state("no more descriptors than before", PATIENCE, || now() <= most + SPARE);
         rounds += 1;
     }
     assert!(rounds > 4, "{rounds} rounds");
