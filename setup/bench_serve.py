@@ -263,7 +263,7 @@ class Bench:
             until("a replica serves", lambda pool: states(pool) == ["ready"])
             gateway = children(process.pid)[0]
             before = resident(gateway), resident(process.pid)
-            busy = threading.Thread(target=lambda: self.small.ask(f"/?s={60}"))
+            busy = threading.Thread(target=lambda: self.small.ask("/?s=40"))
             busy.start()
             until("the only slot is taken", lambda pool: pool["in_flight"] == 1)
             holder = subprocess.Popen(["/usr/bin/python3", "-c", HOLDER, str(PORT), str(HELD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
