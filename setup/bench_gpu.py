@@ -28,6 +28,8 @@ class Bench:
             "REWARM_LIBCUDA": str(self.inside / "libcuda.so.1"),
             "REWARM_LIBNVML": str(self.inside / "libnvidia-ml.so.1"),
             "REWARM_SIM_DEVICES": str(options.devices),
+            # With custom storage.
+            "REWARM_SIM_VERSION": "13040",
         }
 
     def rewarm(self, *arguments):
@@ -65,14 +67,18 @@ class Bench:
         self.stop(name)
         return {verb: statistics.median(seen) for verb, seen in shares.items()}
 
-    def restores(self, name, more):
-        """Median of the time to ready less that within the driver, in seconds, and of the driver's."""
+    def keep(self, name, more, *flags):
+        """A snapshot of a server, which ends."""
         self.start(name, ["sh", "-c", f"exec {self.workload(self.options.mib, more=more)}"])
         reference = f"{self.work / 'store'}/{name}@v1"
-        self.rewarm("snapshot", name, reference, "--stop")
+        self.rewarm("snapshot", name, reference, "--stop", *flags)
         self.rewarm("rm", name)
-        ours, driver = [], []
-        for turn in range(self.options.rounds + 1):
+
+    def restores(self, names):
+        """For each snapshot, in turns: medians of the time to ready less that within the driver, in seconds, and of the driver's."""
+        seen = {name: ([], []) for name in names}
+        for turn, name in ((turn, name) for turn in range(self.options.rounds + 1) for name in names):
+            reference, (ours, driver) = f"{self.work / 'store'}/{name}@v1", seen[name]
             report = self.rewarm("restore", reference, "--name", name, "--mode", "eager")
             listed = self.rewarm("ps")["replicas"]
             spent = next(one for one in listed if one["name"] == name).get("restore_driver_seconds", 0.0)
@@ -81,7 +87,7 @@ class Bench:
                 ours.append(report["replicas"][0]["ready_ms"] / 1000 - spent)
                 driver.append(spent)
             self.stop(name)
-        return statistics.median(ours), statistics.median(driver)
+        return {name: tuple(map(statistics.median, both)) for name, both in seen.items()}
 
 
 def main():
@@ -95,12 +101,15 @@ def main():
     for processes in (1, 8):
         shares = bench.pauses(processes)
         print(f"{processes} process(es) of 16 MiB: ours of pause {shares['pause'] * 1000:.1f} ms, of wake {shares['wake'] * 1000:.1f} ms")
-    device, driver = bench.restores("device", "")
-    host, _ = bench.restores("host", "--host")
-    print(
-        f"restore of {bench.options.mib} MiB: device memory {device:.3f} s and {driver:.3f} s in the driver,"
-        f" the same bytes in host memory {host:.3f} s; ours {device / host:.2f} times"
-    )
+    bench.keep("device", "")
+    bench.keep("direct", "", "--gpu-direct")
+    bench.keep("host", "--host")
+    seen = bench.restores(["device", "direct", "host"])
+    host, _ = seen["host"]
+    print(f"restore of {bench.options.mib} MiB of host memory: {host:.3f} s")
+    for name, what in (("device", "device memory"), ("direct", "device memory past the server's own")):
+        ours, driver = seen[name]
+        print(f"the same bytes of {what}: {ours:.3f} s and {driver:.3f} s in the driver; ours {ours / host:.2f} times")
 
 
 main()

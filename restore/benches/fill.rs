@@ -1,4 +1,4 @@
-//! How fast memory is filled: the pager, lazily and eagerly, against a bare loop of UFFDIO_COPY with as many threads.
+//! How fast memory is filled: the pager, lazily, eagerly and as device memory, against a bare loop of UFFDIO_COPY with as many threads.
 //!
 //! `cargo bench -p rewarm-restore --bench fill -- [MIB [THREADS [ROUNDS]]]`. The arms alternate; each fills the memory of a
 //! fresh process, from the same bytes in memory.
@@ -19,8 +19,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_criu::lazy_pages::{Listener, Message};
 use rewarm_restore::pager::{
-    self, AtFork, Command, Config, Heard, Holder, Mapping, Mode, PAGE, Plan, Report, Run, Source,
-    SourceError, Task, Tasks, WorkingSet,
+    self, AtFork, Command, Config, Device, Heard, Holder, Mapping, Mode, PAGE, Plan, Report, Run, Source,
+    SourceError, Summary, Task, Tasks, WorkingSet,
 };
 use rewarm_sys::fdpass;
 use rewarm_sys::trial::Area;
@@ -41,10 +41,11 @@ fn main() {
     let threads = numbers.get(1).map_or(2, |threads| *threads as usize);
     let rounds = numbers.get(2).copied().unwrap_or(5);
     let content: Arc<Vec<u8>> = Arc::new((0..mib << 20).map(|at| (at / 8 % 251) as u8 + 1).collect());
-    let arms: [(&str, &dyn Fn() -> Duration); 5] = [
+    let arms: [(&str, &dyn Fn() -> Duration); 6] = [
         ("bare UFFDIO_COPY, 1 MiB steps", &|| bare(&content, threads, 1 << 20)),
         ("pager lazily, chunks of 1 MiB", &|| paged(&content, threads, Mode::Lazy, 1 << 20, false)),
         ("pager lazily, chunks of 256 KiB", &|| paged(&content, threads, Mode::Lazy, 256 << 10, false)),
+        ("pager, device memory", &|| device(&content, threads)),
         ("pager eagerly, huge pages", &|| paged(&content, threads, Mode::Eager, 1 << 20, true)),
         ("pager eagerly, small pages", &|| paged(&content, threads, Mode::Eager, 1 << 20, false)),
     ];
@@ -161,26 +162,53 @@ impl Source for Memory {
 }
 
 fn paged(content: &Arc<Vec<u8>>, threads: usize, mode: Mode, chunk: u64, huge: bool) -> Duration {
+    let summary = filled(content, threads, mode, chunk, huge, false);
+    Duration::from_micros(if mode == Mode::Eager { summary.eager_us } else { summary.present_us })
+}
+
+/// The driver's copies of device memory: taken out of the userfaultfd, then written while the tasks are stopped.
+fn device(content: &Arc<Vec<u8>>, threads: usize) -> Duration {
+    Duration::from_micros(filled(content, threads, Mode::Lazy, 1 << 20, true, true).device_us)
+}
+
+fn filled(
+    content: &Arc<Vec<u8>>,
+    threads: usize,
+    mode: Mode,
+    chunk: u64,
+    huge: bool,
+    device: bool,
+) -> Summary {
     let work = tempfile::tempdir().expect("a folder");
     let listener = Listener::bind(work.path()).expect("bound");
     let subject = start(content, huge, work.path());
     let pid = i32::try_from(subject.id()).expect("pids are int");
     let bytes = content.len() as u64;
     let mapping = Mapping { start: START, end: START + bytes, writable: true, at_fork: AtFork::Copied };
-    let plan = Plan::new(vec![mapping], &[Run { vaddr: START, bytes, offset: 0 }], bytes).expect("a plan");
+    let run = [Run { vaddr: START, bytes, offset: 0 }];
+    let whole = Arc::new(Plan::new(vec![mapping], &run, bytes).expect("a plan"));
+    let nothing = Arc::new(Plan::new(vec![mapping], &[], 0).expect("a plan"));
+    let pid_inside = subject.id();
+    let (plan, devices) = match device {
+        true => {
+            let plan = whole;
+            (nothing, vec![Device { pid: pid_inside, stream: pid_inside | 1 << 31, plan, zeros: Vec::new() }])
+        }
+        false => (whole, Vec::new()),
+    };
     let config = Config {
         mode,
         threads,
         record: false,
         working_set: WorkingSet::default(),
-        devices: Vec::new(),
+        devices,
         tasks: Tasks::Numbers(vec![pid]),
         criu_within: LONG,
         chunk_within: LONG,
     };
     let source = Arc::new(Memory { content: Arc::clone(content), chunk });
     let (ours, theirs) = UnixStream::pair().expect("a socket pair");
-    let task = Task { pid: subject.id(), plan: Arc::new(plan) };
+    let task = Task { pid: pid_inside, plan };
     let pager = std::thread::spawn(move || pager::run(config, vec![task], source, listener, theirs));
     let mut holder = Holder::new(ours);
     let summary = loop {
@@ -189,6 +217,11 @@ fn paged(content: &Arc<Vec<u8>>, threads: usize, mode: Mode, chunk: u64, huge: b
                 kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("stopped");
                 holder.tell(Command::Fill).expect("told");
             }
+            Heard::Report(Report::Finished) if device => {
+                kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("stopped");
+                holder.tell(Command::Devices).expect("told");
+            }
+            Heard::Report(Report::Devices) => holder.tell(Command::Fill).expect("told"),
             Heard::Report(_) => {}
             Heard::Done(summary) => break summary,
             Heard::Kill { chain } => panic!("{chain:?}, {:?}", PathBuf::from(work.path())),
@@ -197,5 +230,5 @@ fn paged(content: &Arc<Vec<u8>>, threads: usize, mode: Mode, chunk: u64, huge: b
     pager.join().expect("no panic").expect("filled");
     let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
     check(subject);
-    Duration::from_micros(if mode == Mode::Eager { summary.eager_us } else { summary.present_us })
+    summary
 }
