@@ -194,6 +194,7 @@ impl Front {
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(STREAMS_MAX)
                 .max_header_list_size(HEAD_BYTES_MAX as u32)
+                .enable_connect_protocol()
                 .keep_alive_interval(PING_AFTER)
                 .keep_alive_timeout(patience);
             until_closing!(builder.serve_connection(TokioIo::new(stream), service));

@@ -9,6 +9,8 @@ use hyper::header::{
 use hyper::http::request::Parts;
 use hyper::{Method, StatusCode, Version};
 
+use crate::websocket;
+
 /// Says how long a request was held, in milliseconds.
 const HELD: HeaderName = HeaderName::from_static("x-rewarm-held-ms");
 /// Says which replica answered.
@@ -28,7 +30,7 @@ pub(crate) struct Rejected {
 /// Refuses what two servers could read in two ways, and what no server behind a gateway is for.
 pub(crate) fn check(parts: &Parts) -> Result<(), Rejected> {
     let bad = |why| Err(Rejected { status: StatusCode::BAD_REQUEST, why });
-    if parts.method == Method::CONNECT {
+    if parts.method == Method::CONNECT && !websocket::is_asked_for(parts) {
         return Err(Rejected { status: StatusCode::METHOD_NOT_ALLOWED, why: "CONNECT is not for a gateway" });
     }
     let hosts = parts.headers.get_all(HOST).iter().count();

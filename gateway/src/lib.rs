@@ -17,6 +17,7 @@ mod model;
 mod proxy;
 pub mod tls;
 pub mod upstream;
+mod websocket;
 
 pub use desk::{Asked, Choice, Desk, Lease, Refusal, Router, Slot, Want};
 pub use front::{Front, Limits};

@@ -22,14 +22,15 @@ use crate::front::Front;
 use crate::headers;
 use crate::model::{LOOKED_AT_BYTES, model};
 use crate::upstream::{Connection, Unanswered};
+use crate::websocket::{self, Handshake};
 
 /// To so many replicas a request is offered that do not listen.
 const UNSENT_MAX: u32 = 3;
 
 /// Answers a request, by a replica or, where that is not possible, with a reason.
 pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Response<Answer> {
-    let upgrade = headers::upgrade(request.headers()).map(|_| hyper::upgrade::on(&mut request));
-    let (parts, body) = request.into_parts();
+    let client = hyper::upgrade::on(&mut request);
+    let (mut parts, body) = request.into_parts();
     if let Err(rejected) = headers::check(&parts) {
         return own(rejected.status, "bad_request", rejected.why);
     }
@@ -52,10 +53,19 @@ pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Res
     let Some(desk) = desk else {
         return own(StatusCode::NOT_FOUND, "no_pool", "no pool takes this request");
     };
+    let handshake = websocket::is_asked_for(&parts).then(|| Handshake::begin(&mut parts));
+    let upgrade = headers::upgrade(&parts.headers).map(|_| Leaving { client, handshake });
     let body = Outgoing::new(first, body, max, desk.traffic());
     let response = carry(parts, body, upgrade, &*desk).await;
     desk.answered(response.status().as_u16());
     response
+}
+
+/// A client that wants to leave HTTP.
+struct Leaving {
+    client: OnUpgrade,
+    /// In its place, where it speaks HTTP/2.
+    handshake: Option<Handshake>,
 }
 
 /// What the client says its body will have.
@@ -114,7 +124,7 @@ enum Failed {
 async fn carry(
     mut parts: Parts,
     mut body: Outgoing,
-    upgrade: Option<OnUpgrade>,
+    upgrade: Option<Leaving>,
     desk: &dyn Desk,
 ) -> Response<Answer> {
     let session =
@@ -131,10 +141,18 @@ async fn carry(
         let (name, held) = (slot.upstream.name().to_owned(), slot.held);
         match try_once(parts, body, slot, desk.patience()).await {
             Ok((mut response, slot, connection)) => {
+                let handshake = upgrade.as_ref().and_then(|leaving| leaving.handshake.as_ref());
+                if let Some(Err(why)) = handshake.map(|handshake| handshake.check(&response)) {
+                    let why = format!("replica {name} was asked for WebSocket: {why}");
+                    return own(StatusCode::BAD_GATEWAY, "no_websocket", &why);
+                }
                 headers::for_client(response.headers_mut(), id, &name, held);
                 return match (response.status(), upgrade) {
-                    (StatusCode::SWITCHING_PROTOCOLS, Some(client)) => {
+                    (StatusCode::SWITCHING_PROTOCOLS, Some(Leaving { client, handshake })) => {
                         let server = hyper::upgrade::on(&mut response);
+                        if handshake.is_some() {
+                            Handshake::end(&mut response);
+                        }
                         tokio::spawn(tunnel(client, server, slot, desk.traffic()));
                         response.map(|_| Answer::Own(None))
                     }

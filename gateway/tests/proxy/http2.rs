@@ -21,7 +21,9 @@ use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
 use crate::fixture::{Server, Setup};
 
-async fn speak(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> SendRequest<Full<Bytes>> {
+pub(crate) async fn speak(
+    stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static,
+) -> SendRequest<Full<Bytes>> {
     let (sender, connection) =
         http2::handshake(TokioExecutor::new(), TokioIo::new(stream)).await.expect("HTTP/2");
     tokio::spawn(connection);

@@ -4,3 +4,4 @@ mod answers;
 mod fixture;
 mod hostile;
 mod http2;
+mod websocket;
