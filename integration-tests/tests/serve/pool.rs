@@ -176,7 +176,8 @@ fn a_pool_without_its_snapshot_starts_cold() {
     assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
     serving.end();
     // What the snapshot described is known to this one by a look that it takes at its start.
-    let serving = world.serve(&config(&world, port, "follow = '0s'\n"));
+    // One that is idle would be gone before it is looked at.
+    let serving = world.serve(&config(&world, port, "follow = '0s'\nmin_replicas = 1\n"));
     world.await_state("the snapshot was seen", Duration::from_secs(30), || {
         http::get(port, "/check").is_ok_and(|answer| answer.status == 200)
     });
