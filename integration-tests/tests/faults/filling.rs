@@ -351,7 +351,7 @@ fn a_store_that_can_only_be_read_costs_a_warning() {
     let world = world.with_store(&folder);
     let before = snapshot_of(&world, &server);
     mount(&["-o", "remount,ro"]);
-    let output = world.restore_call(server.name, "v1", server.port, &[]).ok();
+    let output = world.restore_call(server.name, "v1", server.port, &["--mode", "lazy"]).ok();
     output.says(&["could not be written down", "Read-only"]);
     let clones = Replica::of_restore(&world, server.port, &output);
     server_answers_as_before(&clones[0], &server, &before);
