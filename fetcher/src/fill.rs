@@ -331,7 +331,7 @@ mod tests {
         let layout = Layout::of(&[length]).expect("it is short");
         let owner = Owner::create(layout.bytes(), BLOCK_BYTES, None).expect("memory");
         let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
-        let writer = Writer::open(content, table, layout.regions()).expect("a stream");
+        let writer = Writer::open(content, table, layout.regions(), false).expect("a stream");
         (folder, boot, layout, owner, writer)
     }
 

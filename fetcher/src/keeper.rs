@@ -495,6 +495,10 @@ impl Keeper {
                     state.worker = None;
                     state.read_bytes += read_bytes;
                     self.read_bytes.fetch_add(read_bytes, Ordering::Relaxed);
+                    drop(state);
+                    if let Err(error) = stream.owner.settle() {
+                        tracing::debug!(stream = stream.id, %error, "memory is not given back");
+                    }
                     return;
                 }
                 Some((FromWorker::Failed { failure, .. }, _)) => return self.give_up(stream, failure),
@@ -518,12 +522,16 @@ impl Keeper {
         first: &[Extent],
     ) -> Option<(FromWorker, Option<OwnedFd>)> {
         let [content, table] = stream.owner.files();
+        let passing = stream.state().passing;
+        if passing {
+            stream.owner.pass();
+        }
         let question = |id| ToWorker::Fill {
             id,
             digest: stream.digest,
             first: first.to_vec(),
             patience_ms: stream.patience_ms,
-            ahead: stream.state().passing.then_some(AHEAD_BYTES),
+            ahead: passing.then_some(AHEAD_BYTES),
         };
         let asked = worker.ask(question, &[stream.manifest.as_fd(), stream.boot.as_fd(), content, table]);
         stream.state().worker = Some((worker.clone(), asked.id));

@@ -29,7 +29,7 @@ pub(crate) const DISK_FD: i32 = 5;
 
 /// The socket bears the version of the protocol: beside a command of a newer program, a fetcher of the older one serves its own
 /// until nobody needs it.
-const SOCKET: &str = "fetcher.2.sock";
+const SOCKET: &str = "fetcher.3.sock";
 const LOCK: &str = "fetcher.lock";
 const LOG: &str = "fetcher.log";
 
@@ -118,7 +118,7 @@ fn start(settings: &Settings, state: &File) -> Result<()> {
     command.arg("--idle").arg(format!("{}ms", settings.idle.as_millis()));
     command.current_dir("/").stdin(Stdio::null()).stdout(log).stderr(second);
     let mut fds = vec![(listener.into(), SOCKET_FD)];
-    // Without huge pages the content lies in memory files, which fill more slowly.
+    // Without it the content lies in memory files, which get no huge pages.
     if let Ok(folder) = shared::huge_folder(FOLDER_BYTES, USER, USER) {
         fds.push((folder, FOLDER_FD));
     }

@@ -310,7 +310,7 @@ impl Worker {
         let layout = Layout::of(&lengths).ok_or_else(missing)?;
         let mut rest = fds.into_iter().skip(2);
         let (Some(content), Some(table)) = (rest.next(), rest.next()) else { return Err(missing()) };
-        let writer = Writer::open(content, table, layout.regions()).map_err(system)?;
+        let writer = Writer::open(content, table, layout.regions(), ahead.is_some()).map_err(system)?;
         self.kept.begin();
         let fill = Fill::new(boot, layout, writer, &first, ahead).await?;
         fill.run(hear, patience).await

@@ -2,7 +2,7 @@
 //!
 //! Page allocation is what limits a receiver (on the development machine 1.0 GiB/s into fresh memory against 4 GiB/s into
 //! memory that was touched before; memory that the host of a virtual machine has taken back 0.2 GiB/s), so the expected amount
-//! is touched, in huge pages, before the freeze: the last of it while runc and CRIU start.
+//! is touched, in huge pages while those come quickly, before the freeze: the last of it while runc and CRIU start.
 //! An arena has a limit. Where a server has more, whoever fills waits until a segment comes back, which it does when
 //! the last user of its bytes drops them: that is how a store that is slower than CRIU makes CRIU wait.
 
@@ -13,9 +13,10 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use memmap2::{Advice, MmapMut};
+use rewarm_sys::fresh::{Fresh, HUGE_BYTES, populate};
 
 /// Bytes of a segment: one huge page. Larger ones would be held longer by the last chunk that lies in them.
-pub(crate) const SEGMENT_BYTES: usize = 2 << 20;
+pub(crate) const SEGMENT_BYTES: usize = HUGE_BYTES;
 
 /// No more than this may be missing when the freeze begins: memory that was quick so far need not stay so, and what is missing
 /// then is made while the server is frozen (seen: 0.5 s of it).
@@ -34,6 +35,7 @@ struct Shared {
     state: Mutex<State>,
     /// A segment came back, or the arena was closed.
     changed: Condvar,
+    fresh: Fresh,
 }
 
 #[derive(Default)]
@@ -57,6 +59,29 @@ impl Shared {
         state.made += usize::from(may);
         may
     }
+
+    /// A segment with its pages.
+    fn map(&self) -> io::Result<MmapMut> {
+        let mut map = MmapMut::map_anon(SEGMENT_BYTES)?;
+        let touch = |map: &mut MmapMut| match populate(map) {
+            Ok(()) => Ok(()),
+            // Linux before 5.14. One byte a page is enough.
+            Err(error) if error.kind() == io::ErrorKind::InvalidInput => {
+                map.iter_mut().step_by(4096).for_each(|byte| *byte = 0);
+                Ok(())
+            }
+            Err(error) => Err(error),
+        };
+        let huge = self.fresh.next_is_huge();
+        // Refused where the kernel has no transparent huge pages; the arena is only slower then.
+        let _ = map.advise(if huge { Advice::HugePage } else { Advice::NoHugePage });
+        if huge {
+            self.fresh.bring_huge(|| touch(&mut map))?
+        } else {
+            touch(&mut map)?
+        }
+        Ok(map)
+    }
 }
 
 impl Arena {
@@ -64,7 +89,8 @@ impl Arena {
     pub(crate) fn new(bytes_max: u64) -> Self {
         let segments_max =
             usize::try_from(bytes_max.max(ARENA_BYTES_MIN)).unwrap_or(usize::MAX) / SEGMENT_BYTES;
-        Self(Arc::new(Shared { segments_max, state: Mutex::default(), changed: Condvar::new() }))
+        let (state, changed, fresh) = (Mutex::default(), Condvar::new(), Fresh::default());
+        Self(Arc::new(Shared { segments_max, state, changed, fresh }))
     }
 
     /// Makes and touches segments until there are `bytes` of them. Blocks; meant for a thread of its own beside the one
@@ -80,9 +106,7 @@ impl Arena {
             if !self.0.claim(wanted) {
                 break;
             }
-            let mut map = map()?;
-            // One byte a page is enough: the first of each huge page brings in the whole of it.
-            map.iter_mut().step_by(4096).for_each(|byte| *byte = 0);
+            let map = self.0.map()?;
             self.0.lock().free.push(map);
             self.0.changed.notify_one();
             let left = u32::try_from(wanted.saturating_sub(done)).unwrap_or(u32::MAX);
@@ -114,7 +138,7 @@ impl Arena {
             if state.made < self.0.segments_max {
                 state.made += 1;
                 drop(state);
-                return map().map(segment);
+                return self.0.map().map(segment);
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
@@ -135,13 +159,6 @@ impl Arena {
         drop(free);
         self.0.changed.notify_all();
     }
-}
-
-fn map() -> io::Result<MmapMut> {
-    let map = MmapMut::map_anon(SEGMENT_BYTES)?;
-    // Refused where the kernel has no transparent huge pages; the arena is only slower then.
-    let _ = map.advise(Advice::HugePage);
-    Ok(map)
 }
 
 /// Memory that is being filled. Dropped, or shared and dropped by everybody, it goes back to its arena.

@@ -5,6 +5,7 @@
 mod abi;
 pub mod confine;
 pub mod fdpass;
+pub mod fresh;
 pub mod guard;
 pub mod hold;
 pub mod machine;

@@ -1,20 +1,22 @@
 //! A stream that one process writes in any order and others read as its parts arrive.
 //!
-//! Two files make it: the content, and a table with one word for each block, which becomes 1 when the whole block is
-//! there. Readers wait for that in the kernel (futex) and need both files for reading only. The writer may die at any
+//! Two files make it: the content, and a table with one word for each block, which becomes other than 0 when the whole
+//! block is there. Readers wait for that in the kernel (futex) and need both files for reading only. The writer may die at any
 //! moment and another one may go on: what the table does not call complete is written again, with the same bytes.
-//! Content lies in a tmpfs with huge pages where the kernel gives them: with 4 KiB pages their allocation costs more
-//! than the copy.
+//! Content lies in a tmpfs and is brought in ahead of the copy, in huge pages where those come quickly ([`crate::fresh`]).
 //!
-//! What every reader is done with can be let go: its memory is free at once, and its word becomes 2, so that a reader who
-//! comes too late is told and does not see zeros.
+//! What every reader is done with can be let go: the word says so, so that a reader who comes too late is told and does not see
+//! other bytes. Its memory is free at once; or, while a stream passes, it takes the next block, which costs neither the kernel
+//! nor a page fault anything. A block lies in any slot of the content, therefore, and its word names it.
 //!
 //! The content consists of regions; each begins at a block, and what lies behind its end is never written.
 //!
 //! ```text
 //! table: | magic u64 | content bytes u64 | block bytes u64 | arrived bytes u64 | failed u32 | unused u32 | released bytes u64 | 4 unused u32 | word of block 0 | ... |
+//! word:  0: not there; n + 1: complete, in slot n; the same with bit 31: was there, and was given back
 //! ```
 
+use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
@@ -22,23 +24,43 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
+use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
 
-const MAGIC: u64 = 0x3262_6174_7473_7772;
+use crate::fresh::{Fresh, HUGE_BYTES, populate_at};
+
+mod slots;
+
+use slots::Slots;
+
+const MAGIC: u64 = 0x3362_6174_7473_7772;
 const HEAD_BYTES: usize = 64;
 const ARRIVED_AT: usize = 24;
 const FAILED_AT: usize = 32;
 const RELEASED_AT: usize = 40;
-const COMPLETE: u32 = 1;
 /// It was there, and its memory was given back.
-const RELEASED: u32 = 2;
+const RELEASED: u32 = 1 << 31;
+
+/// The word of a block that is complete.
+fn complete(slot: u32) -> u32 {
+    slot + 1
+}
+
+/// Where a block lies, or lay, by its word; `None` if it has not arrived.
+fn slot_of(word: u32) -> Option<u32> {
+    (word & !RELEASED).checked_sub(1)
+}
+
+fn is_here(word: u32) -> bool {
+    word != 0 && word & RELEASED == 0
+}
 
 /// A mapping of a shared file.
 #[derive(Debug)]
@@ -59,6 +81,12 @@ impl Map {
         // SAFETY: the kernel chooses the address, so no existing mapping is replaced.
         let start = unsafe { mmap(None, length, ProtFlags::PROT_READ | write, MapFlags::MAP_SHARED, fd, 0) }?;
         Ok(Some(Self { start, bytes }))
+    }
+
+    /// Asks for huge pages; whether the kernel gives any here.
+    fn take_huge_pages(&self) -> bool {
+        // SAFETY: advice about whole pages of the own mapping; it changes no byte.
+        unsafe { madvise(self.start, self.bytes, MmapAdvise::MADV_HUGEPAGE) }.is_ok()
     }
 
     /// The word at a byte offset.
@@ -85,13 +113,30 @@ impl Map {
     }
 
     fn bytes(&self, start: usize, length: usize) -> &[u8] {
-        assert!(
-            start.checked_add(length).is_some_and(|end| end <= self.bytes),
-            "{start}+{length} of {}",
-            self.bytes
-        );
-        // SAFETY: in bounds; a part that is given out has arrived, and is written only once.
+        self.check(start, length);
+        // SAFETY: in bounds; a part that is given out has arrived, and is not written before every reader is done with it.
         unsafe { std::slice::from_raw_parts(self.start.as_ptr().cast::<u8>().add(start), length) }
+    }
+
+    /// # Safety
+    /// Nobody else reads or writes the part meanwhile, and the mapping is a writable one.
+    unsafe fn write(&self, start: usize, bytes: &[u8]) {
+        self.check(start, bytes.len());
+        // SAFETY: in bounds, writable and exclusive by the caller's word.
+        unsafe {
+            let target = self.start.as_ptr().cast::<u8>().add(start);
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
+        }
+    }
+
+    fn populate(&self, start: usize, length: usize) -> io::Result<()> {
+        self.check(start, length);
+        populate_at(self.start.as_ptr().cast::<u8>().wrapping_add(start), length)
+    }
+
+    fn check(&self, start: usize, length: usize) {
+        let fits = start.checked_add(length).is_some_and(|end| end <= self.bytes);
+        assert!(fits, "{start}+{length} of {}", self.bytes);
     }
 }
 
@@ -154,6 +199,8 @@ pub struct Owner {
     table_file: OwnedFd,
     table: Map,
     shape: Shape,
+    /// A writer takes what is given back for what comes next.
+    passing: Mutex<bool>,
 }
 
 impl Owner {
@@ -182,7 +229,46 @@ impl Owner {
         }
         let table_bytes = usize::try_from(table_bytes).map_err(io::Error::other)?;
         let table = Map::new(&table_file, table_bytes, true)?.expect("the head is not empty");
-        Ok(Self { content: content.into(), table_file, table, shape })
+        Ok(Self { content: content.into(), table_file, table, shape, passing: Mutex::new(false) })
+    }
+
+    /// From now on writers are opened as passing ones, until [`Owner::settle`].
+    pub fn pass(&self) {
+        *self.passing() = true;
+    }
+
+    fn passing(&self) -> MutexGuard<'_, bool> {
+        self.passing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// No writer is left and none will come: memory that was given back, and that none took again, is free from now on.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn settle(&self) -> io::Result<()> {
+        // What is given back from here on is freed by who gives it back.
+        if !std::mem::take(&mut *self.passing()) {
+            return Ok(());
+        }
+        let words = || (0..self.shape.blocks()).map(|block| self.word(block).load(Ordering::Acquire));
+        let here: HashSet<u32> = words().filter(|word| is_here(*word)).filter_map(slot_of).collect();
+        let mut free: Vec<u32> = words().filter_map(slot_of).filter(|slot| !here.contains(slot)).collect();
+        free.sort_unstable();
+        free.dedup();
+        free.chunk_by(|one, next| one + 1 == *next)
+            .try_for_each(|run| self.free(u64::from(run[0]), run.len() as u64))
+    }
+
+    fn word(&self, block: u64) -> &AtomicU32 {
+        self.table.word(Shape::word_at(block))
+    }
+
+    /// Frees the memory of these slots.
+    fn free(&self, first: u64, count: u64) -> io::Result<()> {
+        let number = |bytes: u64| libc::off_t::try_from(bytes).map_err(io::Error::other);
+        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let (start, end) = (first * self.shape.block, (first + count) * self.shape.block);
+        Ok(fallocate(&self.content, mode, number(start)?, number(end.min(self.shape.content) - start)?)?)
     }
 
     /// The two files that [`Writer::open`] wants, in its order.
@@ -218,18 +304,25 @@ impl Owner {
     /// # Errors
     /// `InvalidInput` if one of them has not arrived or does not exist; what the kernel says.
     pub fn release(&self, blocks: Range<u64>) -> io::Result<()> {
-        let word = |block| self.table.word(Shape::word_at(block));
-        let arrived = |block| word(block).load(Ordering::Acquire) != 0;
+        let arrived = |block| self.word(block).load(Ordering::Acquire) != 0;
         if blocks.end > self.shape.blocks() || !blocks.clone().all(arrived) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        let here = |block: &u64| word(*block).swap(RELEASED, Ordering::AcqRel) == COMPLETE;
-        let bytes = blocks.clone().filter(here).map(|block| self.shape.length(block)).sum();
-        self.table.released().fetch_add(bytes, Ordering::Relaxed);
-        let (start, end) = (blocks.start * self.shape.block, blocks.end * self.shape.block);
-        let number = |bytes: u64| libc::off_t::try_from(bytes).map_err(io::Error::other);
-        let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
-        Ok(fallocate(&self.content, mode, number(start)?, number(end.min(self.shape.content) - start)?)?)
+        let passing = self.passing();
+        let mut slots: Vec<u64> = Vec::new();
+        for block in blocks {
+            let word = self.word(block).fetch_or(RELEASED, Ordering::AcqRel);
+            if is_here(word) {
+                self.table.released().fetch_add(self.shape.length(block), Ordering::Relaxed);
+                slots.extend(slot_of(word).map(u64::from));
+            }
+        }
+        if *passing {
+            return Ok(());
+        }
+        drop(passing);
+        slots.sort_unstable();
+        slots.chunk_by(|one, next| one + 1 == *next).try_for_each(|run| self.free(run[0], run.len() as u64))
     }
 
     /// Tells every reader that the rest will not come.
@@ -245,17 +338,31 @@ impl Owner {
 #[derive(Debug)]
 pub struct Writer {
     content: File,
+    small: Option<Map>,
+    /// The same content again, where fresh pages are huge ones.
+    huge: Option<Map>,
     table: Map,
     shape: Shape,
+    fresh: Fresh,
+    slots: Slots,
+    /// For each slot: which mapping its pages were brought into.
+    brought: Vec<AtomicU8>,
     /// Bytes of each block that this writer has put so far.
     put: Vec<AtomicU32>,
     /// Bytes of each block that belong to a region.
     wanted: Vec<u32>,
 }
 
+/// Not brought in yet.
+const ABSENT: u8 = 0;
+const SMALL: u8 = 1;
+const HUGE: u8 = 2;
+/// It could not be: what is put there goes through a system call, which says why.
+const REFUSED: u8 = 3;
+
 impl Writer {
     /// Goes on where an earlier writer stopped. `regions`: where each begins (a multiple of the block length) and how
-    /// many bytes it has.
+    /// many bytes it has. `passing`: what readers are done with takes what comes next; the owner must know ([`Owner::pass`]).
     ///
     /// # Errors
     /// `InvalidData` if the files are not a stream, or the regions do not lie in it.
@@ -263,9 +370,16 @@ impl Writer {
         content: impl Into<OwnedFd>,
         table: impl Into<OwnedFd>,
         regions: &[(u64, u64)],
+        passing: bool,
     ) -> io::Result<Self> {
         let (content, table) = (File::from(content.into()), File::from(table.into()));
         let shape = Shape::of(&content, &table)?;
+        if passing && !shape.content.is_multiple_of(shape.block) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a passing stream has whole blocks only",
+            ));
+        }
         let table_bytes = usize::try_from(table.metadata()?.len()).map_err(io::Error::other)?;
         let table = Map::new(&table, table_bytes, true)?.expect("the head is not empty");
         let mut wanted = vec![0; usize::try_from(shape.blocks()).map_err(io::Error::other)?];
@@ -282,18 +396,29 @@ impl Writer {
                 wanted[block as usize] = u32::try_from(length).expect("a block is at most 1 GiB");
             }
         }
-        let writer =
-            Self { content, table, shape, put: wanted.iter().map(|_| AtomicU32::new(0)).collect(), wanted };
-        let complete = (0..shape.blocks()).filter(|block| writer.has(*block));
-        let arrived = complete.map(|block| u64::from(writer.wanted[block as usize])).sum();
+        let content_bytes = usize::try_from(shape.content).map_err(io::Error::other)?;
+        let small = Map::new(&content, content_bytes, true)?;
+        let huge = Map::new(&content, content_bytes, true)?.filter(Map::take_huge_pages);
+        let word = |block| table.word(Shape::word_at(block)).load(Ordering::Acquire);
+        let slots = Slots::new(passing, (0..shape.blocks()).map(word));
+        let brought = (0..shape.blocks()).map(|_| AtomicU8::new(ABSENT)).collect();
+        let put = wanted.iter().map(|_| AtomicU32::new(0)).collect();
+        let (fresh, blocks) = (Fresh::default(), shape.blocks());
+        let writer = Self { content, small, huge, table, shape, fresh, slots, brought, put, wanted };
+        let arrived = (0..blocks).filter(|block| writer.has(*block));
+        let arrived = arrived.map(|block| u64::from(writer.wanted[block as usize])).sum();
         writer.table.arrived().store(arrived, Ordering::Relaxed);
         Ok(writer)
+    }
+
+    fn word(&self, block: u64) -> &AtomicU32 {
+        self.table.word(Shape::word_at(block))
     }
 
     /// Whether the block is complete, or was.
     #[must_use]
     pub fn has(&self, block: u64) -> bool {
-        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) != 0
+        self.word(block).load(Ordering::Acquire) != 0
     }
 
     /// Bytes that have arrived and were not given back.
@@ -322,24 +447,88 @@ impl Writer {
             let block = at / self.shape.block;
             let next = ((block + 1) * self.shape.block).min(end);
             if !self.has(block) {
-                self.content.write_all_at(&bytes[(at - offset) as usize..(next - offset) as usize], at)?;
-                self.count(block, u32::try_from(next - at).expect("a block is at most 1 GiB"));
+                let slot = self.slots.of(block, |block| self.word(block).load(Ordering::Acquire));
+                let part = &bytes[(at - offset) as usize..(next - offset) as usize];
+                self.write(slot, at % self.shape.block, part)?;
+                self.count(block, slot, u32::try_from(next - at).expect("a block is at most 1 GiB"))?;
             }
             at = next;
         }
         Ok(())
     }
 
-    fn count(&self, block: u64, bytes: u32) {
+    /// Makes what lies behind the end of a region zero, where another block may have been before.
+    fn clear_end(&self, block: u64, slot: u32) -> io::Result<()> {
+        let (wanted, length) = (u64::from(self.wanted[block as usize]), self.shape.length(block));
+        if !self.slots.are_passing() || wanted == length {
+            return Ok(());
+        }
+        self.write(slot, wanted, &vec![0; (length - wanted) as usize])
+    }
+
+    /// Writes a part of a block that belongs to nobody else.
+    fn write(&self, slot: u32, inside: u64, part: &[u8]) -> io::Result<()> {
+        let at = u64::from(slot) * self.shape.block + inside;
+        let map = match self.bring(slot) {
+            SMALL => self.small.as_ref(),
+            HUGE => self.huge.as_ref(),
+            _ => None,
+        };
+        let Some(map) = map else { return self.content.write_all_at(part, at) };
+        let at = usize::try_from(at).expect("the content was mapped");
+        // SAFETY: nobody reads the block before its word names the slot, and nobody else writes this part of it.
+        unsafe { map.write(at, part) };
+        Ok(())
+    }
+
+    /// Brings the pages of a slot in, unless they are, and says into which mapping.
+    fn bring(&self, slot: u32) -> u8 {
+        let state = &self.brought[slot as usize];
+        let before = state.load(Ordering::Acquire);
+        if before != ABSENT {
+            return before;
+        }
+        let start = usize::try_from(u64::from(slot) * self.shape.block).expect("the content was mapped");
+        let length = usize::try_from(self.shape.length(slot.into())).expect("the content was mapped");
+        // A huge page brings its neighbours in, for which this is asked again: only the first of them is new.
+        let huge = self.huge.as_ref().filter(|_| {
+            if start.is_multiple_of(HUGE_BYTES) {
+                self.fresh.next_is_huge()
+            } else {
+                self.is_beside_huge(slot)
+            }
+        });
+        let brought = match (huge, &self.small) {
+            (Some(map), _) => (HUGE, self.fresh.bring_huge(|| map.populate(start, length))),
+            (None, Some(map)) => (SMALL, map.populate(start, length)),
+            (None, None) => (REFUSED, Ok(())),
+        };
+        let now = if brought.1.is_ok() { brought.0 } else { REFUSED };
+        // Of two threads both have brought the same pages in; the first one's word counts.
+        match state.compare_exchange(ABSENT, now, Ordering::AcqRel, Ordering::Acquire) {
+            Ok(_) => now,
+            Err(first) => first,
+        }
+    }
+
+    /// Whether the slot in front of this one lies in the same huge page, and that was brought in as one.
+    fn is_beside_huge(&self, slot: u32) -> bool {
+        slot.checked_sub(1)
+            .is_some_and(|before| self.brought[before as usize].load(Ordering::Acquire) == HUGE)
+    }
+
+    fn count(&self, block: u64, slot: u32, bytes: u32) -> io::Result<()> {
         let (put, wanted) = (&self.put[block as usize], self.wanted[block as usize]);
         self.table.arrived().fetch_add(u64::from(bytes), Ordering::Relaxed);
         // Whoever completes the block has seen what the others wrote.
         if put.fetch_add(bytes, Ordering::AcqRel) + bytes == wanted {
-            let word = self.table.word(Shape::word_at(block));
+            self.clear_end(block, slot)?;
+            let word = self.word(block);
             // Release: whoever sees the word sees the bytes.
-            word.store(COMPLETE, Ordering::Release);
+            word.store(complete(slot), Ordering::Release);
             wake(word);
         }
+        Ok(())
     }
 }
 
@@ -421,7 +610,7 @@ impl Reader {
     /// Whether the block is here.
     #[must_use]
     pub fn has(&self, block: u64) -> bool {
-        self.table.word(Shape::word_at(block)).load(Ordering::Acquire) == COMPLETE
+        is_here(self.table.word(Shape::word_at(block)).load(Ordering::Acquire))
     }
 
     /// Waits until a block has arrived and gives its bytes. `alive` is asked from time to time whether anybody is left
@@ -438,13 +627,15 @@ impl Reader {
         let word = self.table.word(Shape::word_at(block));
         loop {
             let state = word.load(Ordering::Acquire);
-            if state == COMPLETE {
-                let start = usize::try_from(block * self.shape.block).expect("the content was mapped");
-                let length = usize::try_from(length).expect("the content was mapped");
-                return Ok(self.content.as_ref().expect("a block has bytes").bytes(start, length));
-            }
-            if state == RELEASED {
+            if state & RELEASED != 0 {
                 return Err(Missing::Released { block });
+            }
+            if let Some(slot) = slot_of(state) {
+                let start = u64::from(slot) * self.shape.block;
+                let here = self.content.as_ref().filter(|_| start + length <= self.shape.content);
+                let Some(content) = here else { return Err(Missing::Failed { block }) };
+                let start = usize::try_from(start).expect("the content was mapped");
+                return Ok(content.bytes(start, usize::try_from(length).expect("the content was mapped")));
             }
             if self.table.word(FAILED_AT).load(Ordering::Acquire) != 0 {
                 return Err(Missing::Failed { block });
@@ -466,14 +657,14 @@ impl Reader {
     }
 }
 
-/// A tmpfs with huge pages that is mounted nowhere and belongs to a user: the folder of many streams' content.
+/// A tmpfs that gives huge pages to who asks for them, is mounted nowhere and belongs to a user: the folder of many streams' content.
 ///
 /// # Errors
 /// Without CAP_SYS_ADMIN, or where the kernel has no huge pages for tmpfs.
 pub fn huge_folder(bytes: u64, uid: u32, gid: u32) -> io::Result<OwnedFd> {
     let (size, uid, gid) = (bytes.to_string(), uid.to_string(), gid.to_string());
     let options =
-        [("size", size.as_str()), ("huge", "always"), ("mode", "700"), ("uid", &uid), ("gid", &gid)];
+        [("size", size.as_str()), ("huge", "advise"), ("mode", "700"), ("uid", &uid), ("gid", &gid)];
     crate::mount::detached_tmpfs(&options)
 }
 
@@ -514,7 +705,13 @@ mod tests {
 
     fn writer(owner: &Owner, regions: &[(u64, u64)]) -> Writer {
         let [content, table] = owner.files().map(|fd| fd.try_clone_to_owned().expect("duplicate"));
-        Writer::open(content, table, regions).expect("a stream")
+        let passing = *owner.passing();
+        Writer::open(content, table, regions, passing).expect("a stream")
+    }
+
+    /// Bytes of memory that the content takes.
+    fn memory(owner: &Owner) -> i64 {
+        nix::sys::stat::fstat(&owner.content).expect("our own file").st_blocks * 512
     }
 
     fn reader(owner: &Owner) -> Reader {
@@ -587,10 +784,9 @@ mod tests {
         let too_early = owner.release(2..4).expect_err("block 3 is not there");
         assert_eq!(too_early.kind(), io::ErrorKind::InvalidInput);
         assert!(owner.release(3..5).is_err());
-        let blocks = || nix::sys::stat::fstat(&owner.content).expect("our own file").st_blocks;
-        let before = blocks();
+        let before = memory(&owner);
         owner.release(1..3).expect("both have arrived");
-        assert_eq!(before - blocks(), 2 * 8);
+        assert_eq!(before - memory(&owner), 2 * 4096);
         assert_eq!(reader.wait(1, FOREVER, &alive), Err(Missing::Released { block: 1 }));
         assert!(reader.has(0) && !reader.has(1) && reader.has_arrived(1) && !reader.has_arrived(3));
         // A writer that goes on does not bring it again.
@@ -602,6 +798,90 @@ mod tests {
         next.put(4096, &[9; 8192]).expect("room");
         assert_eq!(reader.wait(2, FOREVER, &alive), Err(Missing::Released { block: 2 }));
         assert_eq!(reader.wait(0, FOREVER, &alive).expect("still here"), [1; 4096]);
+    }
+
+    /// Blocks of one page with their number in each byte.
+    fn numbered(block: u64) -> [u8; 4096] {
+        [(block % 251) as u8 + 1; 4096]
+    }
+
+    #[test]
+    fn what_passes_takes_the_memory_of_what_was_given_back() {
+        let owner = Owner::create(64 * 4096, 4096, None).expect("memory files");
+        owner.pass();
+        // The last block ends with 96 bytes of gap.
+        let (writer, reader) = (writer(&owner, &[(0, 64 * 4096 - 96)]), reader(&owner));
+        for block in 0..64 {
+            let bytes = if block == 63 { 4000 } else { 4096 };
+            writer.put(block * 4096, &numbered(block)[..bytes]).expect("room");
+            let seen = reader.wait(block, Duration::ZERO, &alive).expect("arrived");
+            assert_eq!(seen[..bytes], numbered(block)[..bytes]);
+            assert!(seen[bytes..].iter().all(|&byte| byte == 0), "of another block");
+            if let Some(done) = block.checked_sub(4) {
+                owner.release(done..done + 1).expect("arrived");
+                assert_eq!(reader.wait(done, FOREVER, &alive), Err(Missing::Released { block: done }));
+            }
+        }
+        assert!(memory(&owner) <= 8 * 4096, "{} bytes", memory(&owner));
+        // The rest is still what it was, and what nobody holds goes when nothing comes any more.
+        owner.settle().expect("memory files");
+        assert_eq!(memory(&owner), 4 * 4096);
+        assert_eq!(reader.wait(61, FOREVER, &alive).expect("held"), numbered(61));
+        owner.release(60..64).expect("arrived");
+        assert_eq!(memory(&owner), 0);
+    }
+
+    #[test]
+    fn a_second_writer_of_what_passes_takes_nothing_that_is_held() {
+        let owner = Owner::create(32 * 4096, 4096, None).expect("memory files");
+        owner.pass();
+        let (first, reader) = (writer(&owner, &[(0, 32 * 4096)]), reader(&owner));
+        (0..8).for_each(|block| first.put(block * 4096, &numbered(block)).expect("room"));
+        // Half done when its writer dies: its memory is taken again.
+        first.put(20 * 4096, &[0xff; 100]).expect("room");
+        owner.release(2..5).expect("arrived");
+        drop(first);
+        let second = writer(&owner, &[(0, 32 * 4096)]);
+        owner.release(6..7).expect("arrived");
+        (8..32).for_each(|block| second.put(block * 4096, &numbered(block)).expect("room"));
+        for block in 0..32 {
+            let seen = reader.wait(block, FOREVER, &alive);
+            match block {
+                2..=4 | 6 => assert_eq!(seen, Err(Missing::Released { block })),
+                _ => assert_eq!(seen.expect("held"), numbered(block)),
+            }
+        }
+        assert!(memory(&owner) <= 29 * 4096, "{} bytes", memory(&owner));
+    }
+
+    /// Threads that write, read, compare and give back, in every order that they find.
+    #[test]
+    fn what_passes_between_threads_is_never_mixed_up() {
+        const BLOCKS: u64 = 400;
+        let owner = Owner::create(BLOCKS * 4096, 4096, None).expect("memory files");
+        owner.pass();
+        let (writer, reader) = (writer(&owner, &[(0, BLOCKS * 4096)]), reader(&owner));
+        let (owner, writer, reader) = (&owner, &writer, &reader);
+        std::thread::scope(|scope| {
+            for half in 0..2 {
+                scope.spawn(move || {
+                    for block in 0..BLOCKS {
+                        // Each block in two parts by two threads.
+                        let part = &numbered(block)[..2048];
+                        writer.put(block * 4096 + half * 2048, part).expect("room");
+                    }
+                });
+            }
+            for turn in 0..2 {
+                scope.spawn(move || {
+                    for block in (turn..BLOCKS).step_by(2) {
+                        let seen = reader.wait(block, FOREVER, &alive).expect("held by this thread");
+                        assert_eq!(seen, numbered(block), "block {block}");
+                        owner.release(block..block + 1).expect("arrived");
+                    }
+                });
+            }
+        });
     }
 
     #[test]
@@ -618,7 +898,7 @@ mod tests {
         let writer = writer(&owner, &[(0, 4096)]);
         assert_eq!(writer.put(1, &[0; 4096]).expect_err("too long").kind(), io::ErrorKind::InvalidInput);
         let [content, table] = owner.files().map(|fd| fd.try_clone_to_owned().expect("duplicate"));
-        assert!(Writer::open(content, table, &[(0, 4097)]).is_err());
+        assert!(Writer::open(content, table, &[(0, 4097)], false).is_err());
         let file = || OwnedFd::from(tempfile::tempfile().expect("a file"));
         assert!(Reader::open(file(), file()).is_err());
     }

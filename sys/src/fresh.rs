@@ -1,0 +1,104 @@
+//! Fresh memory, brought in before it is written: in huge pages while those come quickly.
+//!
+//! A huge page costs less to bring in than 512 small ones (measured 0.17 s against 0.4-0.5 s a GiB), unless the memory is not
+//! there: the host of a virtual machine takes free blocks back that are at least as large as a huge page (free page reporting),
+//! and gives them again at 2.2-2.7 s a GiB. Small pages come from smaller blocks first, which it never took. So the time of
+//! each huge page is looked at, and after a slow one small pages are taken for a while.
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use nix::libc;
+use nix::time::{ClockId, clock_gettime};
+
+/// Bytes of a huge page.
+pub const HUGE_BYTES: usize = 2 << 20;
+
+/// The most that a quick huge page takes of its thread's time: what the same bytes take in small pages.
+const QUICK: Duration = Duration::from_millis(1);
+
+/// So many huge pages are made of small ones after a slow one, before the next is tried.
+const SMALL: u32 = 64;
+
+/// Chooses the pages of what is brought in next. For several threads.
+#[derive(Debug, Default)]
+pub struct Fresh {
+    /// Huge pages that are still to be made of small ones.
+    small: AtomicU32,
+}
+
+impl Fresh {
+    /// Whether the next [`HUGE_BYTES`] are to be one huge page.
+    pub fn next_is_huge(&self) -> bool {
+        self.small.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1)).is_err()
+    }
+
+    /// Brings the pages of a huge one in with `bring`, and remembers whether it was quick.
+    ///
+    /// # Errors
+    /// Those of `bring`.
+    pub fn bring_huge<T>(&self, bring: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        // The thread's own time: it may have to wait for a core.
+        let before = thread_time();
+        let brought = bring()?;
+        self.took(thread_time().saturating_sub(before));
+        Ok(brought)
+    }
+
+    fn took(&self, time: Duration) {
+        if time > QUICK {
+            self.small.store(SMALL, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Brings in the pages of a part of a mapping, as if each had been written, without changing them.
+///
+/// # Errors
+/// `EFAULT` or `ENOMEM` where there is no room for them, `EINVAL` on Linux before 5.14.
+pub fn populate(part: &mut [u8]) -> io::Result<()> {
+    populate_at(part.as_mut_ptr(), part.len())
+}
+
+/// The same for memory that others may be writing.
+pub(crate) fn populate_at(start: *mut u8, bytes: usize) -> io::Result<()> {
+    // SAFETY: the kernel brings in pages of what is mapped there and changes no byte; where nothing is, it says so.
+    let result = unsafe { libc::madvise(start.cast(), bytes, libc::MADV_POPULATE_WRITE) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+fn thread_time() -> Duration {
+    clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn after_a_slow_huge_page_small_ones_are_taken_for_a_while() {
+        let fresh = Fresh::default();
+        assert!(fresh.next_is_huge());
+        fresh.took(QUICK);
+        assert!(fresh.next_is_huge());
+        fresh.took(QUICK + Duration::from_nanos(1));
+        let small = (0..SMALL).filter(|_| !fresh.next_is_huge()).count();
+        assert_eq!(small, SMALL as usize);
+        assert!(fresh.next_is_huge(), "one is tried again");
+    }
+
+    #[test]
+    fn what_is_brought_in_is_there_and_zero() {
+        let mut area = vec![1_u8; 0];
+        area.resize(HUGE_BYTES, 0);
+        let fresh = Fresh::default();
+        let start = area.as_ptr().align_offset(4096);
+        let part = &mut area[start..start + (1 << 20)];
+        match fresh.bring_huge(|| populate(part)) {
+            Ok(()) => assert!(part.iter().all(|&byte| byte == 0)),
+            // Linux before 5.14.
+            Err(error) => assert_eq!(error.raw_os_error(), Some(libc::EINVAL)),
+        }
+    }
+}
