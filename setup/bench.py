@@ -17,8 +17,8 @@ from demo import Failed, Rewarm, find, mib
 from stock import Stock
 
 PORT = 8000
-# Seconds before each measured step. The host of a virtual machine takes freed memory back within two seconds, and to get it
-# again costs more than anything that is measured here: without a pause, a step would be judged by what went before it.
+# Seconds before each measured step, unless said otherwise. The host of a virtual machine takes freed memory back within two
+# seconds, and to get it again costs more than much of what is measured here: with a pause every step pays for that.
 PAUSE = 4
 # Between two snapshots of the same running server.
 REQUESTS_BETWEEN = 100
@@ -91,7 +91,7 @@ class Bench:
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
     def cold(self, server, figures):
-        time.sleep(PAUSE)
+        time.sleep(self.options.pause)
         began = time.monotonic()
         output, _ = self.rewarm(
             *("run", server.name, "--port", PORT, "--publish", f"127.0.0.1:0:{PORT}"),
@@ -106,7 +106,7 @@ class Bench:
     def snapshot(self, server, figures, store):
         shutil.rmtree(store, ignore_errors=True)
         reference = f"{store}/{server.name}"
-        time.sleep(PAUSE)
+        time.sleep(self.options.pause)
         output, took = self.rewarm("snapshot", server.name, reference)
         figures.add("snapshot", took)
         figures.add("frozen", output["frozen_ms"] / 1000)
@@ -120,7 +120,7 @@ class Bench:
         self.remove(server)
 
     def restore(self, server, figures, reference, name):
-        time.sleep(PAUSE)
+        time.sleep(self.options.pause)
         began = time.monotonic()
         output, took = self.rewarm("restore", reference, "--publish", f"127.0.0.1:0:{PORT}")
         answer = server.first_answer(output)
@@ -134,13 +134,13 @@ class Bench:
         self.rewarm("rm", server.name)
 
     def stock(self, server, figures, stock):
-        time.sleep(PAUSE)
+        time.sleep(self.options.pause)
         took, frozen, size = stock.dump()
         figures.add("stock dump", took)
         figures.add("stock frozen", frozen)
         figures.add("stock bytes", size)
         stock.end()
-        time.sleep(PAUSE)
+        time.sleep(self.options.pause)
         began = time.monotonic()
         took = stock.restore()
         answer = server.ask(stock.connect(PORT))
@@ -234,11 +234,12 @@ def main():
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--size", default="1GiB", help="of the transformer's weights")
+    parser.add_argument("--pause", type=float, default=PAUSE, help="seconds before each step")
     parser.add_argument("--only", choices=("embedding", "transformer"))
     options = parser.parse_args()
 
     bench = Bench(options)
-    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most)")
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most), each step after {options.pause:g} s")
     try:
         for name, server in servers(options).items():
             if options.only in (None, name):

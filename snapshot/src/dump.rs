@@ -10,6 +10,7 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use nix::sys::socket::{setsockopt, sockopt};
 use rewarm_container::shim::DumpRequest;
 use rewarm_container::tree::Tree;
 use rewarm_criu::config::Config;
@@ -71,6 +72,7 @@ pub(crate) async fn dump(
     let arena = Arena::new(budget.arena);
     let (batches, received) = channel();
     let (ours, theirs) = UnixStream::pair().map_err(Cause::io("make a socket pair for CRIU's pages"))?;
+    keep_apart(&theirs);
     ours.set_read_timeout(Some(request.freeze_timeout)).map_err(Cause::io("set the deadline of the dump"))?;
     let ended = HangUp {
         socket: ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?,
@@ -119,6 +121,18 @@ pub(crate) async fn dump(
     let dumped_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
     let (limits, kept) = (findings.limits.clone(), kept.map(File::from));
     Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits, device, kept })
+}
+
+/// What CRIU may have sent before the receiver has taken it. These are pages of the server itself, not copies.
+const SENT_BYTES: usize = 64 << 20;
+
+/// Lets CRIU and the receiver work at the same time: with the usual 200 KiB between them each waits for the other after every
+/// few pages (a server of 1.25 GiB was frozen for 0.60 s with that and for 0.38 s with 64 MiB).
+fn keep_apart(socket: &UnixStream) {
+    // Without CAP_NET_ADMIN as much as the system allows.
+    if setsockopt(socket, sockopt::SndBufForce, &SENT_BYTES).is_err() {
+        let _ = setsockopt(socket, sockopt::SndBuf, &SENT_BYTES);
+    }
 }
 
 /// Touches the memory that will be needed, up to the part that can be touched while runc and CRIU start.
