@@ -380,7 +380,24 @@ impl Lease {
     /// # Panics
     /// If there is no such block.
     pub fn wait<'a>(&self, reader: &'a Reader, block: u64, limit: Duration) -> Result<&'a [u8]> {
-        reader.wait(block, limit, &|| self.is_alive()).map_err(|missing| self.explain(missing))
+        self.wait_while(reader, block, limit, &|| true)
+    }
+
+    /// The same, as long as the block is wanted: it is asked a few times a second.
+    ///
+    /// # Errors
+    /// As [`Lease::wait`], and where it is not wanted any more.
+    ///
+    /// # Panics
+    /// As [`Lease::wait`].
+    pub fn wait_while<'a>(
+        &self,
+        reader: &'a Reader,
+        block: u64,
+        limit: Duration,
+        wanted: &dyn Fn() -> bool,
+    ) -> Result<&'a [u8]> {
+        reader.wait(block, limit, &|| wanted() && self.is_alive()).map_err(|missing| self.explain(missing))
     }
 
     fn explain(&self, missing: Missing) -> Error {

@@ -72,7 +72,16 @@ impl Sink for Placing {
     }
 }
 
-type Running = FuturesUnordered<BoxFuture<'static, (usize, Request, Result<Fetched, Error>)>>;
+/// A request and why it is made.
+#[derive(Debug, Clone)]
+struct Ask {
+    region: usize,
+    request: Request,
+    /// It brings what was said to come first.
+    first: bool,
+}
+
+type Running = FuturesUnordered<BoxFuture<'static, (Ask, Result<Fetched, Error>)>>;
 
 /// One stream that is being fetched.
 pub(crate) struct Fill {
@@ -82,7 +91,12 @@ pub(crate) struct Fill {
     /// Bytes to hold at most before readers are done with them, if they say so at all.
     ahead: Option<u64>,
     regions: Vec<Region>,
-    queue: VecDeque<(usize, Request)>,
+    queue: VecDeque<Ask>,
+    /// What comes first is not disturbed by what follows: a store on this machine answers at once, so requests that wait beside
+    /// each other save nothing, and only take the processors from each other.
+    near: bool,
+    /// Requests under way that bring what comes first.
+    first: usize,
     wanted: HashSet<u64>,
     cores: Arc<Semaphore>,
     /// For what somebody waits for: it does not stand behind all that was asked for in advance.
@@ -90,13 +104,14 @@ pub(crate) struct Fill {
 }
 
 impl Fill {
-    /// Plans the fetch of what is not in place yet, `first` before the rest.
+    /// Plans the fetch of what is not in place yet, `first` before the rest. `near`: the store is on this machine.
     pub(crate) async fn new(
         boot: Boot,
         layout: Layout,
         writer: Writer,
         first: &[Extent],
         ahead: Option<u64>,
+        near: bool,
     ) -> Result<Self, Failure> {
         let writer = Arc::new(writer);
         let mut regions = Vec::new();
@@ -112,7 +127,8 @@ impl Fill {
         }
         let (queue, wanted) = (VecDeque::new(), HashSet::new());
         let (cores, cores_wanted) = (Boot::cores(), Boot::cores());
-        let mut fill = Self { boot, layout, writer, ahead, regions, queue, wanted, cores, cores_wanted };
+        let mut fill =
+            Self { boot, layout, writer, ahead, regions, queue, near, first: 0, wanted, cores, cores_wanted };
         fill.plan(first).await?;
         Ok(fill)
     }
@@ -140,7 +156,7 @@ impl Fill {
             let rest = (0..self.regions[region].chunks.len()).filter(|&chunk| take(region, chunk, &sink));
             let rest: Vec<usize> = rest.collect();
             let requests = self.requests(region, rest).await?;
-            self.queue.extend(requests.into_iter().map(|request| (region, request)));
+            self.queue.extend(requests.into_iter().map(|request| Ask { region, request, first: false }));
         }
         Ok(())
     }
@@ -155,7 +171,7 @@ impl Fill {
             let last = order.get(index + 1).is_none_or(|(next, _)| *next != region);
             if last || bytes >= BATCH_BYTES {
                 let requests = self.requests(region, std::mem::take(&mut batch)).await?;
-                self.queue.extend(requests.into_iter().map(|request| (region, request)));
+                self.queue.extend(requests.into_iter().map(|request| Ask { region, request, first: true }));
                 bytes = 0;
             }
         }
@@ -202,10 +218,12 @@ impl Fill {
         loop {
             while running.len() < PARALLEL
                 && (one_more || !self.is_ahead(running.len()))
-                && let Some((region, request)) = self.queue.pop_front()
+                && self.queue.front().is_some_and(|ask| ask.first || !self.near || self.first == 0)
+                && let Some(ask) = self.queue.pop_front()
             {
                 one_more = false;
-                self.start(&mut running, region, request, Duration::ZERO, &self.cores);
+                self.first += usize::from(ask.first);
+                self.start(&mut running, ask, Duration::ZERO, &self.cores);
             }
             if running.is_empty() && self.queue.is_empty() {
                 return Ok(read_bytes);
@@ -221,14 +239,15 @@ impl Fill {
                     }
                 },
                 () = tokio::time::sleep(AHEAD_PAUSE), if waits => one_more = true,
-                Some((region, request, outcome)) = running.next() => match outcome {
+                Some((ask, outcome)) = running.next() => match outcome {
                     Ok(fetched) => {
+                        self.first -= usize::from(ask.first);
                         read_bytes += fetched.read_bytes;
                         arrived = Instant::now();
                     }
                     Err(error) if may_pass(&error) && arrived.elapsed() < patience => {
                         tracing::info!(%error, "trying again");
-                        self.start(&mut running, region, request, AGAIN, &self.cores);
+                        self.start(&mut running, ask, AGAIN, &self.cores);
                     }
                     Err(error) => return Err(Failure::of_store(&error)),
                 },
@@ -242,25 +261,19 @@ impl Fill {
         self.ahead.is_some_and(|ahead| self.writer.held_bytes() + coming > ahead)
     }
 
-    fn start(
-        &self,
-        running: &mut Running,
-        region: usize,
-        request: Request,
-        wait: Duration,
-        cores: &Arc<Semaphore>,
-    ) {
-        let sink = self.regions[region].sink.clone();
-        if request.chunks().iter().all(|&chunk| sink.has(chunk)) {
-            return;
-        }
+    fn start(&self, running: &mut Running, ask: Ask, wait: Duration, cores: &Arc<Semaphore>) {
+        let sink = self.regions[ask.region].sink.clone();
+        let there = ask.request.chunks().iter().all(|&chunk| sink.has(chunk));
         let (boot, cores) = (self.boot.clone(), cores.clone());
         let work = async move {
+            if there {
+                return (ask, Ok(Fetched::default()));
+            }
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
             }
-            let outcome = boot.fetch_one(region, request.clone(), sink, cores).await;
-            (region, request, outcome)
+            let outcome = boot.fetch_one(ask.region, ask.request.clone(), sink, cores).await;
+            (ask, outcome)
         };
         running.push(tokio::spawn(work).map(|ended| ended.expect("fetching does not panic")).boxed());
     }
@@ -275,10 +288,11 @@ impl Fill {
                 continue;
             }
             for request in self.requests(region, vec![chunk]).await? {
+                let ask = Ask { region, request, first: false };
                 if running.len() < PARALLEL + PARALLEL_WANTED {
-                    self.start(running, region, request, Duration::ZERO, &self.cores_wanted);
+                    self.start(running, ask, Duration::ZERO, &self.cores_wanted);
                 } else {
-                    self.queue.push_front((region, request));
+                    self.queue.push_front(ask);
                 }
             }
         }
@@ -339,7 +353,7 @@ mod tests {
     #[tokio::test]
     async fn what_is_held_back_comes_all_the_same() {
         let (_folder, boot, layout, owner, writer) = noisy(100 * BLOCK_BYTES).await;
-        let fill = Fill::new(boot, layout, writer, &[], Some(BLOCK_BYTES)).await.expect("a plan");
+        let fill = Fill::new(boot, layout, writer, &[], Some(BLOCK_BYTES), true).await.expect("a plan");
         let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
         fill.run(hear, Duration::ZERO).await.expect("the store is there");
         assert_eq!(owner.arrived_bytes(), 100 * BLOCK_BYTES);
@@ -350,10 +364,11 @@ mod tests {
     async fn what_comes_first_comes_in_whole_blocks() {
         let (_folder, boot, layout, _owner, writer) = noisy(24 * BLOCK_BYTES).await;
         let wanted = (17 * BLOCK_BYTES + 4096, 4096);
-        let fill = Fill::new(boot, layout, writer, &[wanted], None).await.expect("a plan");
-        let (_, front) = fill.queue.front().expect("something is to be fetched");
+        let fill = Fill::new(boot, layout, writer, &[wanted], None, true).await.expect("a plan");
+        let front = fill.queue.front().expect("something is to be fetched");
+        assert!(front.first && !fill.queue.back().expect("there is more").first);
         for (_, chunk) in fill.chunks_of(17 * BLOCK_BYTES, BLOCK_BYTES) {
-            assert!(front.chunks().contains(&chunk), "chunk {chunk} of the block comes later");
+            assert!(front.request.chunks().contains(&chunk), "chunk {chunk} of the block comes later");
         }
         assert!(fill.queue.len() > 1, "the rest comes later");
     }

@@ -312,7 +312,8 @@ impl Worker {
         let (Some(content), Some(table)) = (rest.next(), rest.next()) else { return Err(missing()) };
         let writer = Writer::open(content, table, layout.regions(), ahead.is_some()).map_err(system)?;
         self.kept.begin();
-        let fill = Fill::new(boot, layout, writer, &first, ahead).await?;
+        let near = self.access.url().is_ok_and(|url| url.folder().is_some());
+        let fill = Fill::new(boot, layout, writer, &first, ahead, near).await?;
         fill.run(hear, patience).await
     }
 }

@@ -40,8 +40,8 @@ pub(crate) struct Orders {
     pub(crate) when: When,
     /// Find out what is touched first. What is filled before anybody touches it is not noticed.
     pub(crate) record: bool,
-    /// No other pager reads the stream.
-    pub(crate) alone: bool,
+    /// No other pager reads the stream: what this one is done with is given back.
+    pub(crate) passing: bool,
     /// What to fill first: pid inside its pid namespace, offset and length in the task's content.
     pub(crate) first: Vec<(u32, u64, u64)>,
 }
@@ -173,11 +173,10 @@ impl Lazy {
         let pid = |region| regions.iter().find(|(_, own)| *own == region).map(|(pid, _)| *pid);
         let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
-        let alone = images.len() == 1;
+        let passing = images.len() == 1 && blueprint.devices.is_empty() && blueprint.direct.is_empty();
         let record = when == When::Recorded || (when == When::AtOnce && stream.working_set().is_some());
-        let orders = Orders { first: first.collect(), tasks, devices, when, record, alone };
+        let orders = Orders { first: first.collect(), tasks, devices, when, record, passing };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
-        let passing = alone && blueprint.devices.is_empty() && blueprint.direct.is_empty();
         Ok(Self { stream, orders, when, passing, regions, direct: blueprint.direct.clone() })
     }
 
@@ -188,7 +187,7 @@ impl Lazy {
 
     /// Whether content is said to be done with as it is put into place.
     pub(crate) fn is_passing(&self) -> bool {
-        self.passing && !self.is_eager()
+        self.passing
     }
 
     /// What carries device memory past the tasks, to the driver.

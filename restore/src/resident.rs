@@ -16,6 +16,7 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use rewarm_container::shim::resident::{Control, FromShim, ToShim};
@@ -116,7 +117,8 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
     let devices = !orders.devices.is_empty();
     let named = |device: TaskOrders| TaskOrders { pid: device.pid | DEVICE_STREAM, ..device };
     let streams = orders.tasks.into_iter().chain(orders.devices.into_iter().map(named));
-    let source = Arc::new(Stream { stream, lease, tasks: streams.collect(), alone: orders.alone });
+    let (streams, ceased) = (streams.collect(), AtomicBool::new(false));
+    let source = Arc::new(Stream { stream, lease, tasks: streams, passing: orders.passing, ceased });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
     // Device memory that goes past the tasks is none that this process fills.
@@ -225,8 +227,10 @@ struct Stream {
     stream: Reader,
     lease: Lease,
     tasks: Vec<TaskOrders>,
-    /// Nobody else reads it.
-    alone: bool,
+    /// What is done with is given back.
+    passing: bool,
+    /// Nothing of it is wanted any more.
+    ceased: AtomicBool,
 }
 
 impl Stream {
@@ -250,7 +254,9 @@ impl Source for Stream {
     fn read(&self, task: u32, chunk: Range<u64>, out: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
         let task = self.task(task);
         let block = self.block(task, chunk.start);
-        let bytes = self.lease.wait(&self.stream, block, BLOCK_WITHIN).map_err(|error| match error {
+        let wanted = || !self.ceased.load(Ordering::Acquire);
+        let waited = self.lease.wait_while(&self.stream, block, BLOCK_WITHIN, &wanted);
+        let bytes = waited.map_err(|error| match error {
             rewarm_fetcher::Error::Missing(Missing::Released { .. }) => SourceError::Released,
             error if error.class() == Class::Integrity => SourceError::Damaged(Box::new(error)),
             error => SourceError::Gone(Box::new(error)),
@@ -265,12 +271,16 @@ impl Source for Stream {
     }
 
     fn release(&self, task: u32, part: Range<u64>) {
-        if !self.alone {
+        if !self.passing {
             return;
         }
         let (task, block) = (self.task(task), self.stream.block_bytes());
         let blocks = (task.base + part.start) / block..(task.base + part.end).div_ceil(block);
         self.lease.release(blocks);
+    }
+
+    fn cease(&self) {
+        self.ceased.store(true, Ordering::Release);
     }
 
     fn want(&self, task: u32, offset: u64) {

@@ -436,6 +436,8 @@ impl<U: Userfault> Engine<U> {
         match read {
             // Others have put all of it into place since the job was chosen.
             Err(SourceError::Released) if !pending_in(space, parts) => return Ok(0),
+            // The address spaces that wanted it are gone.
+            Err(_) if self.queue().stop => return Ok(0),
             other => {
                 other.map_err(|source| Error::Source { task: space.task, offset: chunk.start, source })?
             }

@@ -11,6 +11,7 @@ use std::sync::mpsc::{Receiver, Sender, TryRecvError, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_criu::lazy_pages::{Listener, Message};
 use rewarm_sys::procmem;
@@ -24,7 +25,7 @@ use super::engine::{Engine, message};
 use super::error::Error;
 use super::events::{self, Fault};
 use super::fault::Need;
-use super::plan::Plan;
+use super::plan::{PAGE, Plan};
 use super::ranges::Ranges;
 use super::source::Source;
 use super::space::{Space, State};
@@ -35,6 +36,12 @@ const LOOK_AROUND_MS: u16 = 50;
 
 /// How often content is given back: at the rate of a fast fill, what lies behind it meanwhile is a few dozen MiB.
 const LOOK_BEHIND_MS: u64 = 20;
+
+/// How often it is looked whether address spaces still exist.
+const LOOK_FOR_GONE_MS: u64 = 200;
+
+/// A page in which no program has anything that is filled: the lowest one that a process may map.
+const NOWHERE: u64 = 64 << 10;
 
 /// How soon a fault is tried again that the kernel put off; its event is usually there at once.
 const AGAIN_MS: u16 = 1;
@@ -114,6 +121,7 @@ struct Pager {
     again: VecDeque<(Arc<Space<Uffd>>, Fault)>,
     behind: Vec<Behind>,
     looked_behind: Instant,
+    looked_for_gone: Instant,
     spaces: u32,
     connected: Instant,
     finished: Option<Instant>,
@@ -158,6 +166,7 @@ impl Pager {
             again: VecDeque::new(),
             behind,
             looked_behind: Instant::now(),
+            looked_for_gone: Instant::now(),
             spaces: 0,
             connected: Instant::now(),
             finished: None,
@@ -184,6 +193,7 @@ impl Pager {
             }
             self.try_again()?;
             self.look_behind();
+            self.look_for_gone();
             self.close_filled()?;
             if self.finished.is_some() && self.watched.is_empty() && !self.devices_missing {
                 return self.end();
@@ -211,7 +221,7 @@ impl Pager {
             (true, None) => LOOK_AROUND_MS,
         };
         match poll(&mut fds, PollTimeout::from(timeout)) {
-            Ok(_) | Err(nix::errno::Errno::EINTR) => {}
+            Ok(_) | Err(Errno::EINTR) => {}
             Err(errno) => return Err(Error::Wait(errno.into())),
         }
         let happened = |fd: &PollFd<'_>| fd.revents().is_some_and(|events| !events.is_empty());
@@ -347,6 +357,25 @@ impl Pager {
         }
     }
 
+    /// No event tells that a program ended or became another one (`execve`). Whoever fills notices, but what he waits for may
+    /// be long on its way, or never come.
+    fn look_for_gone(&mut self) {
+        let pause = Duration::from_millis(LOOK_FOR_GONE_MS);
+        if self.finished.is_none() || self.looked_for_gone.elapsed() < pause {
+            return;
+        }
+        self.looked_for_gone = Instant::now();
+        for Watched { space, uffd } in &self.watched {
+            let nowhere = NOWHERE..NOWHERE + PAGE;
+            // Not registered, so nothing is put there; but the kernel says first whether there is an address space.
+            if !space.state().registered.touches(&nowhere)
+                && matches!(uffd.zero(NOWHERE, PAGE).stopped, Some(Errno::ESRCH | Errno::ENOSPC))
+            {
+                space.set_gone();
+            }
+        }
+    }
+
     fn try_again(&mut self) -> Result<(), Error> {
         for (space, fault) in std::mem::take(&mut self.again) {
             self.answer(&space, fault)?;
@@ -462,6 +491,7 @@ impl Pager {
 
     fn end(&mut self) -> Result<Summary, Error> {
         self.engine.stop();
+        self.source.cease();
         for thread in std::mem::take(&mut self.threads) {
             thread.join().map_err(|panic| Error::Panicked { message: message(&*panic) })?;
         }

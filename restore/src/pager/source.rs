@@ -52,6 +52,9 @@ pub trait Source: Send + Sync {
         let _ = (task, part);
     }
 
+    /// Nobody needs anything any more: a [`Source::read`] that waits may end with any error.
+    fn cease(&self) {}
+
     /// These parts are wanted first, in this order, and soon: a hint to fetch ahead.
     fn expect(&self, extents: &[Extent]) {
         let _ = extents;
