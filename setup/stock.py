@@ -120,7 +120,8 @@ class Stock:
         shm = {"destination": "/dev/shm", "type": "bind", "source": str(self.folder / "shm"), "options": ["rbind", "rw"]}
         config["mounts"] = [mount for mount in config["mounts"] if mount["destination"] != "/dev/shm"] + [shm]
         criu = self.folder / "criu.conf"
-        criu.write_text("network-lock skip\nghost-limit 1G\nmanage-cgroups=ignore\n")
+        # As with Rewarm: without the last, a connection that was not accepted yet fails the dump of a server under load.
+        criu.write_text("network-lock skip\nghost-limit 1G\nmanage-cgroups=ignore\nskip-in-flight\n")
         config["annotations"] = {"org.criu.config": str(criu)}
         path.write_text(json.dumps(config))
 

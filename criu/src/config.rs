@@ -35,10 +35,11 @@ impl Config {
         Self::shared().ghost_limit(GHOST_BYTES_MAX)
     }
 
-    /// For a restore.
+    /// For a restore. Pages leave their images as CRIU takes them (`auto-dedup`): the images lie in memory, and shared memory
+    /// would be held twice, and made anew while what held it is still there.
     #[must_use]
     pub fn restore() -> Self {
-        Self::shared()
+        Self::shared().flag("auto-dedup")
     }
 
     /// What both sides need: `network-lock skip` because connections are not locked by a firewall (nothing outside can
@@ -168,7 +169,7 @@ mod tests {
         let restore = Config::restore().leave_stopped().to_string();
         assert_eq!(
             restore,
-            "network-lock skip\nmanage-cgroups=ignore\ntcp-established\nfile-locks\nleave-stopped\n"
+            "network-lock skip\nmanage-cgroups=ignore\ntcp-established\nfile-locks\nauto-dedup\nleave-stopped\n"
         );
     }
 

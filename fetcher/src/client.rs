@@ -324,6 +324,11 @@ impl Stream {
         Ok(Lease { connection: Arc::new(connection) })
     }
 
+    /// As [`Lease::release`].
+    pub fn release(&self, blocks: Range<u64>) {
+        self.lease.release(blocks);
+    }
+
     /// Waits for a block of the stream and gives its bytes.
     ///
     /// # Errors

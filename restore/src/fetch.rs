@@ -43,6 +43,10 @@ pub(crate) struct Fetching {
 trait Destination: Send + Sync {
     /// The parts of the region that are wanted, in order.
     fn wanted(&self) -> Vec<Range<u64>>;
+    /// Whether nobody else wants anything of the region.
+    fn takes_all(&self) -> bool {
+        true
+    }
     /// Takes bytes that belong at `offset` of the region. Called by several threads.
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 }
@@ -79,7 +83,7 @@ pub(crate) fn begin(
         let image = PagesImage::plan(&object.layout, if later { Reads::NotLazy } else { Reads::All });
         let files = images.iter().map(|at| pages_file(at, object.object, object.pages_id, &image));
         let files = files.collect::<Result<_, _>>()?;
-        places.push((object.region, Arc::new(Pages { image, files })));
+        places.push((object.region, Arc::new(Pages { image, files, shared: later })));
     }
     let fetching = Fetching { lazy, stream, began: Instant::now(), progress: progress.clone() };
     fetching.copy(&places)?;
@@ -151,6 +155,9 @@ impl Fetching {
         let begin = part.start / BLOCK_BYTES * BLOCK_BYTES;
         let wanted = &bytes[(part.start - begin) as usize..(part.end - begin) as usize];
         to.put(part.start, wanted).map_err(Cause::io("put what was fetched into place"))?;
+        if self.lazy.is_passing() && to.takes_all() {
+            self.stream.release(block..block + 1);
+        }
         self.tell();
         Ok(())
     }
@@ -265,11 +272,17 @@ impl Destination for Files {
 struct Pages {
     image: PagesImage,
     files: Vec<File>,
+    /// The pager takes the rest.
+    shared: bool,
 }
 
 impl Destination for Pages {
     fn wanted(&self) -> Vec<Range<u64>> {
         self.image.wanted().collect()
+    }
+
+    fn takes_all(&self) -> bool {
+        !self.shared
     }
 
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
