@@ -108,12 +108,11 @@ impl Fill {
     pub(crate) async fn new(
         boot: Boot,
         layout: Layout,
-        writer: Writer,
+        writer: Arc<Writer>,
         first: &[Extent],
         ahead: Option<u64>,
         near: bool,
     ) -> Result<Self, Failure> {
-        let writer = Arc::new(writer);
         let mut regions = Vec::new();
         for (index, &(base, _)) in layout.regions().iter().enumerate() {
             let chunks = boot.chunks(index).await.map_err(|error| Failure::of_store(&error))?;
@@ -329,7 +328,7 @@ mod tests {
     }
 
     /// A snapshot of one region, so many bytes of noise, and a stream for it. The folder is its store.
-    async fn noisy(length: u64) -> (tempfile::TempDir, Boot, Layout, Owner, Writer) {
+    async fn noisy(length: u64) -> (tempfile::TempDir, Boot, Layout, Owner, Arc<Writer>) {
         let folder = tempfile::tempdir().expect("a folder");
         let url: StoreUrl = folder.path().to_str().expect("a plain path").parse().expect("a store");
         let store = Store::open(&url).await.expect("the folder is there");
@@ -346,7 +345,7 @@ mod tests {
         let owner = Owner::create(layout.bytes(), BLOCK_BYTES, None).expect("memory");
         let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
         let writer = Writer::open(content, table, layout.regions(), false).expect("a stream");
-        (folder, boot, layout, owner, writer)
+        (folder, boot, layout, owner, Arc::new(writer))
     }
 
     /// Whoever is done with nothing yet may be waiting for what was not fetched.

@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use rewarm_report::Class;
 use rewarm_store::{Digest, Files, Found, Reference, Snapshot, Store, StoreUrl, Target};
+use rewarm_sys::priority::Priority;
 use rewarm_sys::shared::Writer;
 use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -208,7 +209,15 @@ impl Worker {
                     let patience = Duration::from_millis(patience_ms);
                     let filled = worker.fill(digest, fds, (first, ahead), hear, patience).await;
                     lock(&worker.fills).remove(&id);
-                    worker.answer(id, filled.map(|read_bytes| (FromWorker::Filled { id, read_bytes }, None)));
+                    let (read_bytes, kept) = match filled {
+                        Ok((read_bytes, writer)) => (Ok(read_bytes), ahead.is_none().then_some(writer)),
+                        Err(failure) => (Err(failure), None),
+                    };
+                    worker.answer(
+                        id,
+                        read_bytes.map(|read_bytes| (FromWorker::Filled { id, read_bytes }, None)),
+                    );
+                    kept.into_iter().for_each(join_pages);
                 });
             }
         }
@@ -300,7 +309,7 @@ impl Worker {
         (first, ahead): (Vec<Extent>, Option<u64>),
         hear: UnboundedReceiver<Word>,
         patience: Duration,
-    ) -> Result<u64, Failure> {
+    ) -> Result<(u64, Arc<Writer>), Failure> {
         let system = |error: io::Error| Failure::of(&error, Class::Failed);
         let snapshot = self.snapshot(digest, fds.first()).await?;
         let boot =
@@ -311,11 +320,25 @@ impl Worker {
         let mut rest = fds.into_iter().skip(2);
         let (Some(content), Some(table)) = (rest.next(), rest.next()) else { return Err(missing()) };
         let writer = Writer::open(content, table, layout.regions(), ahead.is_some()).map_err(system)?;
+        let writer = Arc::new(writer);
         self.kept.begin();
         let near = self.access.url().is_ok_and(|url| url.folder().is_some());
-        let fill = Fill::new(boot, layout, writer, &first, ahead, near).await?;
-        fill.run(hear, patience).await
+        let fill = Fill::new(boot, layout, writer.clone(), &first, ahead, near).await?;
+        Ok((fill.run(hear, patience).await?, writer))
     }
+}
+
+/// What stays is laid into huge pages, in time that nobody else wants: each restore of it is sooner by a fault for every few
+/// pages.
+fn join_pages(writer: Arc<Writer>) {
+    let work = move || {
+        if rewarm_sys::priority::set_this_thread(Priority::Idle).is_ok() {
+            let bytes = writer.join_pages();
+            tracing::debug!(bytes, "laid into huge pages");
+        }
+    };
+    // Without the thread restores are slower, that is all.
+    let _ = std::thread::Builder::new().name("join".to_owned()).spawn(work);
 }
 
 fn object(file: Option<&OwnedFd>) -> Result<Vec<u8>, Failure> {

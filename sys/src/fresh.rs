@@ -68,6 +68,16 @@ pub(crate) fn populate_at(start: *mut u8, bytes: usize) -> io::Result<()> {
     if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Makes one huge page of the small ones of a part of a mapping that is marked for huge pages.
+///
+/// # Errors
+/// `EINVAL` on Linux before 6.1 or where the part cannot have one; `ENOMEM`, `EBUSY`, `EAGAIN` where it has none now.
+pub(crate) fn collapse_at(start: *mut u8, bytes: usize) -> io::Result<()> {
+    // SAFETY: the kernel changes where bytes lie and none of them; where nothing is mapped, it says so.
+    let result = unsafe { libc::madvise(start.cast(), bytes, libc::MADV_COLLAPSE) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn thread_time() -> Duration {
     clock_gettime(ClockId::CLOCK_THREAD_CPUTIME_ID).map_or(Duration::ZERO, Duration::from)
 }
