@@ -41,7 +41,7 @@ const REFUSED: u8 = 3;
 
 impl Writer {
     /// Goes on where an earlier writer stopped. `regions`: where each begins (a multiple of the block length) and how
-    /// many bytes it has. `passing`: what readers are done with takes what comes next; the owner must know ([`Owner::pass`]).
+    /// many bytes it has. `passing`: what readers are done with takes what comes next; the owner must know ([`super::Owner::pass`]).
     ///
     /// # Errors
     /// `InvalidData` if the files are not a stream, or the regions do not lie in it.
