@@ -209,14 +209,10 @@ impl Worker {
                     let patience = Duration::from_millis(patience_ms);
                     let filled = worker.fill(digest, fds, (first, ahead), hear, patience).await;
                     lock(&worker.fills).remove(&id);
-                    let (read_bytes, kept) = match filled {
-                        Ok((read_bytes, writer)) => (Ok(read_bytes), ahead.is_none().then_some(writer)),
-                        Err(failure) => (Err(failure), None),
-                    };
-                    worker.answer(
-                        id,
-                        read_bytes.map(|read_bytes| (FromWorker::Filled { id, read_bytes }, None)),
-                    );
+                    let kept = filled.as_ref().ok().filter(|_| ahead.is_none());
+                    let kept = kept.map(|(_, writer)| writer.clone());
+                    let filled = filled.map(|(read_bytes, _)| (FromWorker::Filled { id, read_bytes }, None));
+                    worker.answer(id, filled);
                     kept.into_iter().for_each(join_pages);
                 });
             }

@@ -1,7 +1,9 @@
 """A server that holds memory with a known pattern, and can change it in every way while it runs.
 
     --mib N                 private memory, every byte known
-    --content random|text|zero
+    --content random|text|zero|gaps
+                            gaps: random, and every third page is there and zero
+    --shared                the memory is shared, not private
     --sparse N              only every N-th page is ever touched
     --fork                  a child has the same memory, copied on write, with some pages of its own
     --churn KIND,...        threads that go on all the time: mprotect, mremap, madvise, mmap, heap
@@ -13,6 +15,7 @@
 
 import ctypes
 import hashlib
+import mmap
 import os
 import socket
 import threading
@@ -28,10 +31,10 @@ ZERO_PAGE = bytes(PAGE)
 
 
 class Memory:
-    """Private memory, and what must be in it."""
+    """Memory, and what must be in it."""
 
-    def __init__(self, content, sparse):
-        self.content, self.sparse = content, sparse
+    def __init__(self, content, sparse, shared):
+        self.content, self.sparse, self.shared = content, sparse, shared
         self.blocks = []
         self.digests = []
         self.generation = 0
@@ -40,7 +43,7 @@ class Memory:
         size = mib * BLOCK
         if not size:
             return
-        whole = calls.view(calls.anonymous(size), size)
+        whole = memoryview(mmap.mmap(-1, size)) if self.shared else calls.view(calls.anonymous(size), size)
         for index in range(mib):
             piece = whole[index * BLOCK : (index + 1) * BLOCK]
             self.fill(piece, len(self.blocks))
@@ -53,7 +56,10 @@ class Memory:
         elif self.content == "text":
             filling = b"".join(b"%08x block %06x of text that compresses.\n"[:48] % (line, index) for line in range(BLOCK // 40))[:BLOCK]
         else:
-            filling = block("memory", index)
+            filling = bytearray(block("memory", index))
+        if self.content == "gaps":
+            for page in range(0, BLOCK, 3 * PAGE):
+                filling[page : page + PAGE] = ZERO_PAGE
         for page in range(0, BLOCK, self.sparse * PAGE):
             end = page + (BLOCK if self.sparse == 1 else PAGE)
             piece[page:end] = filling[page:end]
@@ -197,13 +203,14 @@ class Churn:
 def main():
     parser = arguments(__doc__.splitlines()[0])
     parser.add_argument("--mib", type=int, default=64)
-    parser.add_argument("--content", choices=("random", "text", "zero"), default="random")
+    parser.add_argument("--content", choices=("random", "text", "zero", "gaps"), default="random")
     parser.add_argument("--sparse", type=int, default=1, metavar="N", help="a divisor of 256")
+    parser.add_argument("--shared", action="store_true")
     parser.add_argument("--fork", action="store_true")
     parser.add_argument("--churn", default="", metavar="KIND,...")
     options = parser.parse_args()
 
-    memory = Memory(options.content, options.sparse)
+    memory = Memory(options.content, options.sparse, options.shared)
     memory.grow(options.mib)
     checks = Checks()
     checks.add("memory", memory.check)

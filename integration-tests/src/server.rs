@@ -144,6 +144,13 @@ impl Server {
         Self::python("memory", "memory.py", &["--mib", &mib.to_string()]).asking(Question::get("/digest"))
     }
 
+    /// Shared memory of `mib` MiB in which every third page is zero, by a digest of all of it.
+    #[must_use]
+    pub fn shared_with_gaps(mib: u32) -> Self {
+        let flags = ["--mib", &mib.to_string(), "--shared", "--content", "gaps"];
+        Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
+    }
+
     /// A server with memory of `mib` MiB that becomes another program when it is asked to, and so does a child of it.
     #[must_use]
     pub fn becoming(mib: u32) -> Self {

@@ -47,7 +47,7 @@ trait Destination: Send + Sync {
     fn takes_all(&self) -> bool {
         true
     }
-    /// Takes bytes that belong at `offset` of the region. Called by several threads.
+    /// Takes bytes that belong at `offset` of the region, and passes over those that are not wanted. Called by several threads.
     fn put(&self, offset: u64, bytes: &[u8]) -> io::Result<()>;
 }
 
@@ -104,15 +104,9 @@ impl Fetching {
         let mut first = Vec::new();
         for (index, (region, destination)) in places.iter().enumerate() {
             let base = self.stream.layout().base(*region);
-            for part in destination.wanted() {
-                first.push((base + part.start, part.end - part.start));
-                let mut at = part.start;
-                while at < part.end {
-                    let end = ((at / BLOCK_BYTES + 1) * BLOCK_BYTES).min(part.end);
-                    jobs.push((index, at..end));
-                    at = end;
-                }
-            }
+            let wanted = destination.wanted();
+            first.extend(wanted.iter().map(|part| (base + part.start, part.end - part.start)));
+            jobs.extend(by_block(&wanted).into_iter().map(|part| (index, part)));
         }
         // Then device memory, for which the whole server waits, then what is touched before the probe has ended.
         let layout = self.stream.layout();
@@ -195,6 +189,24 @@ impl Fetching {
         }
         Ok(())
     }
+}
+
+/// For each block in which something is wanted, from the first to the last of that. One for each block: who has it copied may
+/// give the block back, so nobody else may be about to.
+fn by_block(wanted: &[Range<u64>]) -> Vec<Range<u64>> {
+    let mut blocks: Vec<Range<u64>> = Vec::new();
+    for part in wanted {
+        let mut at = part.start;
+        while at < part.end {
+            let end = ((at / BLOCK_BYTES + 1) * BLOCK_BYTES).min(part.end);
+            match blocks.last_mut() {
+                Some(last) if last.start / BLOCK_BYTES == at / BLOCK_BYTES => last.end = end,
+                _ => blocks.push(at..end),
+            }
+            at = end;
+        }
+    }
+    blocks
 }
 
 fn trees(replicas: &[Arc<Replica>], blueprint: &Blueprint) -> Result<Vec<(usize, Arc<Trees>)>, Cause> {
@@ -290,5 +302,20 @@ impl Destination for Pages {
             self.image.place(offset, bytes, |at, part| file.write_all_at(part, at))?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_block_is_copied_once_whatever_lies_in_it() {
+        const B: u64 = BLOCK_BYTES;
+        // Two parts that touch, as zero pages between them leave it; one in the next block; one over three.
+        let wanted = [0..4096, 4096..8192, 20_480..B + 4096, B + 8192..B + 12_288, 2 * B + 4096..4 * B + 1];
+        let expected = [0..B, B..B + 12_288, 2 * B + 4096..3 * B, 3 * B..4 * B, 4 * B..4 * B + 1];
+        assert_eq!(by_block(&wanted), expected);
+        assert_eq!(by_block(&[]), []);
     }
 }

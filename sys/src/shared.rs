@@ -274,7 +274,9 @@ impl Owner {
         let number = |bytes: u64| libc::off_t::try_from(bytes).map_err(io::Error::other);
         let mode = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         let (start, end) = (first * self.shape.block, (first + count) * self.shape.block);
-        Ok(fallocate(&self.content, mode, number(start)?, number(end.min(self.shape.content) - start)?)?)
+        // Slots are what the table says, and a writer writes the table.
+        let length = end.min(self.shape.content).checked_sub(start).ok_or(io::ErrorKind::InvalidData)?;
+        Ok(fallocate(&self.content, mode, number(start)?, number(length)?)?)
     }
 
     /// The two files that [`Writer::open`] wants, in its order.

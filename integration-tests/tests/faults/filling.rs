@@ -379,6 +379,24 @@ fn an_eager_restore_is_complete_before_the_server_runs() {
     world.finish();
 }
 
+/// What CRIU takes of a block is given back as soon as it has all of it, and not before: here it takes many parts of each.
+#[test]
+fn shared_memory_with_gaps_passes_from_a_folder_and_stays_what_it_was() {
+    let server = Server::shared_with_gaps(64);
+    let Some(world) = world_for(&server) else { return };
+    let _ = world.store_folder();
+    let before = snapshot_of(&world, &server);
+    for (name, mode) in [("first", "lazy"), ("second", "eager"), ("third", "auto")] {
+        let clones =
+            world.restore(server.name, "v1", server.port, &["--name", &world.name(name), "--mode", mode]);
+        server_answers_as_before(&clones[0], &server, &before);
+        clones[0].remove();
+        // The next one is the first of its fetcher again.
+        world.await_no_services();
+    }
+    world.finish();
+}
+
 /// An eager restore from a store that fails leaves nothing, and says why.
 #[test]
 fn an_eager_restore_that_cannot_be_completed_leaves_nothing() {

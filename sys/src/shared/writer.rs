@@ -137,7 +137,8 @@ impl Writer {
     }
 
     /// Makes huge pages of what was brought in in small ones, for readers to come: otherwise they take a fault for every
-    /// few pages. For when all has arrived; takes up to seconds a GiB, and ends early when the kernel gives none. Gives the bytes that lie in huge pages by that.
+    /// few pages. For when all has arrived; takes up to seconds a GiB, and ends early when the kernel gives none. Gives the
+    /// bytes that lie in huge pages by that.
     pub fn join_pages(&self) -> u64 {
         let Some(map) = self.huge.as_ref().filter(|_| !self.slots.are_passing()) else { return 0 };
         let (mut joined, mut refused) = (0, 0);
