@@ -33,7 +33,7 @@ ZERO_PAGE = bytes(PAGE)
 class Memory:
     """Memory, and what must be in it."""
 
-    def __init__(self, content, sparse, shared):
+    def __init__(self, content, sparse, shared=False):
         self.content, self.sparse, self.shared = content, sparse, shared
         self.blocks = []
         self.digests = []
