@@ -115,7 +115,7 @@ def load(port, seconds, script=None):
     wrong = re.search(r"Socket errors.*|Non-2xx.*", text)
     if wrong:
         sys.exit(f"port {port}: {wrong.group()}")
-    return float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1)), milliseconds(re.search(r"99%\s+(\S+)", text).group(1))
+    return float(re.search(r"Requests/sec:\s+([\d.]+)", text).group(1)), milliseconds(re.search(r"^ *99% +(\S+)", text, re.MULTILINE).group(1))
 
 
 def main():
