@@ -66,7 +66,7 @@ fn device_at(address: usize) -> Option<usize> {
 }
 
 /// Maps one device's pieces one behind the other. What was mapped stays until the process ends if this fails.
-fn map(pid: i32, pieces: &[(i32, usize)]) -> Result<(usize, usize), u32> {
+pub(crate) fn map(pid: i32, pieces: &[(i32, usize)]) -> Result<(usize, usize), u32> {
     let total: usize = pieces.iter().map(|(_, bytes)| bytes).sum();
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: a new mapping.

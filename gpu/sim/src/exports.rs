@@ -6,7 +6,7 @@ use std::sync::atomic::Ordering;
 use crate::caller::{self, INITIALIZED};
 use crate::device::{self, Device};
 use crate::page::{PAIRS_MAX, Uuid};
-use crate::target::{self, virtual_memory};
+use crate::target::{self, refused, virtual_memory};
 use crate::{VERSION_ENV, code};
 
 pub(crate) fn version() -> c_int {
@@ -241,6 +241,29 @@ extern "C" fn cuMemUnmap(address: u64, bytes: usize) -> u32 {
 #[unsafe(no_mangle)]
 extern "C" fn cuMemSetAccess(_: u64, _: usize, _: *const c_void, _: usize) -> u32 {
     code::SUCCESS
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuMemAllocManaged(out: *mut u64, bytes: usize, _: c_uint) -> u32 {
+    // SAFETY: as the header asks.
+    unsafe { give(out, refused::managed(CURRENT.get(), bytes).map(|address| address as u64)) }
+}
+
+/// `CUipcMemHandle`, which is passed by value.
+#[repr(C)]
+struct IpcMemHandle(refused::IpcHandle);
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuIpcGetMemHandle(out: *mut IpcMemHandle, address: u64) -> u32 {
+    let handle = usize::try_from(address).map_err(|_| code::INVALID_VALUE).and_then(refused::share);
+    // SAFETY: as the header asks.
+    unsafe { give(out, handle.map(IpcMemHandle)) }
+}
+
+#[unsafe(no_mangle)]
+unsafe extern "C" fn cuIpcOpenMemHandle_v2(out: *mut u64, handle: IpcMemHandle, _: c_uint) -> u32 {
+    // SAFETY: as the header asks.
+    unsafe { give(out, refused::open(&handle.0).map(|address| address as u64)) }
 }
 
 /// In place of `cuLaunchKernel`: a kernel that only takes time.

@@ -1,6 +1,7 @@
 //! The side of the process that uses the device: its memory, its calls, and the thread that carries steps out.
 
 pub(crate) mod custom;
+pub(crate) mod refused;
 pub(crate) mod virtual_memory;
 
 use std::collections::BTreeMap;
@@ -43,6 +44,8 @@ struct Held {
     reserved: BTreeMap<usize, usize>,
     /// Memory that was made apart from an address, by handle.
     handles: BTreeMap<u64, Handle>,
+    /// It has memory that no checkpoint takes along: managed, or shared with another process.
+    refused: bool,
 }
 
 #[derive(Debug)]
@@ -297,8 +300,7 @@ fn checkpoint() -> u32 {
     let began = Instant::now();
     let mut guard = held();
     let held = guard.get_or_insert_default();
-    // Nothing is simulated for memory that has no address at this moment.
-    if held.handles.values().any(|handle| handle.memory.is_some()) {
+    if held.is_refused() {
         return code::NOT_SUPPORTED;
     }
     let total: usize = held.allocations.values().map(|allocation| allocation.bytes).sum();
@@ -332,6 +334,11 @@ fn checkpoint() -> u32 {
 }
 
 impl Held {
+    /// Whether a checkpoint is refused. Nothing is simulated for memory that has no address at this moment.
+    fn is_refused(&self) -> bool {
+        self.refused || self.handles.values().any(|handle| handle.memory.is_some())
+    }
+
     /// Maps restored memory where it was.
     fn place(&mut self, filled: Vec<(usize, Uuid, Memory)>) -> Result<(), u32> {
         for (address, uuid, memory) in filled {

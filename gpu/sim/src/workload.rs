@@ -12,6 +12,9 @@
 //! | `POST /kernel?N` | starts a kernel of N milliseconds |
 //! | `POST /fork` | forks a child that keeps the open descriptors |
 //! | `POST /begin` | with `--late`: begins to use the device only now |
+//! | `POST /managed?MIB`, `/share`, `/open`, `/fill?MIB`, `/absent?START-END` | what a driver cannot checkpoint, or not restore |
+
+mod refused;
 
 use std::ffi::{c_int, c_uint, c_void};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -150,6 +153,8 @@ struct Driver {
     /// How often a restore found something in the place of a device range; the simulated driver only.
     clobbered: Option<unsafe extern "C" fn() -> u32>,
     context: usize,
+    /// Absent where host memory takes the device's place.
+    library: Option<&'static Library>,
 }
 
 /// How a kernel is started that only takes time.
@@ -250,6 +255,7 @@ impl Driver {
             kernel,
             clobbered: clobbered.ok().map(|clobbered| *clobbered),
             context: context.expose_provenance(),
+            library: Some(library),
         })
     }
 
@@ -270,6 +276,7 @@ impl Driver {
             kernel: Kernel::Simulated(in_host::launch),
             clobbered: None,
             context: 1,
+            library: None,
         }
     }
 
@@ -565,6 +572,7 @@ impl Server {
                 model.driver.launch(ms)?;
                 Ok(self.said())
             }
+            ("POST", (call, value)) => refused::answer(&*self.model()?, call, value, body),
             _ => Err(format!("nothing at {method} {path}")),
         }
     }

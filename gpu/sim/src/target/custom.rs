@@ -40,7 +40,7 @@ fn publish<'a>(pieces: &mut Vec<Piece>, memory: impl Iterator<Item = (Uuid, &'a 
 pub(super) fn begin_checkpoint() -> u32 {
     let mut guard = held();
     let held = guard.get_or_insert_default();
-    if held.handles.values().any(|handle| handle.memory.is_some()) {
+    if held.is_refused() {
         return code::NOT_SUPPORTED;
     }
     let Held { allocations, pieces, .. } = held;
