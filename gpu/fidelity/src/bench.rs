@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_gpu::{Helper, Launch, nvml};
-use rewarm_gpu_sim::{DEVICES_ENV, NODES_ENV};
+use rewarm_gpu_sim::{DEVICES_ENV, NODES_ENV, VERSION_ENV};
 use tempfile::TempDir;
 
 /// How long anything may take here.
@@ -18,6 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 const SIMULATED_BYTES: u64 = 64 << 20;
 /// What simulated devices hold open.
 const SIMULATED_NODES: [&str; 2] = ["/dev/loop-control", "/dev/fuse"];
+/// The first version that has all that claims are about.
+const SIMULATED_VERSION: i32 = rewarm_gpu::custom::VERSION_MIN.0;
 
 /// A driver and what uses it.
 pub(crate) struct Bench {
@@ -26,6 +28,8 @@ pub(crate) struct Bench {
     /// Where the simulated devices lie.
     simulated: Option<TempDir>,
     servers: Vec<Child>,
+    /// What was seen besides, and nothing is expected of.
+    pub(crate) notes: Vec<String>,
 }
 
 /// A server that keeps its weights on a device.
@@ -39,7 +43,7 @@ impl Bench {
     /// The machine's driver, or the library that plays it.
     pub(crate) fn new(simulated: Option<&Path>) -> Result<Self, String> {
         let (library, nvml) = (rewarm_gpu::driver::LIBRARY.into(), nvml::LIBRARY.into());
-        let mut bench = Self { library, nvml, simulated: None, servers: Vec::new() };
+        let mut bench = Self { library, nvml, simulated: None, servers: Vec::new(), notes: Vec::new() };
         if let Some(built) = simulated {
             let folder = tempfile::tempdir().map_err(|error| error.to_string())?;
             let device = folder.path().join("devices/0");
@@ -60,7 +64,9 @@ impl Bench {
     fn env(&self) -> Vec<(String, String)> {
         let Some(folder) = &self.simulated else { return Vec::new() };
         let devices = folder.path().join("devices").display().to_string();
-        vec![(DEVICES_ENV.to_owned(), devices), (NODES_ENV.to_owned(), SIMULATED_NODES.join(":"))]
+        let (nodes, version) = (SIMULATED_NODES.join(":"), SIMULATED_VERSION.to_string());
+        let all = [(DEVICES_ENV, devices), (NODES_ENV, nodes), (VERSION_ENV, version)];
+        all.map(|(name, value)| (name.to_owned(), value)).into()
     }
 
     /// A helper that is not started yet.
@@ -71,6 +77,17 @@ impl Bench {
             args: vec!["helper".into(), self.library.clone().into(), self.nvml.clone().into()],
             env: env.collect(),
         })
+    }
+
+    /// What a caller that has not initialised the driver is told, one line for each of the words of [`crate::bare`].
+    pub(crate) fn bare(&self, pid: i32, words: &[&str]) -> Result<Vec<String>, String> {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("bare").arg(&self.library).arg(pid.to_string()).args(words).envs(self.env());
+        let output = command.output().map_err(|error| error.to_string())?;
+        if !output.status.success() {
+            return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
+        }
+        Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
     }
 
     /// The driver's release, as NVML tells it.

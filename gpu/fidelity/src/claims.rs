@@ -3,13 +3,19 @@
 //! None of them changes a setting of the machine. Those that could leave a driver in disorder (full devices, killed
 //! processes) come last.
 
+mod custom;
+mod refused;
+mod rights;
+
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rewarm_gpu::ranges;
-use rewarm_gpu::{CallError, State};
+use rewarm_gpu::{CallError, Helper, Pair, State, Step, Uuid};
+use rewarm_sys::hold::Hold;
 
-use crate::bench::Bench;
+use crate::bench::{Bench, Server};
 
 /// What a lock may wait.
 const LOCK: Duration = Duration::from_secs(5);
@@ -26,12 +32,18 @@ pub(crate) struct Claim {
     pub(crate) check: fn(&mut Bench) -> Result<String, String>,
 }
 
-pub(crate) const ALL: [Claim; 16] = [
+pub(crate) const ALL: &[Claim] = &[
     Claim {
         number: 1,
         what: "the version suffices and all functions are there",
         expected: "yes",
         check: version,
+    },
+    Claim {
+        number: 2,
+        what: "state and restore thread without cuInit",
+        expected: "running, and the same thread",
+        check: rights::without_init,
     },
     Claim {
         number: 3,
@@ -45,9 +57,16 @@ pub(crate) const ALL: [Claim; 16] = [
         expected: "none",
         check: no_cuda,
     },
-    Claim { number: 6, what: "a step out of order", expected: "401 and locked", check: order },
+    Claim {
+        number: 5,
+        what: "a caller without rights",
+        expected: "304 and 304",
+        check: rights::without_rights,
+    },
+    Claim { number: 6, what: "steps out of order", expected: "401 each, nothing changed", check: order },
     Claim { number: 7, what: "a lock under a kernel", expected: "600 and running", check: kernel },
     Claim { number: 8, what: "a stopped process", expected: "late and locked", check: stopped },
+    Claim { number: 9, what: "only the restore thread runs", expected: "done, then whole", check: alone },
     Claim { number: 10, what: "device files after a checkpoint", expected: "0 of some", check: files },
     Claim {
         number: 11,
@@ -62,7 +81,13 @@ pub(crate) const ALL: [Claim; 16] = [
         check: zeros,
     },
     Claim { number: 13, what: "a restore", expected: "locked, then whole", check: restore },
-    Claim { number: 17, what: "an identity map is needless", expected: "locked, then whole", check: restore },
+    Claim {
+        number: 14,
+        what: "a restore without cuInit",
+        expected: "done with persistence mode, 800 without",
+        check: rights::restore_without_init,
+    },
+    Claim { number: 17, what: "a map with a device that is none", expected: "1, then whole", check: map },
     Claim {
         number: 19,
         what: "a caller that dies between two calls",
@@ -72,6 +97,54 @@ pub(crate) const ALL: [Claim; 16] = [
     Claim { number: 20, what: "a forked child", expected: "none", check: child },
     Claim { number: 22, what: "device memory while checkpointed", expected: "given back", check: given_back },
     Claim { number: 23, what: "a second restore", expected: "401", check: second },
+    Claim {
+        number: 24,
+        what: "custom storage: device memory past the process",
+        expected: "checkpointed without a copy, then whole",
+        check: custom::past_the_process,
+    },
+    Claim {
+        number: 25,
+        what: "custom storage: a restore of fewer bytes",
+        expected: "as many are wanted",
+        check: custom::fewer_bytes,
+    },
+    Claim {
+        number: 26,
+        what: "custom storage: a caller that does not complete",
+        expected: "in the middle of a restore, all steps refused, gone with it",
+        check: custom::not_completed,
+    },
+    Claim {
+        number: 27,
+        what: "custom storage: a restore from host memory",
+        expected: "refused and checkpointed, then whole",
+        check: custom::from_host_memory,
+    },
+    Claim {
+        number: 21,
+        what: "managed memory and legacy IPC",
+        expected: "refused, then whole",
+        check: refused::by_the_driver,
+    },
+    Claim {
+        number: 15,
+        what: "copies that are absent under a userfaultfd",
+        expected: "304 and checkpointed",
+        check: refused::absent_copies,
+    },
+    Claim {
+        number: 16,
+        what: "a restore onto a full device",
+        expected: "2 and checkpointed",
+        check: refused::full,
+    },
+    Claim {
+        number: 28,
+        what: "the same again when there is room",
+        expected: "0, then whole",
+        check: refused::full_then_free,
+    },
     Claim { number: 18, what: "device memory of a killed process", expected: "given back", check: killed },
 ];
 
@@ -86,6 +159,30 @@ fn code(result: Result<Duration, CallError>) -> String {
         Err(CallError::Late { .. }) => "late".to_owned(),
         Err(error) => error.code().map_or_else(|| error.to_string(), |code| code.0.to_string()),
     }
+}
+
+/// One step of a process.
+fn take(helper: &mut Helper, server: Server, step: Step) -> Result<Duration, CallError> {
+    match step {
+        Step::Lock => helper.lock(server.pid, LOCK),
+        Step::Checkpoint => helper.checkpoint(server.pid, 0),
+        Step::Restore => helper.restore(server.pid, 0, &[]),
+        Step::Unlock => helper.unlock(server.pid),
+    }
+}
+
+/// Locked and checkpointed.
+fn checkpointed(bench: &mut Bench, flags: &[&str]) -> Result<(Helper, Server), String> {
+    let server = bench.serve(flags)?;
+    let mut helper = bench.helper();
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    Ok((helper, server))
+}
+
+/// Whether a server that runs again has the device memory that it had.
+fn whole(server: Server) -> Result<&'static str, String> {
+    Ok(if server.is_whole()? { "whole" } else { "changed" })
 }
 
 fn version(bench: &mut Bench) -> Result<String, String> {
@@ -111,11 +208,23 @@ fn no_cuda(bench: &mut Bench) -> Result<String, String> {
 fn order(bench: &mut Bench) -> Result<String, String> {
     let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
     let mut helper = bench.helper();
-    helper.lock(server.pid, LOCK).map_err(text)?;
-    let refused = code(helper.restore(server.pid, 0, &[]));
-    let state = helper.state(server.pid).map_err(text)?;
+    let mut seen = Vec::new();
+    for (state, steps) in
+        [(State::RUNNING, [Step::Checkpoint, Step::Unlock]), (State::LOCKED, [Step::Lock, Step::Restore])]
+    {
+        for step in steps {
+            let refused = code(take(&mut helper, server, step));
+            let now = helper.state(server.pid).map_err(text)?;
+            if refused != "401" || now != state {
+                seen.push(format!("{step} while {state}: {refused} and {now}"));
+            }
+        }
+        if state == State::RUNNING {
+            helper.lock(server.pid, LOCK).map_err(text)?;
+        }
+    }
     let _ = helper.unlock(server.pid);
-    Ok(format!("{refused} and {state}"))
+    Ok(if seen.is_empty() { "401 each, nothing changed".to_owned() } else { seen.join("; ") })
 }
 
 fn kernel(bench: &mut Bench) -> Result<String, String> {
@@ -135,6 +244,21 @@ fn stopped(bench: &mut Bench) -> Result<String, String> {
     Ok(format!("{blocked} and {}", helper.state(server.pid).map_err(text)?))
 }
 
+fn alone(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "16", "--threads", "4"])?;
+    let mut helper = bench.helper();
+    let thread = helper.restore_thread(server.pid).map_err(text)?.ok_or("no thread")?;
+    helper.lock(server.pid, LOCK).map_err(text)?;
+    let mut hold = Hold::new(false);
+    hold.all(|| vec![server.pid], &BTreeSet::from([thread]), LOCK).map_err(text)?;
+    bench.notes.push(format!("{} threads held", hold.count()));
+    helper.checkpoint(server.pid, 0).map_err(text)?;
+    helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
+    helper.unlock(server.pid).map_err(text)?;
+    drop(hold);
+    Ok(format!("done, then {}", whole(server)?))
+}
+
 fn files(bench: &mut Bench) -> Result<String, String> {
     let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
     let held = |bench: &Bench| server.files().iter().filter(|path| bench.is_device(path)).count();
@@ -146,14 +270,14 @@ fn files(bench: &mut Bench) -> Result<String, String> {
 }
 
 /// Checkpoints a server of 16 MiB and gives the ranges that were added.
-fn added(bench: &mut Bench) -> Result<(i32, Vec<ranges::Range>), String> {
+fn added(bench: &mut Bench) -> Result<(Server, Vec<ranges::Range>), String> {
     let server = bench.serve(&["--mib", "16", "--threads", "0"])?;
     let mut helper = bench.helper();
     helper.lock(server.pid, LOCK).map_err(text)?;
     let before = ranges::private_memory(server.pid).map_err(text)?;
     helper.checkpoint(server.pid, 0).map_err(text)?;
     let after = ranges::private_memory(server.pid).map_err(text)?;
-    Ok((server.pid, ranges::added(&before, &after)))
+    Ok((server, ranges::added(&before, &after)))
 }
 
 fn copies(bench: &mut Bench) -> Result<String, String> {
@@ -167,12 +291,12 @@ fn copies(bench: &mut Bench) -> Result<String, String> {
 }
 
 fn zeros(bench: &mut Bench) -> Result<String, String> {
-    let (pid, added) = added(bench)?;
+    let (server, added) = added(bench)?;
     let (mut all, mut zero) = (0_u64, 0_u64);
     let mut page = vec![0; 4096];
     for range in added {
         for at in (range.start..range.end).step_by(page.len()) {
-            rewarm_sys::procmem::read(pid, at, &mut page).map_err(text)?;
+            rewarm_sys::procmem::read(server.pid, at, &mut page).map_err(text)?;
             all += 1;
             zero += u64::from(page.iter().all(|byte| *byte == 0));
         }
@@ -182,14 +306,20 @@ fn zeros(bench: &mut Bench) -> Result<String, String> {
 }
 
 fn restore(bench: &mut Bench) -> Result<String, String> {
-    let server = bench.serve(&["--mib", "16", "--threads", "0"])?;
-    let mut helper = bench.helper();
-    helper.lock(server.pid, LOCK).map_err(text)?;
-    helper.checkpoint(server.pid, 0).map_err(text)?;
+    let (mut helper, server) = checkpointed(bench, &["--mib", "16", "--threads", "0"])?;
     helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
     let state = helper.state(server.pid).map_err(text)?;
     helper.unlock(server.pid).map_err(text)?;
-    Ok(format!("{state}, then {}", if server.is_whole()? { "whole" } else { "changed" }))
+    Ok(format!("{state}, then {}", whole(server)?))
+}
+
+fn map(bench: &mut Bench) -> Result<String, String> {
+    let (mut helper, server) = checkpointed(bench, &["--mib", "4", "--threads", "0"])?;
+    let none = Uuid([0xee; 16]);
+    let refused = code(helper.restore(server.pid, 0, &[Pair { old: none, new: none }]));
+    helper.restore(server.pid, 0, &[]).map_err(text)?;
+    helper.unlock(server.pid).map_err(text)?;
+    Ok(format!("{refused}, then {}", whole(server)?))
 }
 
 fn caller(bench: &mut Bench) -> Result<String, String> {
@@ -199,7 +329,7 @@ fn caller(bench: &mut Bench) -> Result<String, String> {
     let mut helper = bench.helper();
     let state = helper.state(server.pid).map_err(text)?;
     helper.unlock(server.pid).map_err(text)?;
-    Ok(format!("{state}, then {}", if server.is_whole()? { "whole" } else { "changed" }))
+    Ok(format!("{state}, then {}", whole(server)?))
 }
 
 fn child(bench: &mut Bench) -> Result<String, String> {
@@ -228,10 +358,7 @@ fn given_back(bench: &mut Bench) -> Result<String, String> {
 }
 
 fn second(bench: &mut Bench) -> Result<String, String> {
-    let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
-    let mut helper = bench.helper();
-    helper.lock(server.pid, LOCK).map_err(text)?;
-    helper.checkpoint(server.pid, 0).map_err(text)?;
+    let (mut helper, server) = checkpointed(bench, &["--mib", "2", "--threads", "0"])?;
     helper.restore(server.pid, 0, &[]).map_err(text)?;
     let again = code(helper.restore(server.pid, 0, &[]));
     helper.unlock(server.pid).map_err(text)?;

@@ -9,6 +9,7 @@
 //! can install nothing (`gpu/fidelity/run`). With `--simulated` the library SO plays the driver. The exit code is 0 where what was seen is
 //! what was expected, else 1.
 
+mod bare;
 mod bench;
 mod claims;
 
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
             let options = workload::Options::parse(&args[1..]);
             told(options.and_then(|options| workload::main(&options)).map(|()| true))
         }
+        ["bare", library, pid, ..] => told(bare(library.as_ref(), pid, &words[3..])),
         ["list"] => {
             claims::ALL.iter().for_each(|claim| say(&claim.number.to_string()));
             ExitCode::SUCCESS
@@ -40,19 +42,26 @@ fn main() -> ExitCode {
     }
 }
 
+fn bare(library: &Path, pid: &str, words: &[&str]) -> Result<bool, String> {
+    let pid = pid.parse().map_err(|_| format!("process {pid:?}"))?;
+    bare::run(library, pid, words)?.iter().for_each(|line| say(line));
+    Ok(true)
+}
+
 fn claim(number: &str, simulated: Option<PathBuf>) -> Result<bool, String> {
     let claim = claims::ALL.iter().find(|claim| claim.number.to_string() == number);
     let claim = claim.ok_or_else(|| format!("there is no claim {number}"))?;
     let machine = if simulated.is_some() { "simulated".to_owned() } else { machine() };
-    let (seen, driver) = match Bench::new(simulated.as_deref()) {
+    let (seen, driver, notes) = match Bench::new(simulated.as_deref()) {
         Ok(mut bench) => {
             let driver = bench.driver();
-            ((claim.check)(&mut bench).unwrap_or_else(|error| format!("error: {error}")), driver)
+            let seen = (claim.check)(&mut bench).unwrap_or_else(|error| format!("error: {error}"));
+            (seen, driver, std::mem::take(&mut bench.notes))
         }
-        Err(error) => (format!("error: {error}"), String::new()),
+        Err(error) => (format!("error: {error}"), String::new(), Vec::new()),
     };
     let line = serde_json::json!({
-        "claim": claim.number, "what": claim.what, "expected": claim.expected, "seen": seen,
+        "claim": claim.number, "what": claim.what, "expected": claim.expected, "seen": seen, "notes": notes,
         "machine": machine, "driver": driver, "date": jiff::Timestamp::now().to_string(),
     });
     say(&line.to_string());
