@@ -23,6 +23,8 @@ use crate::shim::replica::{Asker, ConnectionId, Parts, Replica};
 
 /// How long work on the devices may take to finish before a dump is given up.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long it may before a server that shall end is killed with it.
+const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// How the helper is started: this program, which may have been replaced meanwhile.
 pub(super) fn helper() -> Helper {
@@ -192,6 +194,29 @@ impl Replica {
     }
 
     /// Gives the devices what they had before, and lets the server go on. If that fails, it is paused.
+    /// Before a restored server is killed that does not end by itself: a checkpoint lets its devices go. Drivers were reported to
+    /// hang, and the machine with them, at the end of a process that they had restored. What keeps it from that is no reason
+    /// to let the server live.
+    pub(super) fn let_devices_go(&self, asker: Asker<'_>) {
+        let is_restored =
+            |record: &crate::record::Record| matches!(record.origin, crate::record::Origin::Restored { .. });
+        if !self.lock().record.as_ref().is_some_and(is_restored) {
+            return;
+        }
+        let Ok((_busy, parts)) = self.begin("stop", asker.id) else { return };
+        let tasks = Tasks(&parts.cgroup);
+        if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
+            return;
+        }
+        let gone = self.examine(parts, Purpose::Pause, false).and_then(|_| {
+            let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            Ok(order::suspend(&mut helper, &tasks, LEAVE_TIMEOUT, &mut InProcess::default())?)
+        });
+        if let Err(error) = gone {
+            tracing::warn!(%error, "the server is killed with its devices");
+        }
+    }
+
     fn resume(&self, parts: &Parts, processes: Vec<Process>) -> Result<(), Error> {
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let tasks = Tasks(&parts.cgroup);

@@ -84,6 +84,9 @@ impl Replica {
                 signal(pid.cast_signed(), nix::libc::SIGTERM);
                 self.wait_until(Some(timeout), |inner| inner.exit.is_some());
             }
+            if able && self.lock().exit.is_none() {
+                self.let_devices_go(asker);
+            }
         }
         self.doom(Cause::Stopped);
         Ok(self.wait_finished())
