@@ -90,14 +90,26 @@ class Model:
             expect(f"slot {slot} of the KV cache", self.device.read(self.cache + slot * SLOT, len(content)), content)
         return len(self.kept)
 
+    def check_interface(self):
+        """What torch.as_tensor reads: bytes at the address that stays."""
+        seen = self.kv.__cuda_array_interface__
+        expect("interface", {key: seen[key] for key in ("shape", "typestr", "data")}, {"shape": (self.kv.size,), "typestr": "|u1", "data": (self.cache, False)})
+
     def sleep(self):
         self.kept.clear()
         self.kv.drop()
+        # No tensor can be made of memory that is not there.
+        try:
+            interface = self.kv.__cuda_array_interface__
+        except RuntimeError:
+            interface = None
+        expect("interface while dropped", interface, None)
         return {"present": self.kv.present}
 
     def wake(self):
         self.kv.take()
         expect("address of the KV cache", self.kv.address, self.cache)
+        self.check_interface()
         return {"present": self.kv.present}
 
     def generate(self, prompt):

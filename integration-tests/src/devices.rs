@@ -84,14 +84,18 @@ impl Devices {
         fs::write(self.path("control"), rules).expect("write");
     }
 
+    /// Whether a rule was followed since [`Devices::control`].
+    #[must_use]
+    pub fn met_rule(&self) -> bool {
+        self.path("control.seen").exists()
+    }
+
     /// Waits until a rule is being followed.
     ///
     /// # Panics
     /// When none is within 20 seconds.
     pub fn await_rule(&self, world: &World) {
-        world.await_state("the driver meets its rule", Duration::from_secs(20), || {
-            self.path("control.seen").exists()
-        });
+        world.await_state("the driver meets its rule", Duration::from_secs(20), || self.met_rule());
     }
 
     /// Puts another build of the driver's library in the place of the one that servers find.

@@ -1,8 +1,10 @@
 //! Servers with device memory, against the simulated driver.
 
+mod content;
 mod direct;
 mod engine;
 mod given;
+mod look;
 mod luck;
 mod pause;
 mod snapshot;

@@ -33,7 +33,7 @@ fn the_helper_dies_in_each_call_of_a_suspend() -> Result<(), Failed> {
     let answer = server.generate();
     let mut helper = world.helper();
     // Killed before it asked the driver: the call is not repeated, everything is undone.
-    for call in ["thread", "lock", "checkpoint"] {
+    for call in ["thread", "state", "lock", "checkpoint"] {
         world.control(&format!("{call}*1 die"));
         let failure = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())
             .expect_err("the helper died");

@@ -1,18 +1,22 @@
 //! `rewarm run --gpu`: devices and libraries that a replica is given, by a forged CDI file.
 
+use std::time::Duration;
+
 use rewarm_gpu_sim::NODES_ENV;
 use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::command::Rewarm;
+use rewarm_integration_tests::devices::Devices;
+use rewarm_integration_tests::server::Server;
+use tempfile::TempDir;
 
 use super::world_with;
 
 /// Real device files, in place of a GPU's.
 const NODES: [&str; 2] = ["/dev/loop-control", "/dev/fuse"];
 
-#[test]
-fn a_replica_gets_devices_and_libraries_by_the_cdi_file_of_the_machine() {
-    let Some((world, devices)) = world_with(&[64]) else { return };
+/// A CDI file that gives those devices and the driver's library, and a server that needs it.
+fn cdi(devices: &Devices) -> (TempDir, Server) {
     let cdi = tempfile::tempdir().expect("a folder");
     let library = devices.libraries().join("libcuda.so.1");
     let text = serde_json::json!({
@@ -25,11 +29,18 @@ fn a_replica_gets_devices_and_libraries_by_the_cdi_file_of_the_machine() {
         },
     });
     std::fs::write(cdi.path().join("nvidia.json"), text.to_string()).expect("write");
-    let given = |call: Rewarm| devices.seen_by(call).env("REWARM_CDI", cdi.path());
     let mut server = devices.server(16);
     server.command[2] = "libcuda.so.1".into();
     server.env.retain(|(name, _)| name != NODES_ENV);
     server.env.push((NODES_ENV.to_owned(), NODES.join(":")));
+    (cdi, server)
+}
+
+#[test]
+fn a_replica_gets_devices_and_libraries_by_the_cdi_file_of_the_machine() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let (cdi, server) = cdi(&devices);
+    let given = |call: Rewarm| devices.seen_by(call).env("REWARM_CDI", cdi.path());
     let name = world.name("given");
     let output = given(world.run_call(&name, &server, &["--gpu", "0"])).ok();
     let source = Replica::of_run(&world, name.clone(), server.port, &output);
@@ -49,5 +60,26 @@ fn a_replica_gets_devices_and_libraries_by_the_cdi_file_of_the_machine() {
     output.says(&["this machine has no GPU", "there is no CDI file in"]);
     let output = world.run_call(&world.name("none"), &server, &["--gpu", "3"]);
     given(output).fails(3).says(&["there is no GPU 3", "nvidia.json has 0"]);
+    world.finish();
+}
+
+/// It was forked without exec, and the driver does not know it.
+#[test]
+fn a_child_that_keeps_a_device_open_fails_the_snapshot_and_the_server_serves() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let (cdi, server) = cdi(&devices);
+    let name = world.name("given");
+    let call = devices.seen_by(world.run_call(&name, &server, &["--gpu", "0"]));
+    let source = Replica::of_run(&world, name, server.port, &call.env("REWARM_CDI", cdi.path()).ok());
+    let before = answers(&source, &server);
+    let processes = || source.sh("ls -d /proc/[0-9]* | wc -l").trim().parse::<u32>().expect("a number");
+    let alone = processes();
+    let answer = source.ask("POST", "/fork", None).expect("it answers");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    world.await_state("the child lives", Duration::from_secs(20), || processes() > alone);
+    let used = devices.used_mib(0);
+    world.snapshot_call(&source, "v1", &[]).fails(1).says(&["serving"]);
+    server_answers_as_before(&source, &server, &before);
+    assert_eq!(devices.used_mib(0), used);
     world.finish();
 }

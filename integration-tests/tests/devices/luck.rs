@@ -272,3 +272,60 @@ fn a_machine_with_one_device_fewer_is_refused() {
     server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
+
+/// Nothing was on a device when the snapshot was looked at, and all of it is when it is dumped.
+#[test]
+fn a_server_that_begins_to_use_its_device_during_a_snapshot_is_carried_whole() {
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    let steps = world.files().join("engine.toml");
+    std::fs::write(&steps, "[[before]]\nname = 'begin'\npost = '/begin'\n").expect("our own folder");
+    let steps = steps.display().to_string();
+    for (name, flags) in [("plain", &[][..]), ("direct", &["--gpu-direct"])] {
+        let mut server = devices.server(16);
+        server.name = name;
+        server.command.push("--late".to_owned());
+        let seen_by = |call| devices.seen_by(call).env(rewarm_gpu_sim::VERSION_ENV, "13040");
+        let source = world.name(name);
+        let output = seen_by(world.run_call(&source, &server, &[])).ok();
+        let source = Replica::of_run(&world, source, server.port, &output);
+        assert_eq!(devices.used_mib(0), 0);
+        world.snapshot(&source, "v1", &[flags, &["--engine", &steps]].concat());
+        let used = devices.used_mib(0);
+        assert!(used >= 16, "{used} MiB are used");
+        let before = answers(&source, &server);
+        source.remove();
+        let call = world.restore_call(name, "v1", server.port, &[]);
+        let clones = Replica::of_restore(&world, server.port, &seen_by(call).ok());
+        assert_eq!(devices.used_mib(0), used);
+        server_answers_as_before(&clones[0], &server, &before);
+        clones[0].remove();
+    }
+    world.finish();
+}
+
+#[test]
+fn a_restored_server_lets_its_devices_go_before_it_is_killed() {
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    world.snapshot(&source, "v1", &[]);
+    // It handles no signal. A driver that refuses does not keep it alive.
+    for rule in ["checkpoint wait 1", "checkpoint result 801", "lock result 600"] {
+        let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+        let clones = Replica::of_restore(&world, server.port, &devices.seen_by(call).ok());
+        devices.control(rule);
+        let output = clones[0].stop();
+        assert!(output.to_string().contains("SIGKILL"), "{output}");
+        assert!(devices.met_rule(), "{rule}");
+        assert_eq!(devices.used_mib(0), 18, "{rule}: the source's");
+        devices.control("");
+        clones[0].remove();
+    }
+    // What was never restored is killed at once.
+    devices.control("lock wait 1");
+    let _ = source.stop();
+    assert!(!devices.met_rule());
+    assert_eq!(devices.used_mib(0), 0);
+    devices.control("");
+    world.finish();
+}

@@ -1,5 +1,6 @@
 //! Snapshots of servers with device memory, under the real CRIU.
 
+use rewarm_gpu_sim::RELEASE_ENV;
 use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
@@ -200,5 +201,35 @@ fn what_the_driver_cannot_checkpoint_is_refused_before_anything_is_locked() {
     world.rewarm().args(["pause", replica.name()]).ok();
     world.rewarm().args(["wake", replica.name()]).ok();
     server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_tag_keeps_a_variant_for_each_release_of_the_driver() {
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    let mut known = Vec::new();
+    for (release, seed) in [("580.1 (simulated)", "1"), ("610.1 (simulated)", "2")] {
+        let mut server = devices.server(16);
+        server.command.extend(["--seed", seed].map(str::to_owned));
+        let name = world.name(&format!("seed-{seed}"));
+        let call = devices.seen_by(world.run_call(&name, &server, &[])).env(RELEASE_ENV, release);
+        let source = Replica::of_run(&world, name, server.port, &call.ok());
+        let before = answers(&source, &server);
+        let reference = world.reference("device", "v1");
+        world.rewarm_json().args(["snapshot", source.name(), &reference]).ok();
+        source.remove();
+        known.push((release, server, before));
+    }
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("device", "v1")]).ok().json();
+    assert_eq!(inspected["variants"].as_array().map(Vec::len), Some(2), "{inspected}");
+    // The older one too is found where it fits.
+    for (release, server, before) in &known {
+        let call = devices.seen_by(world.restore_call("device", "v1", server.port, &[]));
+        let clones = Replica::of_restore(&world, server.port, &call.env(RELEASE_ENV, release).ok());
+        server_answers_as_before(&clones[0], server, before);
+        clones[0].remove();
+    }
+    let call = devices.seen_by(world.restore_call("device", "v1", known[0].1.port, &[]));
+    call.env(RELEASE_ENV, "570.1").fails(3).says(&["the driver here is 570.1"]);
     world.finish();
 }

@@ -1,0 +1,72 @@
+//! What the fetcher holds of a snapshot with device memory: all of it, as long as it would keep any.
+//!
+//! Of an ordinary snapshot in a folder content is given back as soon as it lies in the server's memory, since a server's pager
+//! says what it is done with. Of device memory nobody says so: the driver's copies are filled by another way, and what goes
+//! past the server is read by the command. A stream that is given back in parts would have parts that nobody gives back, and
+//! is not fetched further than so far ahead of its reader.
+
+use std::time::Duration;
+
+use rewarm_gpu_sim::VERSION_ENV;
+use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::{Replica, World};
+use serde_json::Value;
+
+use super::world_with;
+
+const PATIENCE: Duration = Duration::from_secs(60);
+
+/// What is held of a snapshot, and how much was read from stores.
+fn held(world: &World, digest: &Value) -> (Option<Value>, u64) {
+    let cache = world.rewarm_json().arg("cache").ok().json();
+    let streams = cache["streams"].as_array().cloned().unwrap_or_default();
+    let stream = streams.into_iter().find(|stream| stream["digest"] == *digest);
+    (stream, cache["read_bytes"].as_u64().unwrap_or(0))
+}
+
+#[test]
+fn content_of_a_snapshot_with_device_memory_is_never_given_back_early() {
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    for (name, flags) in [("host", &[][..]), ("device", &[]), ("direct", &["--gpu-direct"])] {
+        let mut server = devices.server(16);
+        server.name = name;
+        if name == "host" {
+            server.command.push("--host".to_owned());
+        }
+        let seen_by = |call| devices.seen_by(call).env(VERSION_ENV, "13040");
+        let source = world.name(name);
+        let output = seen_by(world.run_call(&source, &server, &[])).ok();
+        let source = Replica::of_run(&world, source, server.port, &output);
+        let before = answers(&source, &server);
+        // Only the first restore of a snapshot may be one whose content passes.
+        let digests =
+            ["lazy", "eager"].map(|mode| (mode, world.snapshot(&source, mode, flags)["digest"].clone()));
+        source.remove();
+        for (mode, digest) in digests {
+            let restore = || {
+                let call = world.restore_call(name, mode, server.port, &["--mode", mode]);
+                let clone = Replica::of_restore(&world, server.port, &seen_by(call).ok()).remove(0);
+                world.await_state("memory is complete", PATIENCE, || {
+                    clone.entry().is_some_and(|entry| entry["memory"] == "present")
+                });
+                server_answers_as_before(&clone, &server, &before);
+                clone.remove();
+            };
+            restore();
+            if name == "host" {
+                // Where content passes, this is what it looks like.
+                world.await_state("it is given back", PATIENCE, || held(&world, &digest).0.is_none());
+                continue;
+            }
+            world.await_state("nobody holds it any more", PATIENCE, || {
+                held(&world, &digest).0.is_none_or(|stream| stream["holders"] == 0)
+            });
+            let (stream, read) = held(&world, &digest);
+            let whole = stream.is_some_and(|stream| stream["complete"] == true);
+            assert!(whole, "{name}, {mode}: a part was given back");
+            restore();
+            assert_eq!(held(&world, &digest).1, read, "{name}, {mode}: all of it was still there");
+        }
+    }
+    world.finish();
+}
