@@ -8,6 +8,7 @@ use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::{Arc, mpsc};
 use std::time::Duration;
 
 use rewarm_gpu::carried::{self, Carried};
@@ -18,13 +19,15 @@ use rewarm_gpu::{Aftermath, Cause, Failure, Group, Helper, Launch, Process, cust
 
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
-use crate::record::Status;
-use crate::shim::replica::{Asker, ConnectionId, Parts, Replica};
+use crate::record::{Origin, Record, Status};
+use crate::shim::replica::{Asker, ConnectionId, Inner, Parts, Replica};
 
 /// How long work on the devices may take to finish before a dump is given up.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long it may before a server that shall end is killed with it.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// The same where the server is killed afterwards anyway.
+const LEAVE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a server that is to be killed may take to leave its devices: what the largest holds (141 GiB), at 5 GB/s.
+const LEAVE_DEADLINE: Duration = Duration::from_secs(30);
 
 /// How the helper is started: this program, which may have been replaced meanwhile.
 pub(super) fn helper() -> Helper {
@@ -193,30 +196,44 @@ impl Replica {
         Ok(())
     }
 
-    /// Gives the devices what they had before, and lets the server go on. If that fails, it is paused.
-    /// Before a restored server is killed that does not end by itself: a checkpoint lets its devices go. Drivers were reported to
-    /// hang, and the machine with them, at the end of a process that they had restored. What keeps it from that is no reason
-    /// to let the server live.
-    pub(super) fn let_devices_go(&self, asker: Asker<'_>) {
-        let is_restored =
-            |record: &crate::record::Record| matches!(record.origin, crate::record::Origin::Restored { .. });
-        if !self.lock().record.as_ref().is_some_and(is_restored) {
+    /// Takes a restored server off its devices, as a pause does, since it is about to be killed: drivers were reported to hang,
+    /// and the machine with them, at the end of a process that they had restored. What stands against it is told in the log
+    /// and does not keep the server alive; neither does a call that hangs, which ends when the server is dead.
+    pub(super) fn let_devices_go(self: &Arc<Self>, connection: ConnectionId) {
+        let is_restored = |record: &Record| matches!(record.origin, Origin::Restored { .. });
+        let runs = |inner: &Inner| inner.init.is_some() && inner.exit.is_none() && inner.paused.is_none();
+        if !runs(&self.lock()) || !self.lock().record.as_ref().is_some_and(is_restored) {
             return;
         }
-        let Ok((_busy, parts)) = self.begin("stop", asker.id) else { return };
-        let tasks = Tasks(&parts.cgroup);
-        if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
-            return;
-        }
-        let gone = self.examine(parts, Purpose::Pause, false).and_then(|_| {
-            let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            Ok(order::suspend(&mut helper, &tasks, LEAVE_TIMEOUT, &mut InProcess::default())?)
+        let (done, wait) = mpsc::channel();
+        let replica = self.clone();
+        std::thread::spawn(move || {
+            let left = replica.leave_devices(connection);
+            // Nobody waits any more where it took too long.
+            let _ = done.send(left);
         });
-        if let Err(error) = gone {
-            tracing::warn!(%error, "the server is killed with its devices");
+        match wait.recv_timeout(LEAVE_DEADLINE) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::warn!(%error, "the server is killed as it is"),
+            Err(_) => {
+                tracing::warn!(seconds = LEAVE_DEADLINE.as_secs(), "the driver does not answer in time")
+            }
         }
     }
 
+    fn leave_devices(&self, connection: ConnectionId) -> Result<(), Error> {
+        let (_busy, parts) = self.begin("end", connection)?;
+        let tasks = Tasks(&parts.cgroup);
+        if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
+            return Ok(());
+        }
+        self.examine(parts, Purpose::Pause, false)?;
+        let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        order::suspend(&mut helper, &tasks, LEAVE_LOCK_TIMEOUT, &mut InProcess::default())?;
+        Ok(())
+    }
+
+    /// Gives the devices what they had before, and lets the server go on. If that fails, it is paused.
     fn resume(&self, parts: &Parts, processes: Vec<Process>) -> Result<(), Error> {
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let tasks = Tasks(&parts.cgroup);

@@ -1,5 +1,6 @@
 //! The end of a replica: who may bring it about, and what is cleaned up in which order.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -44,7 +45,10 @@ impl Replica {
         self.set_status(Status::Ready)
     }
 
-    pub(super) fn lease_lost(&self) {
+    pub(super) fn lease_lost(self: &Arc<Self>) {
+        if !self.lock().committed {
+            self.let_devices_go(LEASE);
+        }
         let abandoned = self.change(|inner| {
             if !inner.committed {
                 inner.abandoned = true;
@@ -57,7 +61,7 @@ impl Replica {
     }
 
     /// Ends the server by a signal that it may handle.
-    pub(super) fn stop(&self, asker: Asker<'_>, timeout: Duration) -> Result<Exit, Error> {
+    pub(super) fn stop(self: &Arc<Self>, asker: Asker<'_>, timeout: Duration) -> Result<Exit, Error> {
         let init = {
             let mut inner = self.lock();
             if let Some(owner) = inner.frozen_by
@@ -85,16 +89,21 @@ impl Replica {
                 self.wait_until(Some(timeout), |inner| inner.exit.is_some());
             }
             if able && self.lock().exit.is_none() {
-                self.let_devices_go(asker);
+                self.let_devices_go(asker.id);
             }
         }
         self.doom(Cause::Stopped);
         Ok(self.wait_finished())
     }
 
-    pub(super) fn kill(&self, reason: String) -> Exit {
+    pub(super) fn kill(self: &Arc<Self>, asker: Asker<'_>, reason: String) -> Exit {
+        let cause = Cause::Killed(reason);
+        self.change(|inner| {
+            inner.cause.get_or_insert_with(|| cause.clone());
+        });
+        self.let_devices_go(asker.id);
         self.change(|inner| inner.abandoned |= !inner.committed);
-        self.doom(Cause::Killed(reason));
+        self.doom(cause);
         self.wait_finished()
     }
 

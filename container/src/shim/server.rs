@@ -197,7 +197,7 @@ fn carry_out(
         // To a command that has just ended; its answer is on the way.
         Request::Signal { .. } => Err(Error::Abandoned { operation: "signal" }),
         Request::Stop { timeout_ms } => replica.stop(asker, wait(timeout_ms)).map(Reply::Exit),
-        Request::Kill { reason } => Ok(Reply::Exit(replica.kill(reason))),
+        Request::Kill { reason } => Ok(Reply::Exit(replica.kill(asker, reason))),
         Request::Wait => Ok(Reply::Exit(replica.wait_finished())),
         Request::Status => replica.status().map(|record| Reply::Status(Box::new(record))),
         Request::Dial { .. } => unreachable!("answered by the caller, because it carries a descriptor"),

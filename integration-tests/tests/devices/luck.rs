@@ -308,19 +308,33 @@ fn a_restored_server_lets_its_devices_go_before_it_is_killed() {
     let Some((world, devices)) = world_with(&[128]) else { return };
     let server = devices.server(16);
     let source = start(&world, &devices, "device", &server);
+    // It fails in clones only.
+    let hook = format!("grep -q '\"{}\"' /run/rewarm/identity.json", source.name());
     world.snapshot(&source, "v1", &[]);
-    // It handles no signal. A driver that refuses does not keep it alive.
-    for rule in ["checkpoint wait 1", "checkpoint result 801", "lock result 600"] {
-        let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
-        let clones = Replica::of_restore(&world, server.port, &devices.seen_by(call).ok());
+    world.snapshot(&source, "v2", &["--post", &hook]);
+    let restore = |tag: &str| {
+        let call = world.restore_call("device", tag, server.port, &["--name", &world.name("clone")]);
+        devices.seen_by(call)
+    };
+    // It handles no signal. What the driver does does not keep it alive: it refuses, ends its caller, or never answers.
+    let rules =
+        ["checkpoint wait 1", "checkpoint result 801", "lock result 600", "lock die", "checkpoint hang"];
+    for rule in rules {
+        let clones = Replica::of_restore(&world, server.port, &restore("v1").ok());
         devices.control(rule);
-        let output = clones[0].stop();
+        let stop = world.rewarm().args(["stop", clones[0].name(), "--timeout", "300ms"]);
+        let output = stop.timeout(Duration::from_secs(200)).ok();
         assert!(output.to_string().contains("SIGKILL"), "{output}");
         assert!(devices.met_rule(), "{rule}");
         assert_eq!(devices.used_mib(0), 18, "{rule}: the source's");
         devices.control("");
         clones[0].remove();
     }
+    // One that a restore gives up after it ran.
+    devices.control("checkpoint wait 1");
+    restore("v2").fails(1);
+    assert!(devices.met_rule());
+    assert_eq!(devices.used_mib(0), 18, "the source's");
     // What was never restored is killed at once.
     devices.control("lock wait 1");
     let _ = source.stop();
