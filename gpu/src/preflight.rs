@@ -51,6 +51,12 @@ pub enum Refusal {
     /// Nobody may look into other processes.
     #[error("kernel.yama.ptrace_scope is 3: nobody may attach to a process until the next boot")]
     Yama,
+    /// There is no driver that could be asked.
+    #[error("a process has the CUDA driver's library loaded, and {reason}")]
+    Driver {
+        /// What stands against it: a library that is missing, too old (before R570), or lacks a function.
+        reason: String,
+    },
     /// A device is cut into instances.
     #[error("{gpu} ({name}) is cut into instances (MIG), which the driver cannot checkpoint")]
     Instances {

@@ -15,7 +15,9 @@ use rewarm_gpu::carried::{self, Carried};
 use rewarm_gpu::nvml::Machine;
 use rewarm_gpu::place::{DeviceState, InFile, InProcess};
 use rewarm_gpu::preflight::{self, Proc, Purpose, Refusal, Unfit};
-use rewarm_gpu::{Aftermath, Cause, Failure, Group, Helper, Launch, Process, custom, order, ranges};
+use rewarm_gpu::{
+    Aftermath, CallError, Cause, Failure, Group, Helper, Launch, Process, custom, order, ranges,
+};
 
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
@@ -93,10 +95,18 @@ impl Replica {
         let proc = Proc::here();
         let mut refusals = proc.machine();
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let version = match helper.start() {
+            Ok(version) => version,
+            // Nothing else can be asked.
+            Err(CallError::NoDriver { reason }) => {
+                refusals.push(Refusal::Driver { reason });
+                return Err(Error::Unfit(Unfit(refusals)));
+            }
+            Err(error) => return Err(untouched(error)),
+        };
         let found = order::find(&mut helper, &tasks).map_err(untouched)?;
         let cuda: Vec<i32> = found.iter().map(|process| process.pid).collect();
         refusals.extend(proc.server(&processes, &cuda, purpose));
-        let version = helper.version().map_err(untouched)?;
         if direct && version < custom::VERSION_MIN {
             refusals.push(Refusal::Direct { found: version });
         }

@@ -3,8 +3,10 @@
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Failed, Trial};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rewarm_gpu::place::InProcess;
-use rewarm_gpu::{Aftermath, Cause, State, order, ranges};
+use rewarm_gpu::{Aftermath, Cause, Helper, State, order, ranges};
 
 use crate::world::{LOCK, PATIENCE, World};
 
@@ -17,6 +19,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test(
             "endings::the_helper_dies_in_each_call_of_a_resume",
             the_helper_dies_in_each_call_of_a_resume,
+        ),
+        Trial::test(
+            "endings::the_helper_dies_while_it_asks_for_a_state",
+            the_helper_dies_while_it_asks_for_a_state,
         ),
         Trial::test("endings::the_server_dies_in_each_state", the_server_dies_in_each_state),
         Trial::test("endings::the_server_dies_within_each_call", the_server_dies_within_each_call),
@@ -33,7 +39,7 @@ fn the_helper_dies_in_each_call_of_a_suspend() -> Result<(), Failed> {
     let answer = server.generate();
     let mut helper = world.helper();
     // Killed before it asked the driver: the call is not repeated, everything is undone.
-    for call in ["thread", "state", "lock", "checkpoint"] {
+    for call in ["thread", "lock", "checkpoint"] {
         world.control(&format!("{call}*1 die"));
         let failure = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())
             .expect_err("the helper died");
@@ -79,6 +85,56 @@ fn the_helper_dies_in_each_call_of_a_resume() -> Result<(), Failed> {
     }
     let now = order::find(&mut helper, &world.group)?;
     order::resume(&mut helper, &world.group, &now, &[], &mut InProcess::default())?;
+    server.is_whole();
+    Ok(())
+}
+
+/// Kills `helper` when it next asks for a state, during `work`. A `rule` counts once in each helper.
+fn killed_at_a_state<T>(
+    world: &World,
+    helper: &mut Helper,
+    rule: &str,
+    work: impl FnOnce(&mut Helper) -> T,
+) -> Result<T, Failed> {
+    helper.start()?;
+    let pid = Pid::from_raw(helper.pid().expect("it runs").cast_signed());
+    let seen = world.path("control.seen");
+    // No rule can end one helper only: the next one would end at its first question too.
+    world.control(rule);
+    let result = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let deadline = Instant::now() + PATIENCE;
+            while !seen.exists() {
+                assert!(Instant::now() < deadline, "it never asks");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            kill(pid, Signal::SIGKILL).expect("it waits");
+        });
+        work(helper)
+    });
+    world.control("");
+    std::fs::remove_file(seen)?;
+    Ok(result)
+}
+
+fn the_helper_dies_while_it_asks_for_a_state() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let answer = server.generate();
+    let mut helper = world.helper();
+    let failure = killed_at_a_state(&world, &mut helper, "state*1 wait 3000", |helper| {
+        order::suspend(helper, &world.group, LOCK, &mut InProcess::default())
+    })?
+    .expect_err("the helper died");
+    assert!(failure.to_string().contains("the GPU helper ended during the call"), "{failure}");
+    assert_eq!((failure.aftermath, server.generate()), (Aftermath::Running, answer));
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+    let failure = killed_at_a_state(&world, &mut helper, "state*1 wait 3001", |helper| {
+        order::resume(helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+    })?
+    .expect_err("the helper died");
+    assert_eq!(failure.aftermath, Aftermath::Suspended, "{failure}");
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())
 }

@@ -67,7 +67,7 @@ fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
 }
 
 #[test]
-fn a_restore_killed_while_its_devices_are_restored_leaves_nothing() {
+fn a_restore_killed_between_any_two_steps_leaves_nothing() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
     let source = start(&world, &devices, "device", &server);
@@ -76,6 +76,15 @@ fn a_restore_killed_while_its_devices_are_restored_leaves_nothing() {
     let (traces, used) = (world.traces(), devices.used_mib(0));
     let clone = world.name("clone");
     let restore = || devices.seen_by(world.restore_call("device", "v1", server.port, &["--name", &clone]));
+    for stage in stages(Operation::Restore) {
+        let running = restore().pause_at(stage).spawn();
+        running.await_stderr(&format!("paused at {stage}"));
+        running.signal(Signal::SIGKILL);
+        let _ = running.wait();
+        no_residue(&world, &traces);
+        assert_eq!(devices.used_mib(0), used, "{stage}");
+    }
+    // Within the driver.
     for step in ["restore", "unlock"] {
         devices.control(&format!("{step} wait 3000"));
         let running = restore().spawn();

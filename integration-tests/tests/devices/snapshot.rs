@@ -1,6 +1,6 @@
 //! Snapshots of servers with device memory, under the real CRIU.
 
-use rewarm_gpu_sim::RELEASE_ENV;
+use rewarm_gpu_sim::{RELEASE_ENV, VERSION_ENV};
 use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
@@ -201,6 +201,15 @@ fn what_the_driver_cannot_checkpoint_is_refused_before_anything_is_locked() {
     world.rewarm().args(["pause", replica.name()]).ok();
     world.rewarm().args(["wake", replica.name()]).ok();
     server_answers_as_before(&replica, &server, &before);
+    replica.remove();
+    let name = world.name("old");
+    let old = devices.seen_by(world.run_call(&name, &server, &[])).env(VERSION_ENV, "12040").ok();
+    let old = Replica::of_run(&world, name, server.port, &old);
+    let before = answers(&old, &server);
+    let text = "supports CUDA 12.4, at least 12.8 (R570) is needed";
+    world.rewarm().args(["pause", old.name()]).fails(3).says(&[text]);
+    world.snapshot_call(&old, "v1", &[]).fails(3).says(&[text]);
+    server_answers_as_before(&old, &server, &before);
     world.finish();
 }
 
