@@ -14,6 +14,14 @@ fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
     Stage::ALL.iter().copied().filter(move |stage| stage.operation() == operation)
 }
 
+/// A probe, which with hooks leaves no stage that is passed over because it has nothing to do.
+fn probe_file(world: &World) -> String {
+    let probe = world.files().join("probe.toml");
+    let question = "port = 8000\n\n[[request]]\npath = \"/health\"\ncompare = \"body\"\n";
+    std::fs::write(&probe, question).expect("our own folder");
+    probe.display().to_string()
+}
+
 #[test]
 fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
     let Some((world, devices)) = world_with(&[64]) else { return };
@@ -21,11 +29,7 @@ fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
     let source = start(&world, &devices, "device", &server);
     let before = answers(&source, &server);
     let used = devices.used_mib(0);
-    // Hooks and a probe, so that no stage is passed over because it has nothing to do.
-    let probe = world.files().join("probe.toml");
-    let question = "port = 8000\n\n[[request]]\npath = \"/health\"\ncompare = \"body\"\n";
-    std::fs::write(&probe, question).expect("our own folder");
-    let probe = probe.display().to_string();
+    let probe = probe_file(&world);
     // The shim has its helper from the first use on.
     world.rewarm().args(["pause", source.name()]).ok();
     world.rewarm().args(["wake", source.name()]).ok();
@@ -72,7 +76,7 @@ fn a_restore_killed_between_any_two_steps_leaves_nothing() {
     let server = devices.server(16);
     let source = start(&world, &devices, "device", &server);
     let before = answers(&source, &server);
-    world.snapshot(&source, "v1", &[]);
+    world.snapshot(&source, "v1", &["--probe", &probe_file(&world), "--post", "true"]);
     let (traces, used) = (world.traces(), devices.used_mib(0));
     let clone = world.name("clone");
     let restore = || devices.seen_by(world.restore_call("device", "v1", server.port, &["--name", &clone]));
