@@ -15,6 +15,8 @@ use serde_json::Value;
 use super::world_with;
 
 const PATIENCE: Duration = Duration::from_secs(60);
+/// How long the fetcher stays without work: longer than from one command to the next, so that only what was given back is gone.
+const IDLE: &str = "10s";
 
 /// What is held of a snapshot, and how much was read from stores.
 fn held(world: &World, digest: &Value) -> (Option<Value>, u64) {
@@ -45,6 +47,7 @@ fn content_of_a_snapshot_with_device_memory_is_never_given_back_early() {
         for (mode, digest) in digests {
             let restore = || {
                 let call = world.restore_call(name, mode, server.port, &["--mode", mode]);
+                let call = call.env("REWARM_FETCHER_IDLE", IDLE);
                 let clone = Replica::of_restore(&world, server.port, &seen_by(call).ok()).remove(0);
                 world.await_state("memory is complete", PATIENCE, || {
                     clone.entry().is_some_and(|entry| entry["memory"] == "present")
