@@ -79,7 +79,7 @@ impl Bench {
         })
     }
 
-    /// What a caller that has not initialised the driver is told, one line for each of the words of [`crate::bare`].
+    /// What a caller that has not initialised the driver is told, one line for each of the words of [`mod@crate::bare`].
     pub(crate) fn bare(&self, pid: i32, words: &[&str]) -> Result<Vec<String>, String> {
         let mut command = Command::new("/proc/self/exe");
         command.arg("bare").arg(&self.library).arg(pid.to_string()).args(words).envs(self.env());
