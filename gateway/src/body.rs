@@ -9,6 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
 
 use crate::desk::{Slot, Traffic};
+use crate::trace::RequestSpan;
 use crate::upstream::Connection;
 
 /// Why a body ended early.
@@ -97,7 +98,14 @@ impl Body for Outgoing {
 }
 
 /// The body of a response, on its way to a client.
-pub enum Answer {
+pub struct Answer {
+    from: Source,
+    /// Ends with the last byte, or when no more can come.
+    span: Option<RequestSpan>,
+}
+
+/// Where an answer comes from.
+enum Source {
     /// From a replica.
     Carried(Carried),
     /// The gateway's own.
@@ -105,7 +113,7 @@ pub enum Answer {
 }
 
 /// A replica's answer. Its end, or its loss, is the end of the request.
-pub struct Carried {
+struct Carried {
     inner: Incoming,
     traffic: Arc<Traffic>,
     /// Given back together, at the end.
@@ -119,7 +127,18 @@ impl Answer {
         connection: Connection,
         traffic: Arc<Traffic>,
     ) -> Self {
-        Answer::Carried(Carried { inner, traffic, held: Some((slot, connection)) })
+        let carried = Carried { inner, traffic, held: Some((slot, connection)) };
+        Self { from: Source::Carried(carried), span: None }
+    }
+
+    /// The gateway's own answer; without a text it is empty.
+    pub(crate) fn own(text: Option<Bytes>) -> Self {
+        Self { from: Source::Own(text), span: None }
+    }
+
+    /// Keeps the request's span until the answer is over.
+    pub(crate) fn keep(&mut self, span: RequestSpan) {
+        self.span = Some(span);
     }
 }
 
@@ -149,9 +168,10 @@ impl Body for Answer {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let carried = match self.get_mut() {
-            Answer::Own(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
-            Answer::Carried(carried) => carried,
+        let Self { from, span } = self.get_mut();
+        let carried = match from {
+            Source::Own(text) => return Poll::Ready(text.take().map(|text| Ok(Frame::data(text)))),
+            Source::Carried(carried) => carried,
         };
         match ready!(Pin::new(&mut carried.inner).poll_frame(context)) {
             Some(Ok(frame)) => {
@@ -164,6 +184,9 @@ impl Body for Answer {
                 if let Some((slot, _)) = &mut carried.held {
                     slot.lease.broken("it broke off in the middle of an answer");
                 }
+                if let Some(span) = span {
+                    span.broke_off();
+                }
                 Poll::Ready(Some(Err(error.into())))
             }
             None => {
@@ -174,16 +197,16 @@ impl Body for Answer {
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            Answer::Own(text) => text.is_none(),
-            Answer::Carried(carried) => carried.inner.is_end_stream(),
+        match &self.from {
+            Source::Own(text) => text.is_none(),
+            Source::Carried(carried) => carried.inner.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self {
-            Answer::Own(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
-            Answer::Carried(carried) => carried.inner.size_hint(),
+        match &self.from {
+            Source::Own(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
+            Source::Carried(carried) => carried.inner.size_hint(),
         }
     }
 }

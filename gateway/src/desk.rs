@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use hyper::HeaderMap;
+use opentelemetry::trace::SpanContext;
 
 use crate::upstream::Upstream;
 
@@ -46,6 +47,8 @@ pub struct Want {
     pub session: Option<Vec<u8>>,
     /// It was lost by a replica before: it goes before all that are held.
     pub again: bool,
+    /// The span of the request, where it is traced.
+    pub trace: Option<SpanContext>,
 }
 
 /// Why a request gets no slot.

@@ -15,6 +15,7 @@ use bytes::Bytes;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use opentelemetry_sdk::trace::SdkTracer;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -50,6 +51,7 @@ pub struct Front {
     limits: RwLock<Limits>,
     tls: RwLock<Option<TlsAcceptor>>,
     places: Arc<Semaphore>,
+    tracer: Option<SdkTracer>,
     /// `true` from the moment on in which no further connection is taken.
     closing: watch::Sender<bool>,
     /// Kept by every connection, so that its end is noticed.
@@ -57,19 +59,21 @@ pub struct Front {
 }
 
 impl Front {
-    /// `places` bounds the connections of all addresses that share it.
+    /// `places` bounds the connections of all addresses that share it; `tracer` makes a span of each request.
     #[must_use]
     pub fn new(
         router: Arc<dyn Router>,
         limits: Limits,
         tls: Option<TlsAcceptor>,
         places: Arc<Semaphore>,
+        tracer: Option<SdkTracer>,
     ) -> Arc<Self> {
         Arc::new(Self {
             router: RwLock::new(router),
             limits: RwLock::new(limits),
             tls: RwLock::new(tls),
             places,
+            tracer,
             closing: watch::Sender::new(false),
             open: watch::Sender::new(()),
         })
@@ -98,6 +102,10 @@ impl Front {
 
     pub(crate) fn limits(&self) -> Limits {
         *self.limits.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn tracer(&self) -> Option<&SdkTracer> {
+        self.tracer.as_ref()
     }
 
     /// Takes connections until [`Front::close`].

@@ -16,7 +16,7 @@ const HELD: HeaderName = HeaderName::from_static("x-rewarm-held-ms");
 /// Says which replica answered.
 const REPLICA: HeaderName = HeaderName::from_static("x-rewarm-replica");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 

@@ -16,6 +16,7 @@ mod headers;
 mod model;
 mod proxy;
 pub mod tls;
+mod trace;
 pub mod upstream;
 mod websocket;
 

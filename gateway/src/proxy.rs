@@ -21,6 +21,7 @@ use crate::desk::{Asked, Choice, Desk, Refusal, Slot, Traffic, Want};
 use crate::front::Front;
 use crate::headers;
 use crate::model::{LOOKED_AT_BYTES, model};
+use crate::trace::RequestSpan;
 use crate::upstream::{Connection, Unanswered};
 use crate::websocket::{self, Handshake};
 
@@ -30,7 +31,24 @@ const UNSENT_MAX: u32 = 3;
 /// Answers a request, by a replica or, where that is not possible, with a reason.
 pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Response<Answer> {
     let client = hyper::upgrade::on(&mut request);
-    let (mut parts, body) = request.into_parts();
+    let (parts, body) = request.into_parts();
+    let mut span = front.tracer().and_then(|tracer| RequestSpan::begin(tracer, &parts));
+    let mut response = answer_within(parts, body, client, front, &mut span).await;
+    if let Some(mut span) = span {
+        span.answered(response.status());
+        response.body_mut().keep(span);
+    }
+    response
+}
+
+/// As [`answer`]. A span that is taken belongs to what outlives the answer.
+async fn answer_within(
+    mut parts: Parts,
+    body: Incoming,
+    client: OnUpgrade,
+    front: &Front,
+    span: &mut Option<RequestSpan>,
+) -> Response<Answer> {
     if let Err(rejected) = headers::check(&parts) {
         return own(rejected.status, "bad_request", rejected.why);
     }
@@ -53,10 +71,13 @@ pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Res
     let Some(desk) = desk else {
         return own(StatusCode::NOT_FOUND, "no_pool", "no pool takes this request");
     };
+    if let Some(span) = span {
+        span.for_pool(desk.name());
+    }
     let handshake = websocket::is_asked_for(&parts).then(|| Handshake::begin(&mut parts));
     let upgrade = headers::upgrade(&parts.headers).map(|_| Leaving { client, handshake });
     let body = Outgoing::new(first, body, max, desk.traffic());
-    let response = carry(parts, body, upgrade, &*desk).await;
+    let response = carry(parts, body, upgrade, &*desk, span).await;
     desk.answered(response.status().as_u16());
     response
 }
@@ -126,12 +147,17 @@ async fn carry(
     mut body: Outgoing,
     upgrade: Option<Leaving>,
     desk: &dyn Desk,
+    span: &mut Option<RequestSpan>,
 ) -> Response<Answer> {
     let session =
         desk.affinity().and_then(|name| parts.headers.get(name)).map(|value| value.as_bytes().to_vec());
     headers::for_replica(&mut parts);
     let id = headers::request_id(&parts.headers);
-    let mut want = Want { session, again: false };
+    if let Some(span) = span {
+        span.hand_on(&mut parts.headers);
+    }
+    let trace = span.as_ref().map(RequestSpan::context);
+    let mut want = Want { session, again: false, trace };
     let mut unsent = 0;
     loop {
         let slot = match desk.slot(want.clone()).await {
@@ -139,6 +165,9 @@ async fn carry(
             Err(refusal) => return refused(&refusal, desk.retry_after()),
         };
         let (name, held) = (slot.upstream.name().to_owned(), slot.held);
+        if let Some(span) = span {
+            span.for_replica(&name, held);
+        }
         match try_once(parts, body, slot, desk.patience()).await {
             Ok((mut response, slot, connection)) => {
                 let handshake = upgrade.as_ref().and_then(|leaving| leaving.handshake.as_ref());
@@ -153,8 +182,12 @@ async fn carry(
                         if handshake.is_some() {
                             Handshake::end(&mut response);
                         }
-                        tokio::spawn(tunnel(client, server, slot, desk.traffic()));
-                        response.map(|_| Answer::Own(None))
+                        let mut span = span.take();
+                        if let Some(span) = &mut span {
+                            span.answered(response.status());
+                        }
+                        tokio::spawn(tunnel(client, server, slot, desk.traffic(), span));
+                        response.map(|_| Answer::own(None))
                     }
                     _ => response.map(|inner| Answer::carried(inner, slot, connection, desk.traffic())),
                 };
@@ -247,7 +280,13 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// Carries bytes both ways once client and server have left HTTP. The slot is taken as long as either side is open.
-async fn tunnel(client: OnUpgrade, server: OnUpgrade, slot: Slot, traffic: std::sync::Arc<Traffic>) {
+async fn tunnel(
+    client: OnUpgrade,
+    server: OnUpgrade,
+    slot: Slot,
+    traffic: std::sync::Arc<Traffic>,
+    span: Option<RequestSpan>,
+) {
     if let (Ok(client), Ok(server)) = tokio::join!(client, server)
         && let Ok((up, down)) =
             tokio::io::copy_bidirectional(&mut TokioIo::new(client), &mut TokioIo::new(server)).await
@@ -255,7 +294,7 @@ async fn tunnel(client: OnUpgrade, server: OnUpgrade, slot: Slot, traffic: std::
         Traffic::add(&traffic.requests, up as usize);
         Traffic::add(&traffic.responses, down as usize);
     }
-    drop(slot);
+    drop((span, slot));
 }
 
 fn refused(refusal: &Refusal, retry_after: Duration) -> Response<Answer> {
@@ -274,7 +313,7 @@ fn refused(refusal: &Refusal, retry_after: Duration) -> Response<Answer> {
 fn own(status: StatusCode, kind: &str, why: &str) -> Response<Answer> {
     let text =
         serde_json::json!({ "error": { "message": why, "type": kind, "code": status.as_u16() } }).to_string();
-    let mut response = Response::new(Answer::Own(Some(Bytes::from(text))));
+    let mut response = Response::new(Answer::own(Some(Bytes::from(text))));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
     response

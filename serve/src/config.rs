@@ -38,6 +38,8 @@ pub struct Serve {
     pub admin_token: Option<PathBuf>,
     /// Where the KEDA scaler is.
     pub keda: Option<SocketAddr>,
+    /// The address of a collector of traces, for OTLP over HTTP.
+    pub otlp: Option<String>,
     /// What becomes of the replicas when `serve` is asked to end.
     pub on_exit: OnExit,
     /// Host memory that replicas may take together, in bytes; without it nothing is counted.
@@ -270,6 +272,13 @@ fn address(value: &Value) -> Option<SocketAddr> {
     value.as_str()?.parse().ok()
 }
 
+const COLLECTOR: &str = "the address of a collector such as \"http://127.0.0.1:4318\"";
+
+fn collector(value: &Value) -> Option<String> {
+    let address: hyper::Uri = value.as_str()?.parse().ok()?;
+    (address.scheme_str() == Some("http") && address.query().is_none()).then(|| address.to_string())
+}
+
 const ADDRESS: &str = "an address and port such as \"0.0.0.0:8000\"";
 
 fn path(value: &Value) -> Option<PathBuf> {
@@ -292,6 +301,7 @@ fn serve(mut from: Reader) -> Result<Serve> {
         admin: admin.unwrap_or_else(|| ADMIN.parse().ok()),
         admin_token: from.get("admin_token", "a file", path)?,
         keda: from.get("keda", ADDRESS, address)?,
+        otlp: from.get("otlp", COLLECTOR, collector)?,
         on_exit: from
             .get("on_exit", "\"stop\" or \"keep\"", |value| match value.as_str()? {
                 "stop" => Some(OnExit::Stop),

@@ -22,6 +22,7 @@ use crate::link::{Configure, Line, Purpose, ToGateway, ToParent};
 use crate::live::{Dialler, Heard, Live, LiveDesk, Shared, Ticker};
 use crate::operators::Operators;
 use crate::status::{self, Command, Handle, MemoryStatus, Notice, Refused, Source, Status, UnixMs};
+use crate::traces::Traces;
 
 /// The number under which the gateway finds its socket to the parent.
 pub(crate) const SOCKET_FD: i32 = 3;
@@ -31,6 +32,9 @@ pub const USER: u32 = 60872;
 const NOTICES_MAX: usize = 1024;
 /// How often is looked whether all is answered, before the end.
 const FINISH_POLL: Duration = Duration::from_millis(20);
+
+/// How long the collector may take for the last spans, before the end.
+const LAST_SPANS: Duration = Duration::from_secs(3);
 
 /// The hidden verb `gateway`: serves until its parent is gone or says so. Gives the exit code. No thread may have been
 /// started yet.
@@ -93,6 +97,8 @@ struct Control {
     operators: Operators,
     places: Arc<Semaphore>,
     drain: Duration,
+    /// Where spans go, from the first configuration on.
+    traces: Option<Traces>,
 }
 
 /// What others may see and ask for.
@@ -178,6 +184,7 @@ impl Control {
             fronts: HashMap::new(),
             places: Arc::new(Semaphore::new(0)),
             drain: Duration::ZERO,
+            traces: None,
         }
     }
 
@@ -216,6 +223,10 @@ impl Control {
                 ToGateway::Finish => self.finish(),
             }
         }
+        // The next gateway needs the addresses: nothing is waited for.
+        if let Some(traces) = &self.traces {
+            traces.end(Duration::ZERO);
+        }
         Ok(())
     }
 
@@ -230,6 +241,9 @@ impl Control {
     fn configure(&mut self, configure: Configure, fds: Vec<OwnedFd>, ticker: Ticker) -> io::Result<()> {
         let config = Config::parse(&configure.text, &configure.path).map_err(io::Error::other)?;
         let limit = config.serve.memory;
+        if self.ledger.is_none() {
+            self.traces = config.serve.otlp.as_deref().map(Traces::begin).transpose()?;
+        }
         // Its size stays for as long as the process: replicas hold parts of it.
         let ledger = self
             .ledger
@@ -240,6 +254,7 @@ impl Control {
             notices: self.world.notices.clone(),
             dialler: self.world.dialler.clone(),
             ledger: ledger.clone(),
+            tracer: self.traces.as_ref().map(Traces::tracer),
         };
         self.world.lock().memory = Some((ledger.clone(), limit));
         let begun = self.pools(&config, &shared);
@@ -321,7 +336,13 @@ impl Control {
             match purpose {
                 Purpose::Clients => {
                     let listener = TcpListener::from_std(listener)?;
-                    let front = Front::new(router(*address), limits, tls.clone(), self.places.clone());
+                    let front = Front::new(
+                        router(*address),
+                        limits,
+                        tls.clone(),
+                        self.places.clone(),
+                        self.traces.as_ref().map(Traces::tracer),
+                    );
                     tokio::spawn(front.clone().serve(listener));
                     self.fronts.insert(*address, front);
                 }
@@ -345,6 +366,7 @@ impl Control {
     fn finish(&self) {
         let fronts: Vec<Arc<Front>> = self.fronts.values().cloned().collect();
         let (world, line, drain) = (self.world.clone(), self.line.clone(), self.drain);
+        let traces = self.traces.clone();
         fronts.iter().for_each(|front| front.close());
         tokio::spawn(async move {
             let answered = async {
@@ -363,6 +385,10 @@ impl Control {
                 );
             }
             world.lock().served.iter().for_each(|pool| pool.finish());
+            if let Some(traces) = traces {
+                // It waits and does not panic.
+                let _ = tokio::task::spawn_blocking(move || traces.end(LAST_SPANS)).await;
+            }
             // The parent may be gone already.
             let _ = line.tell(&ToParent::Finished, &[]);
         });

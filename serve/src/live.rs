@@ -11,11 +11,13 @@ mod inner;
 mod members;
 mod picture;
 mod requests;
+mod spans;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use opentelemetry_sdk::trace::SdkTracer;
 use rewarm_autoscaler::ledger::{Ledger, Memory};
 use rewarm_autoscaler::moment::Moment;
 use rewarm_autoscaler::policy::{Event, StartSeconds};
@@ -60,6 +62,8 @@ pub(crate) struct Shared {
     pub(crate) notices: broadcast::Sender<Notice>,
     pub(crate) dialler: Arc<Dialler>,
     pub(crate) ledger: Ledger,
+    /// Makes spans, where somebody collects them.
+    pub(crate) tracer: Option<SdkTracer>,
 }
 
 /// One pool.
@@ -257,3 +261,6 @@ fn tell(line: &Line, message: &ToParent) {
         tracing::error!(%error, "the parent cannot be told");
     }
 }
+
+#[cfg(test)]
+mod tests;

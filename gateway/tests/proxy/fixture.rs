@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::time::Duration;
 
+use opentelemetry_sdk::trace::SdkTracer;
 use rewarm_gateway::desk::Traffic;
 use rewarm_gateway::{
     Asked, Choice, Desk, Dial, Front, Lease, Limits, Protocol, Refusal, Router, Slot, Upstream, Want,
@@ -152,6 +153,7 @@ pub(crate) struct Setup {
     pub(crate) patience: Option<Duration>,
     pub(crate) protocol: Protocol,
     pub(crate) model: Option<&'static str>,
+    pub(crate) tracer: Option<SdkTracer>,
 }
 
 impl Default for Setup {
@@ -164,6 +166,7 @@ impl Default for Setup {
             patience: None,
             protocol: Protocol::Http1,
             model: None,
+            tracer: None,
         }
     }
 }
@@ -183,7 +186,7 @@ impl Setup {
             patience: self.patience,
         });
         let router = Arc::new(One { pool: pool.clone(), model: self.model });
-        let front = Front::new(router, self.limits, self.tls, Arc::new(Semaphore::new(100)));
+        let front = Front::new(router, self.limits, self.tls, Arc::new(Semaphore::new(100)), self.tracer);
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let address = listener.local_addr().expect("its address");
         tokio::spawn(front.clone().serve(listener));

@@ -4,4 +4,5 @@ mod answers;
 mod fixture;
 mod hostile;
 mod http2;
+mod traces;
 mod websocket;

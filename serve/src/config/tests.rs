@@ -21,7 +21,7 @@ fn what_is_not_said_has_its_default() {
     assert_eq!((pool.concurrency, pool.min_replicas, pool.max_replicas, pool.warm), (8, 0, 16, 0));
     assert_eq!(pool.queue, QueueConfig { max: 1000, deadline: Duration::from_secs(30) });
     assert_eq!((pool.routing, &pool.cold, pool.retry), (Routing::Busiest, &Cold::Recorded, true));
-    assert_eq!((config.serve.on_exit, config.serve.memory), (OnExit::Stop, None));
+    assert_eq!((config.serve.on_exit, config.serve.memory, &config.serve.otlp), (OnExit::Stop, None, &None));
     assert_eq!(config.serve.admin, "127.0.0.1:9901".parse().ok());
 }
 
@@ -33,7 +33,7 @@ fn everything_can_be_said() {
          affinity = 'x-session'\nretry = false\nanswer_timeout = '9s'\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
          replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
-         [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\non_exit = 'keep'\nmemory = '20GiB'\n\
+         [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\notlp = 'http://127.0.0.1:4318'\non_exit = 'keep'\nmemory = '20GiB'\n\
          tls = {{ cert = 'c.pem', key = 'k.pem' }}\nadmin_token = 'token'\nheader_timeout = '5s'\nbody_max = '1MiB'\n\
          connections_max = 100\ndrain = '1m'\n"
     );
@@ -50,6 +50,7 @@ fn everything_can_be_said() {
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));
     assert!(pool.capture);
     assert_eq!((config.serve.admin, config.serve.memory), (None, Some(20 << 30)));
+    assert_eq!(config.serve.otlp.as_deref(), Some("http://127.0.0.1:4318/"));
 }
 
 #[test]
@@ -110,6 +111,10 @@ fn mistakes_name_what_is_nearest_or_expected() {
         (
             format!("{POOL}[serve]\nadmin = '0.0.0.0:9901'"),
             "admin of configuration pool.toml is 0.0.0.0:9901, expected an address of this machine alone (127.0.0.1), or a file in admin_token",
+        ),
+        (
+            format!("{POOL}[serve]\notlp = 'https://collector.example'"),
+            "otlp of configuration pool.toml, serve is https://collector.example, expected the address of a collector such as \"http://127.0.0.1:4318\"",
         ),
         (String::new(), "pool of configuration pool.toml is missing, expected at least one [[pool]]"),
     ] {

@@ -11,6 +11,7 @@ use rewarm_report::Timing;
 
 use super::dial::Inside;
 use super::inner::Inner;
+use super::spans::StartSpan;
 use super::{Heard, tell};
 use crate::link::ToParent;
 use crate::replicas::{Existing, Started};
@@ -41,6 +42,7 @@ pub(super) struct Member {
     /// It is being paused after a restore, in order to wait.
     pausing_to_park: bool,
     pub(super) broken_in_a_row: u32,
+    pub(super) start_span: StartSpan,
 }
 
 impl Member {
@@ -89,6 +91,7 @@ impl Inner {
             began_at: crate::status::now(),
             pausing_to_park: false,
             broken_in_a_row: 0,
+            start_span: StartSpan::default(),
         };
         self.members.insert(id, member);
         self.names.insert(name.to_owned(), id);
@@ -97,6 +100,7 @@ impl Inner {
     /// A replica leaves the book. It keeps its memory until the parent says that it is gone.
     fn leave(&mut self, id: ReplicaId, hold: Option<rewarm_autoscaler::ledger::Hold>, why: Option<&str>) {
         self.told(id);
+        self.unawaited(id);
         let Some(member) = self.members.remove(&id) else { return };
         self.names.remove(&member.name);
         let name = member.name;
@@ -288,6 +292,7 @@ impl Inner {
                     if let Some(member) = self.members.get_mut(&id) {
                         (member.pausing_to_park, member.deadline) = (false, None);
                     }
+                    self.unawaited(id);
                     self.told(id);
                     self.serve(Event::Timer);
                 }
@@ -360,6 +365,9 @@ impl Inner {
             member.broken_in_a_row = 0;
         }
         self.told(id);
+        // Those who waited come first; then is known whether anybody did.
+        self.release();
+        self.unawaited(id);
         self.serve(Event::Started);
     }
 
@@ -393,6 +401,7 @@ impl Inner {
             stages,
             reason,
         };
+        self.trace_start(id, &start);
         match self.totals.starts.iter_mut().find(|(of, how, _)| (*of, *how) == (tier, outcome)) {
             Some((.., count)) => *count += 1,
             None => self.totals.starts.push((tier, outcome, 1)),

@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
+use opentelemetry::trace::{Span as _, Status};
+use opentelemetry_sdk::trace::Span;
 use rewarm_autoscaler::moment::Moment;
 use rewarm_autoscaler::policy::Event;
 use rewarm_autoscaler::pool::{ReplicaId, State, Tier};
@@ -26,6 +28,19 @@ pub(crate) struct LiveDesk(pub(crate) Arc<Live>);
 pub(super) struct Waiter {
     pub(super) answer: oneshot::Sender<Result<Granted, Refusal>>,
     session: Option<Vec<u8>>,
+    /// From here to its slot, or to its end without one.
+    pub(super) span: Option<Box<Span>>,
+}
+
+impl Waiter {
+    /// It gets no slot.
+    fn refuse(mut self, refusal: Refusal) {
+        if let Some(span) = &mut self.span {
+            span.set_status(Status::error(refusal.to_string()));
+        }
+        // Nobody may be waiting any more.
+        let _ = self.answer.send(Err(refusal));
+    }
 }
 
 /// A slot that was given out under the lock. It is wrapped into a [`Slot`] outside of it.
@@ -185,7 +200,8 @@ impl Inner {
 
     fn hold(&mut self, want: Want) -> Result<Arrived, Refusal> {
         let (answer, hear) = oneshot::channel();
-        match self.queue.hold(self.now, Waiter { answer, session: want.session }) {
+        let span = self.held_span(want.trace.as_ref());
+        match self.queue.hold(self.now, Waiter { answer, session: want.session, span }) {
             Ok(ticket) => {
                 self.totals.held += 1;
                 if self.queue.len() == 1 {
@@ -247,11 +263,12 @@ impl Inner {
         self.release();
     }
 
-    fn release(&mut self) {
+    pub(super) fn release(&mut self) {
         while let Some(oldest) = self.queue.arrivals().front().copied() {
             let session = self.queue.front().and_then(|waiter| waiter.session.clone());
             let Some(id) = self.choose(oldest, session.as_deref()) else { return };
-            let Some((came, waiter)) = self.queue.release() else { return };
+            let Some((came, mut waiter)) = self.queue.release() else { return };
+            self.waited_for(id, came, waiter.span.take());
             let granted = self.grant(id, came);
             if let Err(Ok(unwanted)) = waiter.answer.send(Ok(granted)) {
                 self.refused.push(unwanted);
@@ -271,8 +288,7 @@ impl Inner {
     /// Refuses everything that is held.
     pub(super) fn refuse_held(&mut self, why: &str) {
         while let Some((_, waiter)) = self.queue.release() {
-            // Nobody may be waiting any more.
-            let _ = waiter.answer.send(Err(Refusal::Closed { why: why.to_owned() }));
+            waiter.refuse(Refusal::Closed { why: why.to_owned() });
         }
     }
 
@@ -281,7 +297,7 @@ impl Inner {
         let mut late = 0;
         while let Some(waiter) = self.queue.expire(self.now) {
             late += 1;
-            let _ = waiter.answer.send(Err(Refusal::Late { after: self.config.queue.deadline }));
+            waiter.refuse(Refusal::Late { after: self.config.queue.deadline });
         }
         if late > 0 {
             self.totals.refused_late += late;
