@@ -13,6 +13,8 @@
     GET  /hang              never answers
     GET  /status?code=N     answers with N
     GET  /same              200 as long as it has the name under which it began, else 500
+
+With --flaps a clone stops listening for a second before each answer to /check; a server that was started by its command does not.
 """
 
 import argparse
@@ -42,6 +44,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(body)))
+        if self.close_connection:
+            self.send_header("connection", "close")
         self.end_headers()
         self.wfile.write(body)
         self.wfile.flush()
@@ -57,6 +61,10 @@ class Handler(BaseHTTPRequestHandler):
             self.answer(200, {"ready": True})
         elif url.path == "/check":
             digest = hashlib.sha256(MEMORY).hexdigest()
+            if self.server.flaps and who() != BEGAN:
+                self.server.shutdown()
+                self.server.server_close()
+                self.close_connection = True
             self.answer(200 if digest == DIGEST else 500, {"digest": digest})
         elif url.path == "/who":
             self.answer(200, who())
@@ -153,9 +161,13 @@ class Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
+    parser.add_argument("--flaps", action="store_true")
     options = parser.parse_args()
-    with Server(("127.0.0.1", options.port), Handler) as server:
-        server.serve_forever()
+    while True:
+        with Server(("127.0.0.1", options.port), Handler) as server:
+            server.flaps = options.flaps
+            server.serve_forever(poll_interval=0.05)
+        time.sleep(1)
 
 
 if __name__ == "__main__":

@@ -196,6 +196,12 @@ impl Server {
         Self::python("pool", "pool.py", &[])
     }
 
+    /// As [`Server::pool`]; its clones answer, then refuse for a second, then answer, and so on.
+    #[must_use]
+    pub fn flapping() -> Self {
+        Self::python("flapping", "pool.py", &["--flaps"])
+    }
+
     /// A server with a random generator that a hook renews, and that ends when it is asked to.
     #[must_use]
     pub fn renewing() -> Self {

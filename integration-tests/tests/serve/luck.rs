@@ -186,3 +186,33 @@ fn a_replica_that_never_answers_is_replaced() {
     serving.end();
     world.finish();
 }
+
+#[test]
+fn restored_servers_that_refuse_again_and_again_are_not_restored_without_end() {
+    let server = Server::flapping();
+    let Some(world) = crate::world_for(&server) else { return };
+    let source = world.start("pool", &server);
+    world.snapshot(&source, "v1", &["--stop"]);
+    source.remove();
+    let (port, admin) = (free_port(), free_port());
+    let file = config(&world, port, "min_replicas = 1\n")
+        .replace("admin = false", &format!("admin = '127.0.0.1:{admin}'"));
+    let serving = world.serve(&file);
+    // Each of them answers once; what the next one refuses goes elsewhere.
+    for _ in 0..12 {
+        let answer = http::get(port, "/check").expect("an answer");
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    let list = world.rewarm_json().arg("ps").ok().json();
+    let started: Vec<_> =
+        list["replicas"].as_array().expect("a list").iter().map(|one| &one["started"]).collect();
+    assert_eq!(started, ["cold"]);
+    let status = http::get(admin, "/admin/status?starts=100").expect("an answer").json();
+    let starts = status["pools"][0]["starts"].as_array().expect("a list");
+    let restores = starts.iter().filter(|start| start["tier"] == "restore").count();
+    assert_eq!(restores, 3, "{starts:#?}");
+    assert_eq!(status["pools"][0]["totals"]["cut_off"], 0, "{status:#?}");
+    serving.running().await_stderr("its server cannot be reached");
+    serving.end();
+    world.finish();
+}

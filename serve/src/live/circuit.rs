@@ -1,7 +1,8 @@
 //! Which tier a start uses where starts have failed, and when none is tried.
 //!
 //! A start that fails is replaced by one of the next tier at once. Three failures of a tier in a row open its circuit:
-//! it is left alone for a while, which doubles with each further failure.
+//! it is left alone for a while, which doubles with each further failure. A replica that is lost soon after it began to serve is
+//! such a failure too: without that, a snapshot whose replicas answer once and then refuse would be restored for ever.
 
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ const PAUSE_MAX: Duration = Duration::from_secs(60);
 #[derive(Debug, Default)]
 struct Circuit {
     in_a_row: u32,
+    /// How many of those served first. Another start that succeeds says nothing against them.
+    lost: u32,
     until: Option<Moment>,
     reason: String,
 }
@@ -44,6 +47,18 @@ impl Circuit {
             let pause = PAUSE.saturating_mul(1 << beyond.min(16)).min(PAUSE_MAX);
             self.until = Some(now + pause);
         }
+    }
+
+    fn started(&mut self) {
+        match self.lost {
+            0 => self.worked(),
+            lost => self.in_a_row = lost,
+        }
+    }
+
+    fn lost(&mut self, now: Moment, reason: &str) {
+        self.lost += 1;
+        self.failed(now, reason);
     }
 
     fn worked(&mut self) {
@@ -94,15 +109,38 @@ impl Tiers {
         }
     }
 
+    /// A replica that came from this tier was lost soon after it began to serve. Not every loss is the tier's fault, so the next
+    /// start is of the same one.
+    pub(super) fn lost(&mut self, tier: Tier, now: Moment, reason: &str) {
+        match tier {
+            Tier::Restore => self.restore.lost(now, reason),
+            Tier::Cold => self.cold.lost(now, reason),
+            Tier::Wake => {}
+        }
+    }
+
+    /// A replica of this tier begins to serve.
+    pub(super) fn started(&mut self, tier: Tier) {
+        match tier {
+            Tier::Restore => {
+                self.restore.started();
+                self.owed = 0;
+            }
+            Tier::Cold => self.cold.started(),
+            Tier::Wake => {}
+        }
+    }
+
     /// Restores are of another snapshot from now on.
     pub(super) fn replaced(&mut self) {
         self.restore.worked();
         self.owed = 0;
     }
 
+    /// A replica of this tier has served for long enough.
     pub(super) fn worked(&mut self, tier: Tier) {
         match tier {
-            Tier::Restore => self.replaced(),
+            Tier::Restore => self.restore.worked(),
             Tier::Cold => self.cold.worked(),
             Tier::Wake => {}
         }
@@ -162,9 +200,29 @@ mod tests {
             assert_eq!((open.until, open.reason.as_str()), (at(until), "store down"));
             assert_eq!(tiers.choose(at(until)), Some(Tier::Restore));
         }
-        tiers.worked(Tier::Restore);
+        tiers.started(Tier::Restore);
         tiers.failed(Tier::Restore, at(200.0), "store down");
         assert_eq!((tiers.choose(at(200.0)), tiers.open(at(200.0))), (Some(Tier::Restore), None));
+    }
+
+    #[test]
+    fn replicas_that_are_lost_soon_open_a_circuit_although_each_of_them_was_started() {
+        let mut tiers = Tiers::new(true);
+        for _ in 0..2 {
+            tiers.started(Tier::Restore);
+            tiers.lost(Tier::Restore, at(0.0), "it cannot be reached");
+            assert_eq!(tiers.choose(at(0.0)), Some(Tier::Restore));
+        }
+        for (now, until) in [(0.0, 1.0), (1.0, 3.0), (3.0, 7.0)] {
+            tiers.started(Tier::Restore);
+            tiers.lost(Tier::Restore, at(now), "it cannot be reached");
+            assert_eq!(tiers.choose(at(now)), Some(Tier::Cold));
+            assert_eq!(tiers.choose(at(until)), Some(Tier::Restore));
+        }
+        tiers.started(Tier::Restore);
+        tiers.worked(Tier::Restore);
+        tiers.lost(Tier::Restore, at(7.0), "it cannot be reached");
+        assert_eq!(tiers.choose(at(7.0)), Some(Tier::Restore));
     }
 
     #[test]

@@ -23,6 +23,8 @@ pub(super) const BROKEN_MAX: u32 = 3;
 const TOOK_MAX: usize = 200;
 /// Where neither the file nor the snapshot names a port.
 const PORT: u16 = 8000;
+/// A replica that has served for so long was no failed start, whatever becomes of it.
+const PROOF: std::time::Duration = std::time::Duration::from_secs(10);
 /// How long after a failure warm replicas are made again.
 const WARM_REST: std::time::Duration = std::time::Duration::from_secs(10);
 
@@ -42,6 +44,10 @@ pub(super) struct Member {
     /// It is being paused after a restore, in order to wait.
     pausing_to_park: bool,
     pub(super) broken_in_a_row: u32,
+    /// It has answered a request.
+    pub(super) answered: bool,
+    /// When its start is known to have worked; nothing where that is known, or it was there before this process.
+    proven: Option<Moment>,
     pub(super) start_span: StartSpan,
 }
 
@@ -91,6 +97,8 @@ impl Inner {
             began_at: crate::status::now(),
             pausing_to_park: false,
             broken_in_a_row: 0,
+            answered: false,
+            proven: None,
             start_span: StartSpan::default(),
         };
         self.members.insert(id, member);
@@ -114,6 +122,7 @@ impl Inner {
 
     /// Begins a restore or a cold start.
     pub(super) fn start(&mut self, parking: bool) -> Result<(ReplicaId, String), String> {
+        self.prove();
         let Some(tier) = self.tiers.choose(self.now) else {
             let reason = self.tiers.open(self.now).map_or(String::new(), |open| open.reason);
             return Err(format!("nothing is started for a while after several failures: {reason}"));
@@ -150,6 +159,9 @@ impl Inner {
     /// Ends a replica that has drained, or a start that is not wanted.
     pub(super) fn retire(&mut self, id: ReplicaId) {
         let starting = self.pool.find(id).is_some_and(|replica| replica.state() == State::Restoring);
+        if self.members.get(&id).is_some_and(|member| member.answered) {
+            self.worked(id);
+        }
         match self.pool.retire(id, self.now) {
             Retired::Pausing => {
                 let name = self.told(id);
@@ -203,11 +215,46 @@ impl Inner {
     /// A replica is lost: what it had in flight is cut off, and what is left of it is ended.
     pub(super) fn lose(&mut self, id: ReplicaId, why: &str) {
         self.totals.died += 1;
+        self.count_loss(id, why);
         self.totals.cut_off += u64::from(self.pool.fail(id, self.now));
         tracing::warn!(pool = self.config.name, replica = self.name(id), why, "a replica is lost");
         let hold = self.pool.remove(id, self.now);
         self.leave(id, hold, Some(why));
         self.serve(Event::Timer);
+    }
+
+    /// A replica does not serve as it should. Where it has not served for long, its start is to blame.
+    pub(super) fn count_loss(&mut self, id: ReplicaId, why: &str) {
+        self.prove();
+        if self.members.get_mut(&id).is_some_and(|member| member.proven.take().is_some()) {
+            self.tiers.lost(self.origin(id), self.now, why);
+        }
+    }
+
+    /// The tier that made a replica, whether it was paused in between or not.
+    fn origin(&self, id: ReplicaId) -> Tier {
+        let tier = self.pool.find(id).map_or(Tier::Restore, |replica| replica.tier());
+        let restored = self.members.get(&id).is_none_or(|member| member.source.is_some());
+        match tier {
+            Tier::Wake if restored => Tier::Restore,
+            Tier::Wake => Tier::Cold,
+            tier => tier,
+        }
+    }
+
+    /// The start of this replica has worked.
+    fn worked(&mut self, id: ReplicaId) {
+        if self.members.get_mut(&id).is_some_and(|member| member.proven.take().is_some()) {
+            self.tiers.worked(self.origin(id));
+        }
+    }
+
+    /// Takes in which replicas have served for long enough.
+    fn prove(&mut self) {
+        let over = |member: &Member| member.proven.is_some_and(|moment| moment <= self.now);
+        let ids: Vec<ReplicaId> =
+            self.members.iter().filter(|(_, member)| over(member)).map(|(id, _)| *id).collect();
+        ids.into_iter().for_each(|id| self.worked(id));
     }
 
     /// A start failed, or took too long.
@@ -219,6 +266,7 @@ impl Inner {
         self.totals.cut_off += u64::from(self.pool.fail(id, self.now));
         let hold = self.pool.remove(id, self.now);
         if state == State::Restoring {
+            self.prove();
             self.tiers.failed(tier, self.now, reason);
             self.leave(id, hold, None);
         } else {
@@ -324,7 +372,7 @@ impl Inner {
     /// A start is done: the replica serves, or is paused in order to wait.
     fn started(&mut self, id: ReplicaId, started: Started, parking: bool) {
         let tier = self.pool.find(id).map_or(Tier::Restore, |replica| replica.tier());
-        self.tiers.worked(tier);
+        self.tiers.started(tier);
         let took = self.record(id, StartOutcome::Ready, started.stages, None);
         self.times.record(tier, took);
         if self.took.len() == TOOK_MAX {
@@ -363,6 +411,7 @@ impl Inner {
         if let Some(member) = self.members.get_mut(&id) {
             member.deadline = None;
             member.broken_in_a_row = 0;
+            (member.answered, member.proven) = (false, Some(self.now + PROOF));
         }
         self.told(id);
         // Those who waited come first; then is known whether anybody did.

@@ -316,16 +316,30 @@ impl Inner {
         }
     }
 
-    /// Nobody listens at a replica's port.
+    /// Nobody listens at a replica's port. What it still answers is not cut off: it goes after that.
     fn silent(&mut self, id: ReplicaId, why: &str) {
-        if self.members.contains_key(&id) {
-            self.lose(id, &format!("its server cannot be reached: {why}"));
+        let Some(replica) = self.pool.find(id) else { return };
+        // The one that says so is among them.
+        if replica.in_flight() <= 1 {
+            return self.lose(id, &format!("its server cannot be reached: {why}"));
+        }
+        if !replica.is_dismissed() {
+            let (pool, name) = (&self.config.name, self.name(id));
+            tracing::warn!(
+                pool,
+                replica = name,
+                why,
+                "its server cannot be reached: it finishes what it has, and goes"
+            );
+            self.count_loss(id, why);
+            self.dismiss(id);
+            self.serve(Event::Timer);
         }
     }
 
     fn answered(&mut self, id: ReplicaId) {
         if let Some(member) = self.members.get_mut(&id) {
-            member.broken_in_a_row = 0;
+            (member.broken_in_a_row, member.answered) = (0, true);
         }
     }
 }

@@ -12,6 +12,8 @@ use super::*;
 use crate::config::Config;
 use crate::link::ToParent;
 
+mod luck;
+mod slots;
 mod spans;
 
 /// No step of a test takes as long on any machine.
@@ -63,6 +65,11 @@ impl World {
     fn ask(&self, want: Want) -> JoinHandle<Result<Slot, Refusal>> {
         let desk = LiveDesk(self.live.clone());
         tokio::spawn(async move { desk.slot(want).await })
+    }
+
+    /// A request comes and finds a slot at once.
+    async fn slot(&self) -> Slot {
+        self.ask(Want::default()).await.expect("no panic").expect("a slot")
     }
 
     async fn await_held(&self, count: u32) {
