@@ -101,7 +101,7 @@ impl Body for Outgoing {
 pub struct Answer {
     from: Source,
     /// Ends with the last byte, or when no more can come.
-    span: Option<RequestSpan>,
+    span: Option<Box<RequestSpan>>,
 }
 
 /// Where an answer comes from.
@@ -137,7 +137,7 @@ impl Answer {
     }
 
     /// Keeps the request's span until the answer is over.
-    pub(crate) fn keep(&mut self, span: RequestSpan) {
+    pub(crate) fn keep(&mut self, span: Box<RequestSpan>) {
         self.span = Some(span);
     }
 }

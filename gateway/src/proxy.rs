@@ -47,7 +47,7 @@ async fn answer_within(
     body: Incoming,
     client: OnUpgrade,
     front: &Front,
-    span: &mut Option<RequestSpan>,
+    span: &mut Option<Box<RequestSpan>>,
 ) -> Response<Answer> {
     if let Err(rejected) = headers::check(&parts) {
         return own(rejected.status, "bad_request", rejected.why);
@@ -147,7 +147,7 @@ async fn carry(
     mut body: Outgoing,
     upgrade: Option<Leaving>,
     desk: &dyn Desk,
-    span: &mut Option<RequestSpan>,
+    span: &mut Option<Box<RequestSpan>>,
 ) -> Response<Answer> {
     let session =
         desk.affinity().and_then(|name| parts.headers.get(name)).map(|value| value.as_bytes().to_vec());
@@ -156,7 +156,7 @@ async fn carry(
     if let Some(span) = span {
         span.hand_on(&mut parts.headers);
     }
-    let trace = span.as_ref().map(RequestSpan::context);
+    let trace = span.as_ref().map(|span| span.context());
     let mut want = Want { session, again: false, trace };
     let mut unsent = 0;
     loop {
@@ -285,7 +285,7 @@ async fn tunnel(
     server: OnUpgrade,
     slot: Slot,
     traffic: std::sync::Arc<Traffic>,
-    span: Option<RequestSpan>,
+    span: Option<Box<RequestSpan>>,
 ) {
     if let (Ok(client), Ok(server)) = tokio::join!(client, server)
         && let Ok((up, down)) =

@@ -31,8 +31,8 @@ pub(crate) struct RequestSpan {
 }
 
 impl RequestSpan {
-    /// `None` where the client does not want its trace to be recorded.
-    pub(crate) fn begin(tracer: &SdkTracer, parts: &Parts) -> Option<Self> {
+    /// `None` where the client does not want its trace to be recorded. In a box, since most requests carry none.
+    pub(crate) fn begin(tracer: &SdkTracer, parts: &Parts) -> Option<Box<Self>> {
         let headers = HeaderExtractor(&parts.headers);
         let parent = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
         let client = parent.span().span_context().clone();
@@ -46,7 +46,7 @@ impl RequestSpan {
         ];
         let builder = tracer.span_builder(name).with_kind(SpanKind::Server).with_attributes(attributes);
         let span = tracer.build_with_context(builder, &parent);
-        span.is_recording().then_some(Self { span, replica: None })
+        span.is_recording().then(|| Box::new(Self { span, replica: None }))
     }
 
     pub(crate) fn context(&self) -> SpanContext {

@@ -14,7 +14,7 @@
     GET  /status?code=N     answers with N
     GET  /same              200 as long as it has the name under which it began, else 500
 
-With --flaps a clone stops listening for a second before each answer to /check; a server that was started by its command does not.
+With --flaps a clone stops listening for five seconds before each answer to /check; a server that was started by its command does not.
 """
 
 import argparse
@@ -167,7 +167,7 @@ def main():
         with Server(("127.0.0.1", options.port), Handler) as server:
             server.flaps = options.flaps
             server.serve_forever(poll_interval=0.05)
-        time.sleep(1)
+        time.sleep(5)
 
 
 if __name__ == "__main__":

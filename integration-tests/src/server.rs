@@ -196,7 +196,7 @@ impl Server {
         Self::python("pool", "pool.py", &[])
     }
 
-    /// As [`Server::pool`]; its clones answer, then refuse for a second, then answer, and so on.
+    /// As [`Server::pool`]; its clones answer, then refuse for some seconds, then answer, and so on.
     #[must_use]
     pub fn flapping() -> Self {
         Self::python("flapping", "pool.py", &["--flaps"])
