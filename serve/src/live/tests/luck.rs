@@ -24,7 +24,7 @@ async fn replicas_that_answer_and_then_refuse_are_not_started_without_end() {
         world.flaps(Tier::Restore).await;
     }
     let status = world.live.status();
-    let circuit = status.circuit.expect("nothing is started for a while");
+    let circuit = status.circuit.as_ref().expect("nothing is started for a while");
     assert_eq!(circuit.failures, 3);
     assert!(circuit.reason.contains("connection refused"), "{circuit:?}");
     assert!(status.replicas.is_empty(), "{status:?}");
