@@ -81,7 +81,7 @@ fn remove(path: &Path) -> io::Result<()> {
     match path.symlink_metadata() {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
         Err(error) => return Err(error),
-        Ok(metadata) if !metadata.is_dir() => return std::fs::remove_file(path),
+        Ok(metadata) if !metadata.is_dir() => return unless_gone(std::fs::remove_file(path)).map(drop),
         Ok(_) => {}
     }
     let parent = File::open(path.parent().unwrap_or(Path::new("/")))?;
@@ -217,6 +217,25 @@ mod tests {
         assert!(!tree.exists());
         assert_eq!(std::fs::read(outside.join("file")).expect("read"), b"kept");
         remove_tree(&tree).expect("nothing to remove");
+    }
+
+    #[test]
+    fn two_who_remove_the_same_file_both_succeed() {
+        let dir = tempfile::tempdir().expect("dir");
+        let file = dir.path().join("file");
+        for _ in 0..2000 {
+            std::fs::write(&file, b"gone").expect("file");
+            let together = std::sync::Barrier::new(2);
+            std::thread::scope(|scope| {
+                let both = [0, 1].map(|_| {
+                    scope.spawn(|| {
+                        together.wait();
+                        remove_tree(&file)
+                    })
+                });
+                both.into_iter().for_each(|one| one.join().expect("no panic").expect("removed"));
+            });
+        }
     }
 
     #[test]
