@@ -7,6 +7,7 @@ use hyper::header::{
     PROXY_AUTHORIZATION, TE, TRANSFER_ENCODING, UPGRADE,
 };
 use hyper::http::request::Parts;
+use hyper::http::uri::Authority;
 use hyper::{Method, StatusCode, Version};
 
 use crate::websocket;
@@ -39,6 +40,12 @@ pub(crate) fn check(parts: &Parts) -> Result<(), Rejected> {
     }
     if hosts == 0 && parts.version == Version::HTTP_11 && parts.uri.host().is_none() {
         return bad("a request has a Host header");
+    }
+    let told = parts.headers.get(HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
+    if let (Some(target), Some(told)) = (parts.uri.host(), told)
+        && !target.eq_ignore_ascii_case(told.host())
+    {
+        return bad("the target of a request and its Host header name the same host");
     }
     if parts.headers.contains_key(TRANSFER_ENCODING) && parts.headers.contains_key(CONTENT_LENGTH) {
         return bad("a request has either Content-Length or Transfer-Encoding");
@@ -171,10 +178,17 @@ mod tests {
     #[test]
     fn what_can_be_read_in_two_ways_is_refused() {
         let ok = || Request::builder().uri("/").header("host", "a");
-        assert_eq!(check(&parts(ok())), Ok(()));
+        let whole = Request::builder().uri("http://a.example/").header("host", "A.example:80");
+        for request in [ok(), whole] {
+            assert_eq!(check(&parts(request)), Ok(()));
+        }
         for (request, why) in [
             (ok().header("host", "b"), "a request has one Host header"),
             (Request::builder().uri("/"), "a request has a Host header"),
+            (
+                Request::builder().uri("http://a.example:80/").header("host", "b.example:80"),
+                "the target of a request and its Host header name the same host",
+            ),
             (
                 ok().header("content-length", "3").header("transfer-encoding", "chunked"),
                 "a request has either Content-Length or Transfer-Encoding",

@@ -31,8 +31,8 @@ const UNSENT_MAX: u32 = 3;
 /// Answers a request, by a replica or, where that is not possible, with a reason.
 pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Response<Answer> {
     let client = hyper::upgrade::on(&mut request);
-    let (parts, body) = request.into_parts();
-    let mut span = front.tracer().and_then(|tracer| RequestSpan::begin(tracer, &parts));
+    let (mut parts, body) = request.into_parts();
+    let mut span = front.tracer().and_then(|tracer| RequestSpan::begin(tracer, &mut parts));
     let mut response = answer_within(parts, body, client, front, &mut span).await;
     if let Some(mut span) = span {
         span.answered(response.status());
@@ -168,7 +168,8 @@ async fn carry(
         if let Some(span) = span {
             span.for_replica(&name, held);
         }
-        match try_once(parts, body, slot, desk.patience()).await {
+        // In a box, since requests are held by the thousand and none of them needs room for this until its turn comes.
+        match Box::pin(try_once(parts, body, slot, desk.patience())).await {
             Ok((mut response, slot, connection)) => {
                 let handshake = upgrade.as_ref().and_then(|leaving| leaving.handshake.as_ref());
                 if let Some(Err(why)) = handshake.map(|handshake| handshake.check(&response)) {

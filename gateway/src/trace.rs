@@ -19,6 +19,9 @@ use opentelemetry_sdk::trace::{SdkTracer, Span};
 use crate::headers::TRACEPARENT;
 
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
+/// Spans wait for their collector by the thousand: what strangers write into them is bounded. W3C asks for so much of a `tracestate`.
+const STATE_BYTES_MAX: usize = 512;
+const PATH_BYTES_MAX: usize = 1024;
 /// How the conventions call a method that they do not know.
 const OTHER: &str = "_OTHER";
 
@@ -32,7 +35,11 @@ pub(crate) struct RequestSpan {
 
 impl RequestSpan {
     /// `None` where the client does not want its trace to be recorded. In a box, since most requests carry none.
-    pub(crate) fn begin(tracer: &SdkTracer, parts: &Parts) -> Option<Box<Self>> {
+    pub(crate) fn begin(tracer: &SdkTracer, parts: &mut Parts) -> Option<Box<Self>> {
+        let state: usize = parts.headers.get_all(TRACESTATE).iter().map(HeaderValue::len).sum();
+        if state > STATE_BYTES_MAX {
+            parts.headers.remove(TRACESTATE);
+        }
         let headers = HeaderExtractor(&parts.headers);
         let parent = TraceContextPropagator::new().extract_with_context(&Context::new(), &headers);
         let client = parent.span().span_context().clone();
@@ -42,7 +49,7 @@ impl RequestSpan {
         let (name, method) = named(&parts.method);
         let attributes = vec![
             KeyValue::new("http.request.method", method),
-            KeyValue::new("url.path", parts.uri.path().to_owned()),
+            KeyValue::new("url.path", beginning(parts.uri.path(), PATH_BYTES_MAX).to_owned()),
         ];
         let builder = tracer.span_builder(name).with_kind(SpanKind::Server).with_attributes(attributes);
         let span = tracer.build_with_context(builder, &parent);
@@ -108,4 +115,10 @@ fn named(method: &Method) -> (&'static str, &'static str) {
     const KNOWN: [&str; 9] = ["GET", "POST", "PUT", "DELETE", "HEAD", "OPTIONS", "PATCH", "TRACE", "CONNECT"];
     let known = KNOWN.into_iter().find(|known| *known == method.as_str());
     known.map_or(("HTTP", OTHER), |name| (name, name))
+}
+
+/// A text up to so many bytes, in whole characters.
+fn beginning(text: &str, most: usize) -> &str {
+    let end = (0..=most.min(text.len())).rev().find(|end| text.is_char_boundary(*end));
+    &text[..end.unwrap_or(0)]
 }

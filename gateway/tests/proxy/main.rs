@@ -4,5 +4,6 @@ mod answers;
 mod fixture;
 mod hostile;
 mod http2;
+mod smuggling;
 mod traces;
 mod websocket;

@@ -170,3 +170,27 @@ async fn an_upgraded_connection_is_one_span_to_its_end() {
     let span = kept.one().await;
     assert_eq!(attribute(&span, "http.response.status_code"), Some(101.into()));
 }
+
+#[tokio::test]
+async fn what_a_stranger_writes_into_a_span_is_bounded() {
+    let server = Server::start().await;
+    let (kept, setup) = traced();
+    let gateway = setup.before(server.address).await;
+    let mut client = gateway.client().await;
+    let (path, state) = (format!("/{}", "a".repeat(50_000)), format!("x={}", "b".repeat(20_000)));
+    client
+        .say(format!(
+            "GET {path} HTTP/1.1\r\nhost: a\r\ntraceparent: 00-{TRACE}-{CLIENT}-01\r\ntracestate: {state}\r\n\r\n"
+        ))
+        .await;
+    let mut replica = server.accept().await;
+    let head = replica.head().await;
+    replica.say(OK).await;
+    client.hear("ok").await;
+    assert!(head.contains(&path), "the replica gets all of it");
+    assert_eq!(header(&head, "tracestate"), None);
+    let span = kept.one().await;
+    assert_eq!(span.span_context.trace_id().to_string(), TRACE);
+    assert_eq!(span.span_context.trace_state().header(), "");
+    assert_eq!(attribute(&span, "url.path"), Some(path[..1024].to_owned().into()));
+}
