@@ -128,6 +128,7 @@ impl Live {
                 armed: Moment::NEVER,
                 decisions: VecDeque::new(),
                 starts: VecDeque::new(),
+                start_failed: None,
                 took: Vec::new(),
                 totals: Totals::default(),
                 refused: Vec::new(),

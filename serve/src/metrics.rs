@@ -188,7 +188,7 @@ impl Reading {
         to.pool_counter(
             pools,
             "requests_killed",
-            "Requests that were cut off by scaling; always 0",
+            "Requests that were cut off because a drain took longer than the pool allows",
             |pool| pool.totals.killed_in_flight,
         )?;
         to.pool_counter(pools, "request_bytes", "Bytes of requests' bodies", |pool| {

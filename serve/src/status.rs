@@ -255,7 +255,7 @@ pub struct Totals {
     pub retried: u64,
     /// Requests that were cut off because their replica died.
     pub cut_off: u64,
-    /// Requests that were cut off by a stop of the pool's own. Always 0: what is in flight is waited for.
+    /// Requests that a drain cut off which took longer than the pool allows. Without such a limit there are none: what is in flight is waited for.
     pub killed_in_flight: u64,
     /// How long requests waited for a slot, in seconds.
     pub wait_seconds: Histogram,

@@ -56,6 +56,9 @@ pub(super) struct Inner {
     pub(super) armed: Moment,
     pub(super) decisions: VecDeque<DecisionStatus>,
     pub(super) starts: VecDeque<StartStatus>,
+    /// When the last start failed or was given up; nothing once another one has succeeded. By this process's own time: the
+    /// machine's clock may be set.
+    pub(super) start_failed: Option<Moment>,
     /// Seconds that restores and cold starts took, the last ones.
     pub(super) took: Vec<f64>,
     pub(super) totals: Totals,

@@ -48,6 +48,8 @@ pub(super) struct Member {
     pub(super) answered: bool,
     /// When its start is known to have worked; nothing where that is known, or it was there before this process.
     proven: Option<Moment>,
+    /// Why it goes, where that is not that nobody needs it.
+    pub(super) lost: Option<String>,
     pub(super) start_span: StartSpan,
 }
 
@@ -99,6 +101,7 @@ impl Inner {
             broken_in_a_row: 0,
             answered: false,
             proven: None,
+            lost: None,
             start_span: StartSpan::default(),
         };
         self.members.insert(id, member);
@@ -175,7 +178,10 @@ impl Inner {
                 self.record(id, StartOutcome::GivenUp, Vec::new(), None);
                 self.leave(id, hold, None);
             }
-            Retired::Removed(hold) => self.leave(id, hold, Some("it is not needed")),
+            Retired::Removed(hold) => {
+                let lost = self.members.get_mut(&id).and_then(|member| member.lost.take());
+                self.leave(id, hold, Some(lost.as_deref().unwrap_or("it is not needed")));
+            }
         }
     }
 
@@ -287,8 +293,7 @@ impl Inner {
                     self.failed(id, StartOutcome::TimedOut, &reason);
                 }
                 Some(State::Draining) => {
-                    let cut = self.pool.fail(id, self.now);
-                    self.totals.cut_off += u64::from(cut);
+                    self.totals.killed_in_flight += u64::from(self.pool.fail(id, self.now));
                     let hold = self.pool.remove(id, self.now);
                     self.leave(id, hold, Some("its drain took longer than the pool allows"));
                 }
@@ -450,6 +455,7 @@ impl Inner {
             stages,
             reason,
         };
+        self.start_failed = (outcome != StartOutcome::Ready).then_some(self.now);
         self.trace_start(id, &start);
         match self.totals.starts.iter_mut().find(|(of, how, _)| (*of, *how) == (tier, outcome)) {
             Some((.., count)) => *count += 1,
@@ -505,9 +511,8 @@ impl Inner {
         if self.finishing || self.paused || !self.warm_missing() {
             return None;
         }
-        let last = self.starts.back().filter(|start| start.outcome != StartOutcome::Ready)?;
-        let passed = std::time::Duration::from_millis(crate::status::now().saturating_sub(last.at));
-        (passed < WARM_REST).then(|| self.now + (WARM_REST - passed))
+        let again = self.start_failed? + WARM_REST;
+        (again > self.now).then_some(again)
     }
 
     /// Replaces replicas of an older snapshot, one at a time: a new one is made first where there is room for it, then an

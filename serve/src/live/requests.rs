@@ -316,25 +316,25 @@ impl Inner {
         }
     }
 
-    /// Nobody listens at a replica's port. What it still answers is not cut off: it goes after that.
+    /// Nobody listens at a replica's port. What it still answers is not cut off: it goes after that, which is at once where the request
+    /// that says so is its only one.
     fn silent(&mut self, id: ReplicaId, why: &str) {
-        let Some(replica) = self.pool.find(id) else { return };
-        // The one that says so is among them.
-        if replica.in_flight() <= 1 {
-            return self.lose(id, &format!("its server cannot be reached: {why}"));
+        if self.pool.find(id).is_none_or(|replica| replica.is_dismissed()) {
+            return;
         }
-        if !replica.is_dismissed() {
-            let (pool, name) = (&self.config.name, self.name(id));
-            tracing::warn!(
-                pool,
-                replica = name,
-                why,
-                "its server cannot be reached: it finishes what it has, and goes"
-            );
-            self.count_loss(id, why);
-            self.dismiss(id);
-            self.serve(Event::Timer);
+        tracing::warn!(
+            pool = self.config.name,
+            replica = self.name(id),
+            why,
+            "its server cannot be reached: it finishes what it has, and goes"
+        );
+        self.totals.died += 1;
+        self.count_loss(id, why);
+        if let Some(member) = self.members.get_mut(&id) {
+            member.lost = Some(format!("its server cannot be reached: {why}"));
         }
+        self.dismiss(id);
+        self.serve(Event::Timer);
     }
 
     fn answered(&mut self, id: ReplicaId) {

@@ -6,6 +6,7 @@ use std::path::Path;
 use rewarm_autoscaler::pool::Tier;
 use rewarm_gateway::{Desk, Refusal, Slot, Want};
 use rewarm_report::Timing;
+use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use super::*;
@@ -19,10 +20,10 @@ mod spans;
 /// No step of a test takes as long on any machine.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A pool, and the other end of its line.
+/// A pool, and what it tells its parent.
 struct World {
     live: Arc<Live>,
-    parent: Line,
+    heard: tokio::sync::Mutex<mpsc::UnboundedReceiver<ToParent>>,
 }
 
 impl World {
@@ -40,17 +41,28 @@ impl World {
             ledger: Ledger::new(Memory { host: u64::MAX, device: u64::MAX }),
             tracer,
         };
-        Self { live: Live::new(config.pools[0].clone(), shared), parent: Line::new(theirs) }
+        let (parent, (tell, heard)) = (Line::new(theirs), mpsc::unbounded_channel());
+        // Ends with the pool, whose end of the line is gone then.
+        std::thread::spawn(move || {
+            while let Ok(Some((message, _))) = parent.hear() {
+                if tell.send(message).is_err() {
+                    return;
+                }
+            }
+        });
+        Self { live: Live::new(config.pools[0].clone(), shared), heard: tokio::sync::Mutex::new(heard) }
     }
 
     /// What the pool tells its parent next.
-    fn told(&self) -> ToParent {
-        self.parent.hear().expect("good").expect("it lives").0
+    async fn told(&self) -> ToParent {
+        let mut heard = self.heard.lock().await;
+        let told = tokio::time::timeout(PATIENCE, heard.recv()).await;
+        told.expect("it tells something").expect("it lives")
     }
 
     /// The start that is asked for next: the replica's name, and how.
-    fn start(&self) -> (String, Tier) {
-        match self.told() {
+    async fn start(&self) -> (String, Tier) {
+        match self.told().await {
             ToParent::Start { name, tier, .. } => (name, tier),
             other => panic!("{other:?}, expected a start"),
         }
@@ -59,6 +71,14 @@ impl World {
     /// A replica serves.
     fn serves(&self, name: &str, stages: Vec<Timing>) {
         self.live.heard(name, Heard::Started(Started { source: None, port: Some(1), stages }));
+    }
+
+    /// Looks at everything as it will be after so long.
+    fn pass(&self, time: Duration) {
+        self.live.with(|inner| {
+            inner.now = inner.now + time;
+            inner.pass();
+        });
     }
 
     /// A request comes, and waits where it must.

@@ -3,8 +3,6 @@
 //! A slot is given out in one place (`Inner::grant`) and given back when its guard is dropped, by whoever has it then: the request, the
 //! queue's channel of a client that has left, or the tunnel of an upgraded connection. The count of a replica that is lost goes with it.
 
-use std::sync::mpsc;
-
 use super::*;
 
 /// Steps in each of the rounds.
@@ -13,7 +11,6 @@ const STEPS: usize = 400;
 /// Everything that the test holds and plays.
 struct Storm {
     world: World,
-    heard: mpsc::Receiver<ToParent>,
     random: fastrand::Rng,
     asked: Vec<JoinHandle<Result<Slot, Refusal>>>,
     slots: Vec<Slot>,
@@ -25,19 +22,8 @@ impl Storm {
     fn begin(seed: u64) -> Self {
         let limits = "concurrency = 3\nmax_replicas = 4\nwarm = 1\nqueue = { max = 12, deadline = '20ms' }\n";
         let world = World::new(limits, None);
-        let (tell, heard) = mpsc::channel();
-        let parent = world.parent.clone();
-        // Ends when the pool's end of the line is gone.
-        std::thread::spawn(move || {
-            while let Ok(Some((message, _))) = parent.hear() {
-                if tell.send(message).is_err() {
-                    return;
-                }
-            }
-        });
         Self {
             world,
-            heard,
             random: fastrand::Rng::with_seed(seed),
             asked: Vec::new(),
             slots: Vec::new(),
@@ -52,7 +38,7 @@ impl Storm {
 
     /// Does what the pool asks its parent for.
     fn obey(&mut self) {
-        while let Ok(message) = self.heard.try_recv() {
+        while let Ok(message) = self.world.heard.get_mut().try_recv() {
             let live = &self.world.live;
             match message {
                 ToParent::Start { name, .. } => self.starting.push(name),

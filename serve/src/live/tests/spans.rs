@@ -58,7 +58,7 @@ async fn a_start_lies_below_the_first_request_that_waited_for_it_and_others_are_
         asked.push(world.ask(want(number)));
         world.await_held(u32::from(number)).await;
     }
-    let (name, tier) = world.start();
+    let (name, tier) = world.start().await;
     assert_eq!(tier, Tier::Restore);
     world.serves(&name, stages());
     let mut slots = Vec::new();
@@ -93,10 +93,10 @@ async fn a_start_that_fails_and_the_one_in_its_place_lie_below_the_same_request(
     let kept = Kept::default();
     let world = World::new("", Some(kept.tracer()));
     let asked = world.ask(want(1));
-    let (name, _) = world.start();
+    let (name, _) = world.start().await;
     world.live.heard(&name, Heard::Failed("no such chunk".to_owned()));
-    assert!(matches!(world.told(), ToParent::GiveUp { .. }));
-    let (name, tier) = world.start();
+    assert!(matches!(world.told().await, ToParent::GiveUp { .. }));
+    let (name, tier) = world.start().await;
     assert_eq!(tier, Tier::Cold);
     world.serves(&name, Vec::new());
     let _slot = asked.await.expect("no panic").expect("a slot");
@@ -111,7 +111,7 @@ async fn a_start_that_nobody_waited_for_is_a_trace_of_its_own() {
     let kept = Kept::default();
     let world = World::new("min_replicas = 1\n", Some(kept.tracer()));
     world.live.with(Inner::pass);
-    let (name, _) = world.start();
+    let (name, _) = world.start().await;
     world.serves(&name, stages());
     let restores = kept.named("restore");
     assert_eq!(restores.len(), 1);
