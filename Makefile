@@ -47,7 +47,8 @@ soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours,
 	REWARM_FUZZ_SECONDS=$${REWARM_FUZZ_SECONDS:-900} cargo test -p rewarm-integration-tests --test 'fuzz-*'
 	REWARM_SOAK_ROUNDS=$${REWARM_SOAK_ROUNDS:-200} cargo test -p rewarm-integration-tests --test main devices::soak
 	REWARM_SOAK_SCALINGS=$${REWARM_SOAK_SCALINGS:-1000} REWARM_SOAK_RESTARTS=$${REWARM_SOAK_RESTARTS:-1000} \
-		cargo test -p rewarm-integration-tests --test main -- serve::scaling serve::luck::programs_killed
+		REWARM_SOAK_AWAY_SECONDS=$${REWARM_SOAK_AWAY_SECONDS:-300} \
+		cargo test -p rewarm-integration-tests --test main -- serve::scaling serve::luck::programs_killed serve::luck::a_store_that_is_away
 	@setup/soak
 
 clean: ## remove what was built here; the cache folder stays

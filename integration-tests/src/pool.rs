@@ -14,8 +14,9 @@ use crate::world::World;
 const REPLICAS_MAX: Duration = Duration::from_secs(60);
 /// How long `serve` may run, all in all: hours where `make soak` asks for many rounds.
 fn serve_max() -> Duration {
-    let soak =
-        ["REWARM_SOAK_SCALINGS", "REWARM_SOAK_RESTARTS"].iter().any(|name| std::env::var_os(name).is_some());
+    let soak = ["REWARM_SOAK_SCALINGS", "REWARM_SOAK_RESTARTS", "REWARM_SOAK_AWAY_SECONDS"]
+        .iter()
+        .any(|name| std::env::var_os(name).is_some());
     Duration::from_secs(if soak { 7200 } else { 300 })
 }
 
@@ -159,4 +160,14 @@ fn children(pid: i32) -> Vec<i32> {
 fn is_gateway(pid: i32) -> bool {
     let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     command.split(|byte| *byte == 0).nth(1) == Some(b"gateway")
+}
+
+/// How many descriptors a process has open.
+///
+/// # Panics
+///
+/// When it is gone.
+#[must_use]
+pub fn descriptors(pid: i32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").count()
 }

@@ -7,6 +7,7 @@ mod luck;
 mod operators;
 mod pool;
 mod scaling;
+mod sockets;
 mod traces;
 
 use std::time::{Duration, Instant};

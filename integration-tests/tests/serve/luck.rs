@@ -9,13 +9,15 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::needs::Need;
-use rewarm_integration_tests::pool::{Serving, free_port};
+use rewarm_integration_tests::pool::{Serving, descriptors, free_port};
 use rewarm_integration_tests::server::Server;
 
 use super::{config, goes_on, pool_world, snapshot};
 
 /// How long gateways are killed, where `make soak` does not say how often.
 const TIME: Duration = Duration::from_secs(15);
+/// How long a store is away, where `make soak` does not say for how many seconds: several looks at the tag fail meanwhile.
+const AWAY: Duration = Duration::from_secs(12);
 /// Descriptors that `serve` may have for a moment, while it does something: fewer than one for each of the kills between two counts.
 const SPARE: usize = 2;
 /// How long a busy machine may take for what is waited for.
@@ -30,10 +32,6 @@ fn kill_gateway(serving: &Serving<'_>) {
         assert!(began.elapsed() < PATIENCE, "no other gateway; serve said:\n{}", serving.running().stderr());
         std::thread::sleep(Duration::from_millis(10));
     }
-}
-
-fn descriptors(pid: i32) -> usize {
-    std::fs::read_dir(format!("/proc/{pid}/fd")).expect("it lives").count()
 }
 
 #[test]
@@ -154,8 +152,9 @@ fn a_store_that_is_away_stops_neither_running_nor_warm_replicas() {
             names
         })
     });
-    // Long enough for several looks at the tag to fail.
-    std::thread::sleep(Duration::from_secs(12).saturating_sub(away.elapsed()));
+    while goes_on(away, away.elapsed().as_secs() as u32, "REWARM_SOAK_AWAY_SECONDS", AWAY) {
+        std::thread::sleep(Duration::from_millis(100));
+    }
     over.store(true, Ordering::Relaxed);
     let names: std::collections::BTreeSet<_> =
         clients.into_iter().flat_map(|client| client.join().expect("every answer was good")).collect();
@@ -198,20 +197,28 @@ fn restored_servers_that_refuse_again_and_again_are_not_restored_without_end() {
     let file = config(&world, port, "min_replicas = 1\n")
         .replace("admin = false", &format!("admin = '127.0.0.1:{admin}'"));
     let serving = world.serve(&file);
-    // Each of them answers once; what the next one refuses goes elsewhere.
-    for _ in 0..12 {
+    let check = || {
         let answer = http::get(port, "/check").expect("an answer");
         assert_eq!(answer.status, 200, "{}", answer.text());
+    };
+    let status = || http::get(admin, "/admin/status?starts=100").expect("an answer").json();
+    let starts = |tier: &str| {
+        let pool = &status()["pools"][0];
+        let starts = pool["starts"].as_array().expect("a list");
+        starts.iter().filter(|start| start["tier"] == tier).count()
+    };
+    // Each of them answers once; what it refuses then goes to the next one.
+    world.await_state("a cold start in their place", PATIENCE, || {
+        check();
+        starts("cold") > 0
+    });
+    let restores = starts("restore");
+    assert!(restores >= 3, "{restores} restores");
+    for _ in 0..10 {
+        check();
     }
-    let list = world.rewarm_json().arg("ps").ok().json();
-    let started: Vec<_> =
-        list["replicas"].as_array().expect("a list").iter().map(|one| &one["started"]).collect();
-    assert_eq!(started, ["cold"]);
-    let status = http::get(admin, "/admin/status?starts=100").expect("an answer").json();
-    let starts = status["pools"][0]["starts"].as_array().expect("a list");
-    let restores = starts.iter().filter(|start| start["tier"] == "restore").count();
-    assert_eq!(restores, 3, "{starts:#?}");
-    assert_eq!(status["pools"][0]["totals"]["cut_off"], 0, "{status:#?}");
+    assert_eq!((starts("restore"), starts("cold")), (restores, 1), "{:#?}", status());
+    assert_eq!(status()["pools"][0]["totals"]["cut_off"], 0, "{:#?}", status());
     serving.running().await_stderr("its server cannot be reached");
     serving.end();
     world.finish();

@@ -172,9 +172,6 @@ fn a_killed_shim_is_a_dead_replica() {
 fn a_pool_without_its_snapshot_starts_cold() {
     let Some(world) = pool_world() else { return };
     let port = free_port();
-    let serving = world.serve(&config(&world, port, ""));
-    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
-    serving.end();
     // What the snapshot described is known to this one by a look that it takes at its start.
     // One that is idle would be gone before it is looked at.
     let serving = world.serve(&config(&world, port, "follow = '0s'\nmin_replicas = 1\n"));
@@ -196,6 +193,24 @@ fn a_pool_without_its_snapshot_starts_cold() {
 }
 
 #[test]
+fn a_snapshot_that_is_removed_while_its_pool_runs_costs_no_answer() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "follow = '200ms'\nmin_replicas = 1\n"));
+    let before = http::get(port, "/who").expect("an answer").text();
+    world.rewarm().args(["rm", &world.reference("pool", "v1")]).ok();
+    serving.running().await_stderr("the snapshot was not found");
+    assert_eq!(http::get(port, "/who").expect("an answer").text(), before, "the replica that runs");
+    assert_eq!(http::get(port, "/die").expect("an answer").status, 502);
+    let answer = http::get(port, "/check").expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let list = world.rewarm_json().arg("ps").ok();
+    assert_eq!(list.json()["replicas"][0]["started"], "cold");
+    serving.end();
+    world.finish();
+}
+
+#[test]
 fn sigterm_lets_what_is_in_flight_be_answered() {
     let Some(world) = pool_world() else { return };
     let port = free_port();
@@ -207,5 +222,38 @@ fn sigterm_lets_what_is_in_flight_be_answered() {
     serving.end();
     assert!(began.elapsed() >= Duration::from_secs(2), "it left before the answer");
     assert_eq!(client.join().expect("no panic"), 200);
+    world.finish();
+}
+
+#[test]
+fn the_gateway_has_no_rights_and_no_environment() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, ""));
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    let gateway = serving.gateway();
+    let status = std::fs::read_to_string(format!("/proc/{gateway}/status")).expect("it lives");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(&format!("{name}:"))).expect("a field");
+        line.split_whitespace().collect::<Vec<_>>().join(" ")
+    };
+    for (name, value) in [
+        ("Uid", "60872 60872 60872 60872"),
+        ("Gid", "60872 60872 60872 60872"),
+        ("Groups", ""),
+        ("CapInh", "0000000000000000"),
+        ("CapPrm", "0000000000000000"),
+        ("CapEff", "0000000000000000"),
+        ("CapAmb", "0000000000000000"),
+        ("NoNewPrivs", "1"),
+    ] {
+        assert_eq!(field(name), value, "{name}");
+    }
+    // Credentials of stores are the parent's.
+    let environment = std::fs::read_to_string(format!("/proc/{gateway}/environ")).expect("text");
+    let names: Vec<&str> =
+        environment.split_terminator('\0').filter_map(|entry| entry.split('=').next()).collect();
+    assert!(names.iter().all(|name| ["NO_COLOR", "REWARM_LOG"].contains(name)), "{names:?}");
+    serving.end();
     world.finish();
 }
