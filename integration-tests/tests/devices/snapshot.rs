@@ -62,6 +62,21 @@ fn a_snapshot_that_fails_at_a_device_leaves_the_server_serving() {
     world.finish();
 }
 
+/// Nobody sees it before the driver does.
+#[test]
+fn managed_memory_fails_a_snapshot_and_a_pause_and_the_server_serves() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    assert_eq!(source.ask("POST", "/managed?4", None).expect("it answers").status, 200);
+    let texts = ["not supported (801); the server runs on", "managed memory and CUDA IPC"];
+    world.snapshot_call(&source, "v1", &[]).fails(1).says(&texts);
+    world.rewarm().args(["pause", source.name()]).fails(1).says(&texts);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
 #[test]
 fn a_restore_that_fails_at_a_device_leaves_nothing() {
     let Some((world, devices)) = world_with(&[64]) else { return };
