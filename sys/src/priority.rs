@@ -31,14 +31,19 @@ pub fn set_this_thread(priority: Priority) -> io::Result<()> {
     set(0, priority)
 }
 
-/// Makes the calling thread, and those that it will start, nicer by `steps` (1 to 19): beside a thread that is not nice it
-/// gets less of a processor, and all of one that nobody else wants. It cannot take that back.
+/// Makes the calling thread, and those that it will start, this nice (1 to 19): beside a thread that is not nice it
+/// gets less of a processor, and all of one that nobody else wants. It cannot take that back. One that is nicer already, because
+/// the program was started so, stays as it is: to become less nice is a right of its own.
 ///
 /// # Errors
 /// What the kernel says.
-pub fn be_nicer(steps: libc::c_int) -> io::Result<()> {
+pub fn be_nicer(nice: libc::c_int) -> io::Result<()> {
+    // SAFETY: plain call that only reads. For the calling thread, which 0 means, it cannot fail.
+    if unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) } >= nice {
+        return Ok(());
+    }
     // SAFETY: plain call. In Linux the nice value belongs to the thread; 0 means the calling one.
-    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, steps) };
+    let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }
 
@@ -95,10 +100,11 @@ mod tests {
         let own = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
         let before = own();
         let seen = std::thread::spawn(move || {
-            be_nicer(7).expect("a thread may always be nicer");
+            be_nicer(17).expect("a thread may always be nicer");
+            be_nicer(7).expect("it is already");
             std::thread::spawn(own).join().expect("no panic")
         });
-        assert_eq!((seen.join().expect("no panic"), own()), (7, before));
+        assert_eq!((seen.join().expect("no panic"), own()), (17, before));
     }
 
     #[test]
