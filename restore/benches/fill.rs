@@ -232,7 +232,6 @@ fn filled(
                 kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("stopped");
                 holder.tell(Command::Devices).expect("told");
             }
-            Heard::Report(Report::Devices) => holder.tell(Command::Fill).expect("told"),
             Heard::Report(_) => {}
             Heard::Done(summary) => break summary,
             Heard::Kill { chain } => panic!("{chain:?}, {:?}", PathBuf::from(work.path())),
