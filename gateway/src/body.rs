@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
@@ -26,6 +27,43 @@ pub enum Broken {
     },
 }
 
+/// How the body of a request fares. A replica is not to blame for what its clients do: whoever judges it asks here first.
+#[derive(Debug, Default)]
+pub(crate) struct Upload(AtomicU8);
+
+/// What has gone wrong with a body, on the client's side.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Fault {
+    /// It broke off, or was none.
+    BrokenOff,
+    /// More came than may come.
+    TooLong,
+}
+
+impl Upload {
+    const FLOWS: u8 = 0;
+    const AWAITED: u8 = 1;
+    const BROKEN_OFF: u8 = 2;
+    const TOO_LONG: u8 = 3;
+
+    fn set(&self, state: u8) {
+        self.0.store(state, Ordering::Relaxed);
+    }
+
+    /// Whether the client is to send more, and has not.
+    pub(crate) fn is_awaited(&self) -> bool {
+        self.0.load(Ordering::Relaxed) == Self::AWAITED
+    }
+
+    pub(crate) fn fault(&self) -> Option<Fault> {
+        match self.0.load(Ordering::Relaxed) {
+            Self::BROKEN_OFF => Some(Fault::BrokenOff),
+            Self::TOO_LONG => Some(Fault::TooLong),
+            _ => None,
+        }
+    }
+}
+
 /// The body of a request, on its way to a replica.
 #[derive(Debug)]
 pub struct Outgoing {
@@ -35,6 +73,7 @@ pub struct Outgoing {
     max: Option<u64>,
     seen: u64,
     traffic: Arc<Traffic>,
+    upload: Arc<Upload>,
 }
 
 impl Outgoing {
@@ -45,7 +84,13 @@ impl Outgoing {
         traffic: Arc<Traffic>,
     ) -> Self {
         let rest = rest.filter(|rest| !rest.is_end_stream());
-        Self { first: first.filter(|first| !first.is_empty()), rest, max, seen: 0, traffic }
+        let first = first.filter(|first| !first.is_empty());
+        Self { first, rest, max, seen: 0, traffic, upload: Arc::default() }
+    }
+
+    /// How it fares, also when it is gone.
+    pub(crate) fn upload(&self) -> Arc<Upload> {
+        self.upload.clone()
     }
 
     /// Another body without content, for a request that had none.
@@ -65,16 +110,27 @@ impl Body for Outgoing {
         let frame = match (self.first.take(), &mut self.rest) {
             (Some(first), _) => Frame::data(first),
             (None, None) => return Poll::Ready(None),
-            (None, Some(rest)) => match ready!(Pin::new(rest).poll_frame(context)) {
-                Some(Ok(frame)) => frame,
-                Some(Err(error)) => return Poll::Ready(Some(Err(error.into()))),
-                None => return Poll::Ready(None),
-            },
+            (None, Some(rest)) => {
+                let Poll::Ready(frame) = Pin::new(rest).poll_frame(context) else {
+                    self.upload.set(Upload::AWAITED);
+                    return Poll::Pending;
+                };
+                self.upload.set(Upload::FLOWS);
+                match frame {
+                    Some(Ok(frame)) => frame,
+                    Some(Err(error)) => {
+                        self.upload.set(Upload::BROKEN_OFF);
+                        return Poll::Ready(Some(Err(error.into())));
+                    }
+                    None => return Poll::Ready(None),
+                }
+            }
         };
         if let Some(data) = frame.data_ref() {
             self.seen += data.len() as u64;
             Traffic::add(&self.traffic.requests, data.len());
             if let Some(max) = self.max.filter(|max| self.seen > *max) {
+                self.upload.set(Upload::TOO_LONG);
                 return Poll::Ready(Some(Err(Broken::TooLong { max })));
             }
         }
@@ -118,6 +174,8 @@ struct Carried {
     traffic: Arc<Traffic>,
     /// Given back together, at the end.
     held: Option<(Slot, Connection)>,
+    /// The body of the request, which may still be on its way.
+    upload: Arc<Upload>,
 }
 
 impl Answer {
@@ -126,8 +184,9 @@ impl Answer {
         slot: Slot,
         connection: Connection,
         traffic: Arc<Traffic>,
+        upload: Arc<Upload>,
     ) -> Self {
-        let carried = Carried { inner, traffic, held: Some((slot, connection)) };
+        let carried = Carried { inner, traffic, held: Some((slot, connection)), upload };
         Self { from: Source::Carried(carried), span: None }
     }
 
@@ -181,7 +240,9 @@ impl Body for Answer {
                 Poll::Ready(Some(Ok(frame)))
             }
             Some(Err(error)) => {
-                if let Some((slot, _)) = &mut carried.held {
+                if let Some((slot, _)) = &mut carried.held
+                    && carried.upload.fault().is_none()
+                {
                     slot.lease.broken("it broke off in the middle of an answer");
                 }
                 if let Some(span) = span {

@@ -16,7 +16,7 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 
-use crate::body::{Answer, Outgoing};
+use crate::body::{Answer, Fault, Outgoing};
 use crate::desk::{Asked, Choice, Desk, Refusal, Slot, Traffic, Want};
 use crate::front::Front;
 use crate::headers;
@@ -139,6 +139,10 @@ enum Failed {
     Again(Box<(Parts, Outgoing)>, String),
     /// The replica has been waited for long enough.
     Late(Duration),
+    /// The client has not sent its body for that long.
+    Slow(Duration),
+    /// The client's body is not what it should be.
+    Client(Fault),
     Not(String),
 }
 
@@ -168,6 +172,7 @@ async fn carry(
         if let Some(span) = span {
             span.for_replica(&name, held);
         }
+        let upload = body.upload();
         // In a box, since requests are held by the thousand and none of them needs room for this until its turn comes.
         match Box::pin(try_once(parts, body, slot, desk.patience())).await {
             Ok((mut response, slot, connection)) => {
@@ -190,7 +195,9 @@ async fn carry(
                         tokio::spawn(tunnel(client, server, slot, desk.traffic(), span));
                         response.map(|_| Answer::own(None))
                     }
-                    _ => response.map(|inner| Answer::carried(inner, slot, connection, desk.traffic())),
+                    _ => {
+                        response.map(|inner| Answer::carried(inner, slot, connection, desk.traffic(), upload))
+                    }
                 };
             }
             Err(Failed::Unsent(request, _)) if unsent < UNSENT_MAX => {
@@ -208,6 +215,16 @@ async fn carry(
                 let why = format!("replica {name} did not answer within {} ms", after.as_millis());
                 return own(StatusCode::GATEWAY_TIMEOUT, "replica_late", &why);
             }
+            Err(Failed::Slow(after)) => {
+                let why = format!("the body of the request did not arrive within {} ms", after.as_millis());
+                return own(StatusCode::REQUEST_TIMEOUT, "body_late", &why);
+            }
+            Err(Failed::Client(Fault::TooLong)) => {
+                return own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is longer than it may be");
+            }
+            Err(Failed::Client(Fault::BrokenOff)) => {
+                return own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off");
+            }
             Err(Failed::Unsent(_, why) | Failed::Again(_, why) | Failed::Not(why)) => {
                 let why = format!("replica {name} did not answer: {why}");
                 return own(StatusCode::BAD_GATEWAY, "replica_lost", &why);
@@ -224,6 +241,7 @@ async fn try_once(
     mut slot: Slot,
     patience: Option<Duration>,
 ) -> Result<(Response<Incoming>, Slot, Connection), Failed> {
+    let upload = body.upload();
     let repeatable = parts.method.is_safe() && parts.method != Method::CONNECT && body.is_end_stream();
     let copy = repeatable.then(|| (parts.clone(), body.copy_of_nothing()));
     let mut request = Request::from_parts(parts, body);
@@ -241,6 +259,9 @@ async fn try_once(
             None => Ok(asked.await),
         };
         let answered = answered.map_err(|patience| {
+            if upload.is_awaited() {
+                return Failed::Slow(patience);
+            }
             slot.lease.broken(&format!("there was no answer within {} ms", patience.as_millis()));
             Failed::Late(patience)
         })?;
@@ -257,6 +278,9 @@ async fn try_once(
                     Box::new(again.into_parts()),
                     "it closed a new connection".to_owned(),
                 ));
+            }
+            Err(Unanswered::Lost(_)) if let Some(fault) = upload.fault() => {
+                return Err(Failed::Client(fault));
             }
             Err(Unanswered::Lost(error)) => {
                 let why = chain(&error);

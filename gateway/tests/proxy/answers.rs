@@ -266,7 +266,8 @@ async fn a_body_that_is_too_long_is_refused_or_cut_off() {
     let seen = replica.rest().await;
     assert!(!seen.contains("abcde"), "{seen}");
     let answer = client.hear("}}").await;
-    assert!(answer.starts_with("HTTP/1.1 502 ") && answer.contains("longer than 4 bytes"), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 413 ") && answer.contains("longer than it may be"), "{answer}");
+    assert_eq!(gateway.pool.broken.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]

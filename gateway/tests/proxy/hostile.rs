@@ -82,6 +82,40 @@ async fn odd_chunks_end_the_request() {
         drop(client);
     }
     gateway.await_taken(0).await;
+    assert_eq!(gateway.pool.broken.load(Ordering::SeqCst), 0, "that was none of the replica's faults");
+}
+
+/// Three requests in a row that break off end a replica; clients must not be able to bring that about.
+#[tokio::test]
+async fn a_client_that_leaves_in_the_middle_of_its_body_is_no_fault_of_the_replica() {
+    let server = Server::start().await;
+    let gateway = Setup::default().before(server.address).await;
+    for length in ["content-length: 9\r\n\r\nabc", "transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"] {
+        let mut client = gateway.client().await;
+        client.say(format!("POST / HTTP/1.1\r\nhost: a\r\n{length}")).await;
+        let mut replica = server.accept().await;
+        replica.hear("abc").await;
+        drop(client);
+        // The server is told, too.
+        replica.rest().await;
+        gateway.await_taken(0).await;
+        assert_eq!(gateway.pool.broken.load(Ordering::SeqCst), 0, "{length:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_is_slow_with_its_body_is_no_fault_of_the_replica() {
+    let server = Server::start().await;
+    let patience = Some(Duration::from_millis(150));
+    let gateway = Setup { patience, ..Setup::default() }.before(server.address).await;
+    let mut client = gateway.client().await;
+    client.say("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nabc").await;
+    let mut replica = server.accept().await;
+    replica.hear("abc").await;
+    let answer = client.hear("}}").await;
+    assert!(answer.starts_with("HTTP/1.1 408 ") && answer.contains("body_late"), "{answer}");
+    gateway.await_taken(0).await;
+    assert_eq!(gateway.pool.broken.load(Ordering::SeqCst), 0);
 }
 
 #[tokio::test]
