@@ -211,6 +211,20 @@ fn a_snapshot_that_is_removed_while_its_pool_runs_costs_no_answer() {
 }
 
 #[test]
+fn a_file_is_checked_without_starting_anything() {
+    let Some(world) = pool_world() else { return };
+    let good = config(&world, free_port(), "min_replicas = 1\n");
+    world.configure(&good);
+    let output = world.serve_call().arg("--check").ok();
+    assert!(output.stdout.contains("is good"), "{output}");
+    world.configure(&good.replace("min_replicas", "min_replica"));
+    world.serve_call().arg("--check").fails(2).says(&["min_replica", "min_replicas"]);
+    let list = world.rewarm_json().args(["ps", "--all"]).ok().json();
+    assert_eq!(list["replicas"], serde_json::json!([]));
+    world.finish();
+}
+
+#[test]
 fn sigterm_lets_what_is_in_flight_be_answered() {
     let Some(world) = pool_world() else { return };
     let port = free_port();
