@@ -22,6 +22,7 @@ use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 
 use crate::desk::Router;
+use crate::lanes::Lanes;
 use crate::proxy;
 use crate::tls::H2;
 
@@ -50,6 +51,7 @@ pub struct Front {
     router: RwLock<Arc<dyn Router>>,
     limits: RwLock<Limits>,
     tls: RwLock<Option<TlsAcceptor>>,
+    lanes: Arc<Lanes>,
     places: Arc<Semaphore>,
     tracer: Option<SdkTracer>,
     /// `true` from the moment on in which no further connection is taken.
@@ -59,12 +61,14 @@ pub struct Front {
 }
 
 impl Front {
-    /// `places` bounds the connections of all addresses that share it; `tracer` makes a span of each request.
+    /// `lanes` carries its connections; `places` bounds those of all addresses that share it; `tracer` makes a span of each
+    /// request.
     #[must_use]
     pub fn new(
         router: Arc<dyn Router>,
         limits: Limits,
         tls: Option<TlsAcceptor>,
+        lanes: Arc<Lanes>,
         places: Arc<Semaphore>,
         tracer: Option<SdkTracer>,
     ) -> Arc<Self> {
@@ -72,6 +76,7 @@ impl Front {
             router: RwLock::new(router),
             limits: RwLock::new(limits),
             tls: RwLock::new(tls),
+            lanes,
             places,
             tracer,
             closing: watch::Sender::new(false),
@@ -123,8 +128,10 @@ impl Front {
                     None => return,
                 },
             };
+            // Into the runtime of its lane, out of this one.
+            let accepted = accepted.and_then(|(stream, _)| stream.into_std());
             let stream = match accepted {
-                Ok((stream, _)) => stream,
+                Ok(stream) => stream,
                 Err(error) => {
                     tracing::warn!(%error, "accept");
                     tokio::time::sleep(REST).await;
@@ -132,7 +139,7 @@ impl Front {
                 }
             };
             let (front, open) = (self.clone(), self.open.subscribe());
-            tokio::spawn(async move {
+            self.lanes.carry(async move {
                 // How a connection ends is between its two ends.
                 if let Err(error) = front.connection(stream).await {
                     tracing::debug!(%error, "a client's connection");
@@ -144,8 +151,9 @@ impl Front {
 
     async fn connection(
         self: Arc<Self>,
-        stream: TcpStream,
+        stream: std::net::TcpStream,
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        let stream = TcpStream::from_std(stream)?;
         // Tokens are small and wait for each other.
         stream.set_nodelay(true)?;
         let patience = self.limits().header_timeout;

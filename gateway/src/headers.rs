@@ -113,12 +113,12 @@ pub(crate) fn for_replica(parts: &mut Parts) {
         parts.headers.insert(UPGRADE, protocol);
     }
     if !parts.headers.contains_key(REQUEST_ID)
-        && let Ok(id) = HeaderValue::from_str(&random_hex(16))
+        && let Ok(id) = HeaderValue::from_bytes(&random_digits::<32>())
     {
         parts.headers.insert(REQUEST_ID, id);
     }
     if !parts.headers.contains_key(TRACEPARENT)
-        && let Ok(trace) = HeaderValue::from_str(&format!("00-{}-{}-00", random_hex(16), random_hex(8)))
+        && let Ok(trace) = HeaderValue::from_bytes(&random_trace())
     {
         parts.headers.insert(TRACEPARENT, trace);
     }
@@ -156,14 +156,19 @@ pub(crate) fn for_client(
     }
 }
 
-/// Random bytes in hexadecimal digits. Where the kernel has none, as it does only at boot, all are zero.
-fn random_hex(bytes: usize) -> String {
-    let mut buffer = [0_u8; 16];
-    let part = &mut buffer[..bytes];
-    if getrandom::fill(part).is_err() {
-        part.fill(0);
-    }
-    part.iter().map(|byte| format!("{byte:02x}")).collect()
+/// A trace of which nothing is recorded, as W3C writes it: version, trace, parent, flags.
+fn random_trace() -> [u8; 55] {
+    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
+    text[3..35].copy_from_slice(&random_digits::<32>());
+    text[36..52].copy_from_slice(&random_digits::<16>());
+    text
+}
+
+/// So many random hexadecimal digits.
+fn random_digits<const COUNT: usize>() -> [u8; COUNT] {
+    let mut digits = [0; COUNT];
+    rand::fill(&mut digits[..]);
+    digits.map(|random| b"0123456789abcdef"[usize::from(random & 15)])
 }
 
 #[cfg(test)]

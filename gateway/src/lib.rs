@@ -1,6 +1,6 @@
 //! The reverse proxy in front of replicas: the data plane.
 //!
-//! [`front`] takes connections of clients and reads HTTP/1.1 and HTTP/2 from them. `proxy` answers one request: it asks
+//! [`front`] takes connections of clients, each of them on one of the [`lanes`], and reads HTTP/1.1 and HTTP/2 from them. `proxy` answers one request: it asks
 //! the [`desk`] of a pool for a slot, which may take a while, and carries the request to that slot's replica and the
 //! answer back, through the connections that [`upstream`] keeps. How many replicas there are, who gets a slot and who is
 //! refused is the desk's matter, and the desk is somebody else's.
@@ -13,6 +13,7 @@ pub mod body;
 pub mod desk;
 pub mod front;
 mod headers;
+pub mod lanes;
 mod model;
 mod proxy;
 pub mod tls;
@@ -22,4 +23,5 @@ mod websocket;
 
 pub use desk::{Asked, Choice, Desk, Lease, Refusal, Router, Slot, Want};
 pub use front::{Front, Limits};
+pub use lanes::Lanes;
 pub use upstream::{Dial, Protocol, Upstream};

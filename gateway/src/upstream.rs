@@ -5,6 +5,7 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use futures::FutureExt;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
 use hyper::header::{CONNECTION, HOST, UPGRADE};
@@ -14,6 +15,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpStream;
 
 use crate::body::Outgoing;
+use crate::lanes;
 
 /// How long a kept connection may take to be done with its last answer before another one is used.
 const SETTLE: Duration = Duration::from_millis(20);
@@ -56,13 +58,20 @@ impl Sender {
     }
 }
 
+/// A connection that is kept.
+struct Idle {
+    sender: Sender,
+    /// The lane on which its bytes are read and written.
+    lane: usize,
+}
+
 /// A replica's server.
 pub struct Upstream {
     name: String,
     dial: Arc<dyn Dial>,
     protocol: Protocol,
     /// Those of HTTP/1.1 that carry nothing, and that of HTTP/2 whatever it carries.
-    idle: Mutex<Vec<Sender>>,
+    idle: Mutex<Vec<Idle>>,
 }
 
 impl std::fmt::Debug for Upstream {
@@ -74,6 +83,7 @@ impl std::fmt::Debug for Upstream {
 /// A connection that one request has for itself.
 pub(crate) struct Connection {
     sender: Sender,
+    lane: usize,
     /// It has carried requests before, so its server may have closed it meanwhile.
     pub(crate) kept: bool,
 }
@@ -107,22 +117,34 @@ impl Upstream {
     /// A connection that can take a request: a kept one, or a new one.
     pub(crate) async fn connection(&self) -> io::Result<Connection> {
         loop {
-            let kept = {
-                let mut idle = self.lock();
-                match idle.last() {
-                    Some(Sender::Two(sender)) if !sender.is_closed() => Some(Sender::Two(sender.clone())),
-                    _ => idle.pop(),
-                }
+            let kept = self.kept();
+            let Some(Idle { mut sender, lane }) = kept else { return self.connect().await };
+            // Most are ready, and a clock is only for those that are not.
+            let settled = match sender.ready().now_or_never() {
+                Some(settled) => settled.is_ok(),
+                None => matches!(tokio::time::timeout(SETTLE, sender.ready()).await, Ok(Ok(()))),
             };
-            let Some(mut sender) = kept else { return self.connect().await };
-            let settled = tokio::time::timeout(SETTLE, sender.ready()).await;
-            if matches!(settled, Ok(Ok(()))) {
-                return Ok(Connection { sender, kept: true });
+            if settled {
+                return Ok(Connection { sender, lane, kept: true });
             }
         }
     }
 
+    /// One of this lane, else one of another: a replica never has more connections than requests at once, and a server that
+    /// has a thread for each would not take more.
+    fn kept(&self) -> Option<Idle> {
+        let (mut idle, here) = (self.lock(), lanes::here());
+        if let Some(Idle { sender: Sender::Two(sender), lane }) = idle.last()
+            && !sender.is_closed()
+        {
+            return Some(Idle { sender: Sender::Two(sender.clone()), lane: *lane });
+        }
+        let own = idle.iter().rposition(|kept| kept.lane == here);
+        own.map(|own| idle.swap_remove(own)).or_else(|| idle.pop())
+    }
+
     async fn connect(&self) -> io::Result<Connection> {
+        let lane = lanes::here();
         let stream = self.dial.dial().await?;
         // Requests and tokens are small and wait for each other.
         let _ = stream.set_nodelay(true);
@@ -141,24 +163,27 @@ impl Upstream {
                 builder.max_header_list_size(HEAD_BYTES_MAX as u32);
                 let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
                 tokio::spawn(connection);
-                self.lock().push(Sender::Two(sender.clone()));
+                self.lock().push(Idle { sender: Sender::Two(sender.clone()), lane });
                 Sender::Two(sender)
             }
         };
-        Ok(Connection { sender, kept: false })
+        Ok(Connection { sender, lane, kept: false })
     }
 
     /// Keeps a connection whose answer has been read to its end.
     pub(crate) fn keep(&self, connection: Connection) {
         match &connection.sender {
-            Sender::One(sender) if !sender.is_closed() => self.lock().push(connection.sender),
+            Sender::One(sender) if !sender.is_closed() => {
+                let Connection { sender, lane, .. } = connection;
+                self.lock().push(Idle { sender, lane });
+            }
             // One of HTTP/2 was there all the time.
             Sender::One(_) | Sender::Two(_) => {}
         }
     }
 
     /// No critical section can panic.
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Sender>> {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -30,10 +30,8 @@ pub(crate) fn is_asked_for(parts: &Parts) -> bool {
 impl Handshake {
     /// Makes the request one of HTTP/1.1.
     pub(crate) fn begin(parts: &mut Parts) -> Self {
-        let mut key = [0_u8; 16];
-        // The key protects nothing: it shows that whoever answers has read it, which zeros do at boot as well.
-        let _ = getrandom::fill(&mut key);
-        let key = BASE64_STANDARD.encode(key);
+        // The key protects nothing: it shows that whoever answers has read it.
+        let key = BASE64_STANDARD.encode(rand::random::<[u8; 16]>());
         let accept = accept(&key);
         parts.method = Method::GET;
         parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use rewarm_autoscaler::ledger::{Ledger, Memory};
-use rewarm_gateway::{Asked, Choice, Desk, Front, Limits, Router, tls};
+use rewarm_gateway::{Asked, Choice, Desk, Front, Lanes, Limits, Router, tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
@@ -70,7 +70,9 @@ fn run() -> io::Result<()> {
             }
         }
     })?;
-    runtime.block_on(Control::new(line).serve(heard))?;
+    // A thread for each core carries clients; the runtime decides, tells and listens.
+    let lanes = Lanes::start(std::thread::available_parallelism()?.get())?;
+    runtime.block_on(Control::new(line, lanes).serve(heard))?;
     runtime.shutdown_background();
     Ok(())
 }
@@ -95,6 +97,7 @@ struct Control {
     ledger: Option<Ledger>,
     fronts: HashMap<SocketAddr, Arc<Front>>,
     operators: Operators,
+    lanes: Arc<Lanes>,
     places: Arc<Semaphore>,
     drain: Duration,
     /// Where spans go, from the first configuration on.
@@ -171,7 +174,7 @@ impl Source for World {
 }
 
 impl Control {
-    fn new(line: Line) -> Self {
+    fn new(line: Line, lanes: Arc<Lanes>) -> Self {
         let (notices, _) = broadcast::channel(NOTICES_MAX);
         let dialler = Arc::new(Dialler::new(line.clone()));
         let world = World { since: status::now(), notices, dialler, pools: Mutex::default() };
@@ -182,6 +185,7 @@ impl Control {
             world,
             ledger: None,
             fronts: HashMap::new(),
+            lanes,
             places: Arc::new(Semaphore::new(0)),
             drain: Duration::ZERO,
             traces: None,
@@ -336,11 +340,13 @@ impl Control {
             match purpose {
                 Purpose::Clients => {
                     let listener = TcpListener::from_std(listener)?;
+                    let (lanes, places) = (self.lanes.clone(), self.places.clone());
                     let front = Front::new(
                         router(*address),
                         limits,
                         tls.clone(),
-                        self.places.clone(),
+                        lanes,
+                        places,
                         self.traces.as_ref().map(Traces::tracer),
                     );
                     tokio::spawn(front.clone().serve(listener));

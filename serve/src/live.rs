@@ -145,7 +145,7 @@ impl Live {
     }
 
     pub(crate) fn config(&self) -> PoolConfig {
-        self.with(|inner| inner.config.clone())
+        self.look(|inner| inner.config.clone())
     }
 
     /// Does something under the lock, at one moment. What it could not hand over is dropped afterwards: giving a slot back
@@ -164,6 +164,11 @@ impl Live {
             self.sooner.notify_one();
         }
         result
+    }
+
+    /// Reads or counts something under the lock, which changes nothing of what happens and when.
+    fn look<T>(&self, work: impl FnOnce(&mut Inner) -> T) -> T {
+        work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Lets time pass, for ever.

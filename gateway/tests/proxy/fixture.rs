@@ -9,7 +9,7 @@ use std::time::Duration;
 use opentelemetry_sdk::trace::SdkTracer;
 use rewarm_gateway::desk::Traffic;
 use rewarm_gateway::{
-    Asked, Choice, Desk, Dial, Front, Lease, Limits, Protocol, Refusal, Router, Slot, Upstream, Want,
+    Asked, Choice, Desk, Dial, Front, Lanes, Lease, Limits, Protocol, Refusal, Router, Slot, Upstream, Want,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -186,7 +186,14 @@ impl Setup {
             patience: self.patience,
         });
         let router = Arc::new(One { pool: pool.clone(), model: self.model });
-        let front = Front::new(router, self.limits, self.tls, Arc::new(Semaphore::new(100)), self.tracer);
+        let front = Front::new(
+            router,
+            self.limits,
+            self.tls,
+            Lanes::start(2).expect("threads"),
+            Arc::new(Semaphore::new(100)),
+            self.tracer,
+        );
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let address = listener.local_addr().expect("its address");
         tokio::spawn(front.clone().serve(listener));

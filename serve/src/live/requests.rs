@@ -111,10 +111,12 @@ impl Lease for Taken {
 
 impl Drop for Taken {
     fn drop(&mut self) {
-        if !self.broken {
-            self.live.with(|inner| inner.answered(self.id));
-        }
-        self.live.ended(self.id, self.began, self.early);
+        self.live.with(|inner| {
+            if !self.broken {
+                inner.answered(self.id);
+            }
+            inner.ended(self.id, self.began, self.early);
+        });
     }
 }
 
@@ -136,15 +138,15 @@ impl Desk for LiveDesk {
     }
 
     fn affinity(&self) -> Option<String> {
-        self.0.with(|inner| inner.config.affinity.clone())
+        self.0.look(|inner| inner.config.affinity.clone())
     }
 
     fn retries(&self) -> bool {
-        self.0.with(|inner| inner.config.retry)
+        self.0.look(|inner| inner.config.retry)
     }
 
     fn patience(&self) -> Option<Duration> {
-        self.0.with(|inner| inner.config.answer_timeout)
+        self.0.look(|inner| inner.config.answer_timeout)
     }
 
     async fn slot(&self, want: Want) -> Result<Slot, Refusal> {
@@ -164,15 +166,15 @@ impl Desk for LiveDesk {
     }
 
     fn retry_after(&self) -> Duration {
-        self.0.with(|inner| Duration::from_secs_f64(inner.times.expected().restore.clamp(1.0, 60.0)))
+        self.0.look(|inner| Duration::from_secs_f64(inner.times.expected().restore.clamp(1.0, 60.0)))
     }
 
     fn answered(&self, status: u16) {
-        self.0.with(|inner| *inner.totals.responses.entry(status).or_default() += 1);
+        self.0.look(|inner| *inner.totals.responses.entry(status).or_default() += 1);
     }
 
     fn retried(&self) {
-        self.0.with(|inner| inner.totals.retried += 1);
+        self.0.look(|inner| inner.totals.retried += 1);
     }
 
     fn traffic(&self) -> Arc<Traffic> {
