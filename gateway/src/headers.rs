@@ -166,7 +166,7 @@ fn random_trace() -> [u8; 55] {
 
 /// So many random hexadecimal digits.
 fn random_digits<const COUNT: usize>() -> [u8; COUNT] {
-    let mut digits = [0; COUNT];
+    let mut digits = [0_u8; COUNT];
     rand::fill(&mut digits[..]);
     digits.map(|random| b"0123456789abcdef"[usize::from(random & 15)])
 }

@@ -36,6 +36,34 @@ async fn a_request_and_its_answer_over_kept_connections() {
     gateway.await_taken(0).await;
 }
 
+/// Two clients are carried by two threads: what one has left is used by the other, as servers with a thread for each connection
+/// need it.
+#[tokio::test]
+async fn a_replica_has_as_many_connections_as_requests_at_once_whichever_thread_carries_them() {
+    let server = Server::start().await;
+    let gateway = Setup::default().before(server.address).await;
+    let (mut first, mut second) = (gateway.client().await, gateway.client().await);
+    first.say(GET).await;
+    let mut replica = server.accept().await;
+    for _ in 0..3 {
+        replica.head().await;
+        replica.say(OK).await;
+        first.hear("ok").await;
+        gateway.await_taken(0).await;
+        second.say(GET).await;
+        replica.head().await;
+        replica.say(OK).await;
+        second.hear("ok").await;
+        gateway.await_taken(0).await;
+        first.say(GET).await;
+    }
+    replica.head().await;
+    second.say(GET).await;
+    let mut another = server.accept().await;
+    another.head().await;
+    gateway.await_taken(2).await;
+}
+
 #[tokio::test]
 async fn a_stream_arrives_piece_by_piece_and_holds_its_slot_to_the_last() {
     let server = Server::start().await;
