@@ -10,8 +10,8 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use rewarm_report::Class;
-use rewarm_store::{Boot, ChunkMap, Error, Fetched, Request, Sink};
-use rewarm_sys::shared::Writer;
+use rewarm_store::{Boot, ChunkMap, Error, Fetched, Request, Room, Sink};
+use rewarm_sys::shared::{self, Writer};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
 
@@ -69,6 +69,43 @@ impl Sink for Placing {
             return Ok(());
         }
         self.writer.put(self.base + offset, bytes)
+    }
+
+    fn room(&self, offset: u64, bytes: u64) -> Option<Box<dyn Room + '_>> {
+        let done = &self.done[self.chunks.at(offset)?];
+        if done.swap(true, Ordering::AcqRel) {
+            return None;
+        }
+        let Some(room) = self.writer.room(self.base + offset, bytes) else {
+            done.store(false, Ordering::Release);
+            return None;
+        };
+        Some(Box::new(Place { done, room: Some(room) }))
+    }
+}
+
+/// The place of one chunk, which nobody else fills meanwhile.
+struct Place<'a> {
+    done: &'a AtomicBool,
+    room: Option<shared::Room<'a>>,
+}
+
+impl Room for Place<'_> {
+    fn parts(&mut self) -> Vec<&mut [u8]> {
+        self.room.as_mut().map(shared::Room::parts).unwrap_or_default()
+    }
+
+    fn done(mut self: Box<Self>) -> io::Result<()> {
+        self.room.take().map_or(Ok(()), shared::Room::done)
+    }
+}
+
+impl Drop for Place<'_> {
+    /// Given up: whoever brings the chunk next puts it.
+    fn drop(&mut self) {
+        if self.room.is_some() {
+            self.done.store(false, Ordering::Release);
+        }
     }
 }
 
@@ -356,6 +393,42 @@ mod tests {
         let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
         fill.run(hear, Duration::ZERO).await.expect("the store is there");
         assert_eq!(owner.arrived_bytes(), 100 * BLOCK_BYTES);
+    }
+
+    /// It is read straight into the memory of readers, who must not see it.
+    #[tokio::test]
+    async fn what_is_damaged_does_not_arrive_and_may_come_again() {
+        let (folder, boot, layout, owner, writer) = noisy(8 * BLOCK_BYTES).await;
+        let packs = std::fs::read_dir(folder.path().join("packs")).expect("a folder");
+        let pack = packs.flatten().max_by_key(|pack| pack.metadata().map_or(0, |file| file.len()));
+        let pack = pack.expect("there is a pack").path();
+        let whole = std::fs::read(&pack).expect("a file");
+        let mut damaged = whole.clone();
+        damaged[whole.len() / 2] ^= 1;
+        std::fs::write(&pack, &damaged).expect("room");
+        let fill = Fill::new(boot.clone(), layout.clone(), writer.clone(), &[], None, true);
+        let fill = fill.await.expect("a plan");
+        let sink = fill.regions[0].sink.clone();
+        let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
+        assert!(fill.run(hear, Duration::ZERO).await.is_err());
+        assert!(owner.arrived_bytes() < 8 * BLOCK_BYTES);
+        assert!((0..sink.done.len()).any(|chunk| !sink.has(chunk)), "the damaged one can be put again");
+
+        std::fs::write(&pack, &whole).expect("room");
+        let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
+        let writer = Writer::open(content, table, layout.regions(), false).expect("a stream");
+        let fill = Fill::new(boot, layout, Arc::new(writer), &[], None, true).await.expect("a plan");
+        let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
+        fill.run(hear, Duration::ZERO).await.expect("all of it is whole");
+        assert_eq!(owner.arrived_bytes(), 8 * BLOCK_BYTES);
+        let files = owner.for_reading().expect("descriptors");
+        let [content, table] = files;
+        let reader = rewarm_sys::shared::Reader::open(content, table).expect("a stream");
+        let expected = noise(8 * BLOCK_BYTES);
+        for (block, expected) in (0..).zip(expected.chunks(BLOCK_BYTES as usize)) {
+            let seen = reader.wait(block, Duration::ZERO, &|| true).expect("arrived");
+            assert!(seen == expected, "block {block} has other bytes");
+        }
     }
 
     /// A reader waits for whole blocks: a block of which only some chunks come first comes last.

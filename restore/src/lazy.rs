@@ -17,6 +17,7 @@ use rewarm_criu::page_server::Object;
 use rewarm_criu::patch;
 use rewarm_fetcher::{Lease, Stream};
 use rewarm_gpu::carried::Carried;
+use rewarm_sys::fresh;
 use serde::{Deserialize, Serialize};
 
 use crate::blueprint::{Blueprint, DirectRegion};
@@ -38,6 +39,8 @@ pub(crate) struct Orders {
     pub(crate) devices: Vec<TaskOrders>,
     /// When memory is filled.
     pub(crate) when: When,
+    /// What is filled while the tree is stopped is written in huge pages; otherwise copied in small ones.
+    pub(crate) huge: bool,
     /// Find out what is touched first. What is filled before anybody touches it is not noticed.
     pub(crate) record: bool,
     /// No other pager reads the stream: what this one is done with is given back.
@@ -135,20 +138,21 @@ pub(crate) const DEVICE_STREAM: u32 = 1 << 31;
 
 impl Lazy {
     /// Plans the filling of a snapshot's tasks. The images of all replicas hold their `mm` images already; where memory
-    /// is filled before it is used, mappings that are worth it are marked for huge pages there.
+    /// is filled before it is used, and huge pages come quickly, mappings that are worth it are marked for them there.
     pub(crate) fn plan(
         blueprint: &Blueprint,
         images: &[PathBuf],
         stream: Arc<Stream>,
         when: When,
     ) -> Result<Self, Cause> {
+        let huge = when == When::Stopped && huge_pages_serve(blueprint, images.len() as u64);
         let mut tasks = Vec::new();
         let mut regions = Vec::new();
         for object in &blueprint.objects {
             let (Object::Task { pid }, Some(first)) = (object.object, images.first()) else { continue };
             let mut task = orders(&object.layout, pid, stream.layout().base(object.region), first)?;
             task.zeros.clear();
-            if when == When::Stopped {
+            if huge {
                 let huge = task.plan()?.huge();
                 for directory in images {
                     patch::advise_huge_pages(directory, pid, &huge)?;
@@ -175,7 +179,7 @@ impl Lazy {
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
         let passing = images.len() == 1 && blueprint.devices.is_empty() && blueprint.direct.is_empty();
         let record = when == When::Recorded || (when == When::AtOnce && stream.working_set().is_some());
-        let orders = Orders { first: first.collect(), tasks, devices, when, record, passing };
+        let orders = Orders { first: first.collect(), tasks, devices, when, huge, record, passing };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
         Ok(Self { stream, orders, when, passing, regions, direct: blueprint.direct.clone() })
     }
@@ -216,6 +220,14 @@ impl Lazy {
         let [content, table] = self.stream.files();
         [self.orders.as_fd(), content, table]
     }
+}
+
+/// Whether memory that is filled before anything runs is filled sooner in huge pages. Device memory always is.
+fn huge_pages_serve(blueprint: &Blueprint, clones: u64) -> bool {
+    let tasks = blueprint.objects.iter().filter(|object| matches!(object.object, Object::Task { .. }));
+    let content: u64 = tasks.map(|object| object.layout.stream_bytes()).sum();
+    let devices = !blueprint.devices.is_empty() || !blueprint.direct.is_empty();
+    devices || fresh::is_quick(content.saturating_mul(clones))
 }
 
 fn orders(layout: &Layout, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {

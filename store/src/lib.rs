@@ -46,7 +46,7 @@ pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
 pub use reader::{
     Boot, Chunk, ChunkMap, Chunks, Comparison, Fetched, Found, Region, RegionComparison, RegionSide, Request,
-    Sink, Snapshot, Verified, compare,
+    Room, Sink, Snapshot, Verified, compare,
 };
 pub use remove::Removed;
 pub use signature::{KeySyntax, Mistrust, PublicKey, SigningKey, Trust};

@@ -28,7 +28,7 @@ use crate::url::Reference;
 
 pub use chunks::{Chunk, ChunkMap};
 pub use compare::{Chunks, Comparison, RegionComparison, RegionSide, compare};
-pub use fetch::{Fetched, Request, Sink};
+pub use fetch::{Fetched, Request, Room, Sink};
 pub use verify::Verified;
 pub(crate) use verify::Wanted;
 

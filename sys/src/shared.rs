@@ -39,7 +39,7 @@ use crate::fresh::{collapse_at, populate_at};
 mod slots;
 mod writer;
 
-pub use writer::Writer;
+pub use writer::{Room, Writer};
 
 const MAGIC: u64 = 0x3362_6174_7473_7772;
 const HEAD_BYTES: usize = 64;
@@ -128,6 +128,15 @@ impl Map {
             let target = self.start.as_ptr().cast::<u8>().add(start);
             std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len());
         }
+    }
+
+    /// # Safety
+    /// Nobody else reads or writes the part as long as the reference lives, and the mapping is a writable one.
+    #[expect(clippy::mut_from_ref, reason = "the mapping is shared, its parts are not")]
+    unsafe fn bytes_mut(&self, start: usize, length: usize) -> &mut [u8] {
+        self.check(start, length);
+        // SAFETY: in bounds, writable and exclusive by the caller's word.
+        unsafe { std::slice::from_raw_parts_mut(self.start.as_ptr().cast::<u8>().add(start), length) }
     }
 
     fn populate(&self, start: usize, length: usize) -> io::Result<()> {

@@ -1,7 +1,7 @@
 //! Memory that is filled right, whatever its owner does.
 
 use libtest_mimic::{Failed, Trial};
-use rewarm_restore::pager::{Command, Heard, Mode, Report, WorkingSet};
+use rewarm_restore::pager::{Command, Heard, Mode, Report, Summary, WorkingSet};
 
 use crate::source::Fault;
 use crate::world::{PATIENCE, Scene, World, seed};
@@ -14,6 +14,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test("fills::a_wrong_byte_is_noticed", a_wrong_byte_is_noticed),
         Trial::test("fills::eagerly_before_the_first_instruction", eagerly_before_the_first_instruction),
         Trial::test("fills::eagerly_into_what_may_not_be_written", eagerly_into_what_may_not_be_written),
+        Trial::test(
+            "fills::before_the_first_instruction_in_small_pages",
+            before_the_first_instruction_in_small_pages,
+        ),
         Trial::test(
             "fills::a_working_set_is_recorded_and_comes_first",
             a_working_set_is_recorded_and_comes_first,
@@ -85,9 +89,26 @@ fn eagerly_into_what_may_not_be_written() -> Result<(), Failed> {
     eagerly(&Scene { protected: 500, ..Scene::new(seed()) })
 }
 
+/// As where huge pages are slow to get.
+fn before_the_first_instruction_in_small_pages() -> Result<(), Failed> {
+    let summary = stopped(&Scene { mode: Mode::LazyWhenTold, ..Scene::new(seed()) })?;
+    if summary.background_bytes == 0 || summary.eager_bytes != 0 {
+        return Err(format!("{summary:?}: all should be copied").into());
+    }
+    Ok(())
+}
+
 fn eagerly(scene: &Scene) -> Result<(), Failed> {
-    let mut scene = scene.clone();
-    scene.mode = Mode::Eager;
+    let summary = stopped(&Scene { mode: Mode::Eager, ..scene.clone() })?;
+    if summary.eager_bytes == 0 || summary.background_bytes != 0 {
+        return Err(format!("{summary:?}: all should be written from outside").into());
+    }
+    Ok(())
+}
+
+/// Fills a subject that is stopped, and lets it go on when all is in place.
+fn stopped(scene: &Scene) -> Result<Summary, Failed> {
+    let mut scene = Scene { stop: true, ..scene.clone() };
     scene.shape.pages = 3000;
     let mut world = World::start(&scene);
     world.hear_until(|report| *report == Report::Finished);
@@ -95,12 +116,9 @@ fn eagerly(scene: &Scene) -> Result<(), Failed> {
     world.tell(Command::Fill);
     let heard = world.hear_all();
     let Heard::Done(summary) = heard else { return Err(format!("{heard:?}").into()) };
-    if summary.eager_bytes == 0 || summary.background_bytes != 0 {
-        return Err(format!("{summary:?}: all should be written from outside").into());
-    }
     World::signal(world.subject.id(), nix::sys::signal::Signal::SIGCONT);
     let status = world.end_of_subject();
-    if status.success() { Ok(()) } else { Err(format!("seed {}: {status}", scene.shape.seed).into()) }
+    if status.success() { Ok(summary) } else { Err(format!("seed {}: {status}", scene.shape.seed).into()) }
 }
 
 fn a_working_set_is_recorded_and_comes_first() -> Result<(), Failed> {

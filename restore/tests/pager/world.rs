@@ -117,6 +117,8 @@ pub(crate) struct Scene {
     pub(crate) touch_first: u64,
     pub(crate) protected: u64,
     pub(crate) mode: Mode,
+    /// The subject is stopped before its first touch.
+    pub(crate) stop: bool,
     pub(crate) record: bool,
     pub(crate) working_set: WorkingSet,
     pub(crate) manner: Manner,
@@ -133,6 +135,7 @@ impl Scene {
             touch_first: 0,
             protected: 0,
             mode: Mode::Lazy,
+            stop: false,
             record: false,
             working_set: WorkingSet::default(),
             manner: Manner { chunk: 256 << 10, delay_us: 0, near: false, fault: Fault::None },
@@ -172,7 +175,7 @@ impl World {
             socket: work.path().join("lazy-pages.socket"),
             threads: scene.threads,
             operations: scene.operations,
-            stop: scene.mode == Mode::Eager,
+            stop: scene.stop,
             touch_first: scene.touch_first,
             protected: scene.protected,
         };

@@ -197,8 +197,14 @@ fn what_passes_between_threads_is_never_mixed_up() {
             scope.spawn(move || {
                 for block in 0..BLOCKS {
                     // Each block in two parts by two threads.
-                    let part = &numbered(block)[..2048];
-                    writer.put(block * 4096 + half * 2048, part).expect("room");
+                    let (at, part) = (block * 4096 + half * 2048, &numbered(block)[..2048]);
+                    if half == 0 {
+                        writer.put(at, part).expect("room");
+                    } else {
+                        let mut room = writer.room(at, 2048).expect("it is not there");
+                        room.parts()[0].copy_from_slice(part);
+                        room.done().expect("room");
+                    }
                 }
             });
         }
@@ -212,6 +218,35 @@ fn what_passes_between_threads_is_never_mixed_up() {
             });
         }
     });
+}
+
+#[test]
+fn what_is_filled_in_place_is_there_when_it_is_done() {
+    let owner = Owner::create(3 * 4096, 4096, None).expect("memory files");
+    let (writer, reader) = (writer(&owner, &[(0, 3 * 4096)]), reader(&owner));
+    let content: Vec<u8> = (0..2 * 4096).map(|at| (at / 16) as u8).collect();
+    let mut given_up = writer.room(2048, 8192).expect("nothing is there");
+    given_up.parts().into_iter().for_each(|part| part.fill(0xff));
+    drop(given_up);
+    assert_eq!(owner.arrived_bytes(), 0);
+
+    let mut room = writer.room(2048, 8192).expect("nothing is there");
+    let lengths: Vec<usize> = room.parts().iter().map(|part| part.len()).collect();
+    assert_eq!(lengths, [2048, 4096, 2048]);
+    let mut at = 0;
+    for part in room.parts() {
+        part.copy_from_slice(&content[at..at + part.len()]);
+        at += part.len();
+    }
+    assert!((0..3).all(|block| !writer.has(block)));
+    room.done().expect("counted");
+    assert_eq!(reader.wait(1, Duration::ZERO, &alive).expect("arrived"), &content[2048..6144]);
+    assert!(!writer.has(0) && !writer.has(2), "half of each is missing");
+    assert!(writer.room(0, 8192).is_none(), "a part of it is there");
+    assert!(writer.room(4096 * 3 - 1, 2).is_none(), "it lies beyond the end");
+    writer.put(0, &[1; 2048]).expect("room");
+    let first = reader.wait(0, Duration::ZERO, &alive).expect("arrived");
+    assert_eq!((&first[..2048], &first[2048..]), (&[1; 2048][..], &content[..2048]));
 }
 
 #[test]

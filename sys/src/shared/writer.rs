@@ -136,6 +136,30 @@ impl Writer {
         Ok(())
     }
 
+    /// Memory for bytes that this writer has not written before, to be filled in place: what is read or computed into it need
+    /// not be copied. As for [`Writer::put`], nobody else writes these bytes meanwhile. `None` where they must be put: a part of
+    /// them is there already, or has no memory that is mapped, or lies beyond the end.
+    #[must_use]
+    pub fn room(&self, offset: u64, bytes: u64) -> Option<Room<'_>> {
+        let end = offset.checked_add(bytes).filter(|end| *end <= self.shape.content)?;
+        let mut parts = Vec::new();
+        let mut at = offset;
+        while at < end {
+            let block = at / self.shape.block;
+            let next = ((block + 1) * self.shape.block).min(end);
+            if self.has(block) {
+                return None;
+            }
+            let slot = self.slots.of(block, |block| self.word(block).load(Ordering::Acquire));
+            let map = self.mapping(slot)?;
+            let start = u64::from(slot) * self.shape.block + at % self.shape.block;
+            let start = usize::try_from(start).ok()?;
+            parts.push(Part { block, slot, map, start, length: u32::try_from(next - at).ok()? });
+            at = next;
+        }
+        Some(Room { writer: self, parts })
+    }
+
     /// Makes huge pages of what was brought in in small ones, for readers to come: otherwise they take a fault for every
     /// few pages. For when all has arrived; takes up to seconds a GiB, and ends early when the kernel gives none. Gives the
     /// bytes that lie in huge pages by that.
@@ -170,16 +194,20 @@ impl Writer {
     /// Writes a part of a block that belongs to nobody else.
     fn write(&self, slot: u32, inside: u64, part: &[u8]) -> io::Result<()> {
         let at = u64::from(slot) * self.shape.block + inside;
-        let map = match self.bring(slot) {
-            SMALL => self.small.as_ref(),
-            HUGE => self.huge.as_ref(),
-            _ => None,
-        };
-        let Some(map) = map else { return self.content.write_all_at(part, at) };
+        let Some(map) = self.mapping(slot) else { return self.content.write_all_at(part, at) };
         let at = usize::try_from(at).expect("the content was mapped");
         // SAFETY: nobody reads the block before its word names the slot, and nobody else writes this part of it.
         unsafe { map.write(at, part) };
         Ok(())
+    }
+
+    /// The mapping into which the pages of a slot were brought; `None` if they could not be.
+    fn mapping(&self, slot: u32) -> Option<&Map> {
+        match self.bring(slot) {
+            SMALL => self.small.as_ref(),
+            HUGE => self.huge.as_ref(),
+            _ => None,
+        }
     }
 
     /// Brings the pages of a slot in, unless they are, and says into which mapping.
@@ -230,5 +258,43 @@ impl Writer {
             wake(word);
         }
         Ok(())
+    }
+}
+
+/// Memory of a stream for bytes that are on their way. Dropped before [`Room::done`], it was never there.
+#[derive(Debug)]
+pub struct Room<'a> {
+    writer: &'a Writer,
+    parts: Vec<Part<'a>>,
+}
+
+/// What lies in one block.
+#[derive(Debug)]
+struct Part<'a> {
+    block: u64,
+    slot: u32,
+    map: &'a Map,
+    start: usize,
+    length: u32,
+}
+
+impl Room<'_> {
+    /// The memory, in the order of the stream. What is in it at first means nothing.
+    pub fn parts(&mut self) -> Vec<&mut [u8]> {
+        let mut parts: Vec<&mut [u8]> = Vec::new();
+        for part in &self.parts {
+            // SAFETY: nobody reads a block before its word names its slot, and nobody else writes this part of it; no two parts
+            // of a room overlap, since each lies in a block, and thus in a slot, of its own.
+            parts.push(unsafe { part.map.bytes_mut(part.start, part.length as usize) });
+        }
+        parts
+    }
+
+    /// The bytes are there. Wakes who waits for the blocks that are complete by that.
+    ///
+    /// # Errors
+    /// As for [`Writer::put`].
+    pub fn done(self) -> io::Result<()> {
+        self.parts.iter().try_for_each(|part| self.writer.count(part.block, part.slot, part.length))
     }
 }
