@@ -139,12 +139,12 @@ impl Front {
                 }
             };
             let (front, open) = (self.clone(), self.open.subscribe());
-            self.lanes.carry(async move {
+            self.lanes.carry(|carried| async move {
                 // How a connection ends is between its two ends.
                 if let Err(error) = front.connection(stream).await {
                     tracing::debug!(%error, "a client's connection");
                 }
-                drop((open, place));
+                drop((open, place, carried));
             });
         }
     }

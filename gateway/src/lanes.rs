@@ -40,7 +40,7 @@ struct Lane {
 }
 
 /// One connection on a lane.
-struct Carried(Arc<AtomicUsize>);
+pub(crate) struct Carried(Arc<AtomicUsize>);
 
 impl Drop for Carried {
     fn drop(&mut self) {
@@ -58,8 +58,9 @@ impl Lanes {
         Ok(Arc::new(Self { lanes }))
     }
 
-    /// Carries a connection on the lane that carries fewest.
-    pub(crate) fn carry<F>(&self, connection: F)
+    /// Carries a connection on the lane that carries fewest. It keeps what it is given to its end: a future that waited for
+    /// it would be as large again, and there are thousands.
+    pub(crate) fn carry<F>(&self, connection: impl FnOnce(Carried) -> F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
@@ -69,11 +70,7 @@ impl Lanes {
             .min_by_key(|lane| lane.carries.load(Ordering::Relaxed))
             .expect("there is at least one");
         lane.carries.fetch_add(1, Ordering::Relaxed);
-        let carried = Carried(lane.carries.clone());
-        lane.runtime.spawn(async move {
-            connection.await;
-            drop(carried);
-        });
+        lane.runtime.spawn(connection(Carried(lane.carries.clone())));
     }
 }
 
