@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use rewarm_integration_tests::World;
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::free_port;
 
@@ -168,6 +169,15 @@ fn a_killed_shim_is_a_dead_replica() {
     world.finish();
 }
 
+/// Ends the replica that serves; the next request is answered all the same.
+fn the_next_replica_is_cold(world: &World, port: u16) {
+    assert_eq!(http::get(port, "/die").expect("an answer").status, 502);
+    let answer = http::get(port, "/check").expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let list = world.rewarm_json().arg("ps").ok();
+    assert_eq!(list.json()["replicas"][0]["started"], "cold");
+}
+
 #[test]
 fn a_pool_without_its_snapshot_starts_cold() {
     let Some(world) = pool_world() else { return };
@@ -183,11 +193,7 @@ fn a_pool_without_its_snapshot_starts_cold() {
     for entry in std::fs::read_dir(world.store_folder()).expect("the store").flatten() {
         std::fs::rename(entry.path(), world.files().join(entry.file_name())).expect("the same file system");
     }
-    assert_eq!(http::get(port, "/die").expect("an answer").status, 502);
-    let answer = http::get(port, "/check").expect("an answer");
-    assert_eq!(answer.status, 200, "{}", answer.text());
-    let list = world.rewarm_json().arg("ps").ok();
-    assert_eq!(list.json()["replicas"][0]["started"], "cold");
+    the_next_replica_is_cold(&world, port);
     serving.end();
     world.finish();
 }
@@ -201,11 +207,7 @@ fn a_snapshot_that_is_removed_while_its_pool_runs_costs_no_answer() {
     world.rewarm().args(["rm", &world.reference("pool", "v1")]).ok();
     serving.running().await_stderr("the snapshot was not found");
     assert_eq!(http::get(port, "/who").expect("an answer").text(), before, "the replica that runs");
-    assert_eq!(http::get(port, "/die").expect("an answer").status, 502);
-    let answer = http::get(port, "/check").expect("an answer");
-    assert_eq!(answer.status, 200, "{}", answer.text());
-    let list = world.rewarm_json().arg("ps").ok();
-    assert_eq!(list.json()["replicas"][0]["started"], "cold");
+    the_next_replica_is_cold(&world, port);
     serving.end();
     world.finish();
 }
