@@ -114,9 +114,15 @@ fn dispatch(cli: &Cli) -> Result<u8, Cause> {
 /// How long a failed command waits for what undoes itself in the background, given up uploads above all.
 const UNDO_TIMEOUT: Duration = Duration::from_secs(3);
 
+/// How long a thread for calls that block waits for the next one. Seldom is none called for so long, so that there is one also
+/// when memory has become short meanwhile: where no thread can be made such calls are queued until one is free.
+const KEEP_ALIVE: Duration = Duration::from_secs(600);
+
 /// Runs an asynchronous command.
 fn wait_for(command: impl Future<Output = Result<u8, Cause>>) -> Result<u8, Cause> {
-    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().map_err(Cause::Runtime)?;
+    let mut builder = tokio::runtime::Builder::new_multi_thread();
+    let builder = builder.enable_all().thread_keep_alive(KEEP_ALIVE);
+    let runtime = builder.build().map_err(Cause::Runtime)?;
     let outcome = runtime.block_on(command);
     if outcome.is_err() {
         let deadline = Instant::now() + UNDO_TIMEOUT;

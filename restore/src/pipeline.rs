@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures::FutureExt;
-use futures::future::join_all;
+use futures::future::{self, join_all};
 use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_fetcher::{Access, Fetcher, Found, Stream};
 use rewarm_probe::{Engine, Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
 use rewarm_store::{Boot, Facts, Manifest, Reference, RegionKind, Store, Target, Trust, WorkingSet};
+use tokio::sync::oneshot;
 use uuid::Uuid;
 
 use crate::begun::{Begun, Ground, unless_interrupted};
@@ -246,13 +247,24 @@ impl Rest {
         let begun = fetched.map(|fetching| fetching.map(Arc::new)).map_err(Arc::new);
         let fetching = begun.as_ref().ok().cloned().flatten();
         let failed = begun.as_ref().err().cloned();
-        // A thread of its own: it must go on whoever waits for it.
-        let task = tokio::task::spawn_blocking(move || match begun? {
-            Some(fetching) => fetching.all().map_err(Arc::new),
-            None => Ok(()),
-        });
-        let done = task.map(|ended| ended.expect("fetching does not panic")).boxed().shared();
-        Self { fetching, failed, done }
+        let (end, ended) = oneshot::channel();
+        // A thread of its own: it must go on whoever waits for it, and a runtime that can make no more threads would queue it
+        // in front of the calls that restores wait for.
+        let work = move || {
+            let _ = end.send(match begun {
+                Ok(Some(fetching)) => fetching.all().map_err(Arc::new),
+                Ok(None) => Ok(()),
+                Err(cause) => Err(cause),
+            });
+        };
+        let done = match std::thread::Builder::new().name("restore-fetch".to_owned()).spawn(work) {
+            Ok(_) => ended.map(|ended| ended.expect("fetching does not panic")).boxed(),
+            Err(error) => {
+                let doing = "start a thread, for which memory or the limit of processes is short";
+                future::ready(Err(Arc::new(Cause::io(doing)(error)))).boxed()
+            }
+        };
+        Self { fetching, failed, done: done.shared() }
     }
 
     /// Waits until everything has arrived, unless the mode or the time that it would take says otherwise.

@@ -4,7 +4,8 @@
 //! memory that was touched before; memory that the host of a virtual machine has taken back 0.2 GiB/s), so the expected amount
 //! is touched, in huge pages while those come quickly, before the freeze: the last of it while runc and CRIU start.
 //! An arena has a limit. Where a server has more, whoever fills waits until a segment comes back, which it does when
-//! the last user of its bytes drops them: that is how a store that is slower than CRIU makes CRIU wait.
+//! the last user of its bytes drops them: that is how a store that is slower than CRIU makes CRIU wait. Where the system has
+//! less memory than that, the limit comes down to what there is.
 
 use std::io;
 use std::ops::{Deref, DerefMut};
@@ -26,25 +27,40 @@ const MISSING_BYTES_MAX: usize = 16 << 20;
 /// most, one is being filled, and the others keep CRIU and the writer apart.
 pub const ARENA_BYTES_MIN: u64 = 16 << 20;
 
+/// The same in segments.
+const SEGMENTS_MIN: usize = ARENA_BYTES_MIN as usize / SEGMENT_BYTES;
+
+/// What an arena that was refused memory leaves to the others: stacks of threads, buffers of codecs, requests to the store.
+const LEFT_TO_OTHERS: usize = (32 << 20) / SEGMENT_BYTES;
+
 /// Memory in segments, up to a limit. Clones are the same arena.
 #[derive(Clone)]
 pub(crate) struct Arena(Arc<Shared>);
 
 struct Shared {
-    segments_max: usize,
     state: Mutex<State>,
     /// A segment came back, or the arena was closed.
     changed: Condvar,
     fresh: Fresh,
+    #[cfg(test)]
+    refuse_from: usize,
 }
 
-#[derive(Default)]
 struct State {
+    /// The limit of segments.
+    max: usize,
     free: Vec<MmapMut>,
     /// Segments that exist, free or in use.
     made: usize,
     /// Nobody fills any more: what comes back goes to the system.
     closed: bool,
+}
+
+impl State {
+    fn of(bytes_max: u64) -> Self {
+        let max = usize::try_from(bytes_max.max(ARENA_BYTES_MIN)).unwrap_or(usize::MAX) / SEGMENT_BYTES;
+        Self { max, free: Vec::new(), made: 0, closed: false }
+    }
 }
 
 impl Shared {
@@ -55,13 +71,34 @@ impl Shared {
     /// Counts a segment that somebody is about to make, unless there are `limit` already.
     fn claim(&self, limit: usize) -> bool {
         let mut state = self.lock();
-        let may = !state.closed && state.made < limit;
+        let may = !state.closed && state.made < limit.min(state.max);
         state.made += usize::from(may);
         may
     }
 
+    /// A segment that was claimed could not be made: from here on the arena makes do with less than it has now. Whether it
+    /// can; if not, the caller's error stands.
+    fn make_do(&self) -> bool {
+        let mut state = self.lock();
+        state.made -= 1;
+        let max = state.made.saturating_sub(LEFT_TO_OTHERS);
+        if max < SEGMENTS_MIN {
+            return false;
+        }
+        state.max = state.max.min(max);
+        let beyond = state.made.saturating_sub(state.max);
+        let kept = state.free.len().saturating_sub(beyond);
+        let given_back = state.free.split_off(kept);
+        state.made -= given_back.len();
+        true
+    }
+
     /// A segment with its pages.
     fn map(&self) -> io::Result<MmapMut> {
+        #[cfg(test)]
+        if self.lock().made > self.refuse_from {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
         let mut map = MmapMut::map_anon(SEGMENT_BYTES)?;
         let touch = |map: &mut MmapMut| match populate(map) {
             Ok(()) => Ok(()),
@@ -87,10 +124,13 @@ impl Shared {
 impl Arena {
     /// An arena of at most `bytes_max` bytes, and at least [`ARENA_BYTES_MIN`].
     pub(crate) fn new(bytes_max: u64) -> Self {
-        let segments_max =
-            usize::try_from(bytes_max.max(ARENA_BYTES_MIN)).unwrap_or(usize::MAX) / SEGMENT_BYTES;
-        let (state, changed, fresh) = (Mutex::default(), Condvar::new(), Fresh::default());
-        Self(Arc::new(Shared { segments_max, state, changed, fresh }))
+        Self(Arc::new(Shared {
+            state: Mutex::new(State::of(bytes_max)),
+            changed: Condvar::new(),
+            fresh: Fresh::default(),
+            #[cfg(test)]
+            refuse_from: usize::MAX,
+        }))
     }
 
     /// Makes and touches segments until there are `bytes` of them. Blocks; meant for a thread of its own beside the one
@@ -100,14 +140,17 @@ impl Arena {
     /// One thread does it: two were not faster on the development machine.
     pub(crate) fn touch(&self, bytes: u64, margin: Duration, nearly: impl FnOnce()) -> io::Result<()> {
         let wanted = usize::try_from(bytes).unwrap_or(usize::MAX).div_ceil(SEGMENT_BYTES);
-        let wanted = wanted.min(self.0.segments_max);
+        let wanted = wanted.min(self.0.lock().max);
         let (began, mut nearly) = (Instant::now(), Some(nearly));
         for done in 1.. {
             if !self.0.claim(wanted) {
                 break;
             }
-            let map = self.0.map()?;
-            self.0.lock().free.push(map);
+            match self.0.map() {
+                Ok(map) => self.0.lock().free.push(map),
+                Err(_) if self.0.make_do() => break,
+                Err(error) => return Err(error),
+            }
             self.0.changed.notify_one();
             let left = u32::try_from(wanted.saturating_sub(done)).unwrap_or(u32::MAX);
             if left as usize * SEGMENT_BYTES > MISSING_BYTES_MAX {
@@ -135,14 +178,19 @@ impl Arena {
             if let Some(map) = state.free.pop() {
                 return Ok(segment(map));
             }
-            if state.made < self.0.segments_max {
+            if state.made < state.max {
                 state.made += 1;
                 drop(state);
-                return self.0.map().map(segment);
+                match self.0.map() {
+                    Err(_) if self.0.make_do() => {}
+                    made => return made.map(segment),
+                }
+                state = self.0.lock();
+                continue;
             }
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                let bytes = self.0.segments_max * SEGMENT_BYTES;
+                let bytes = state.max * SEGMENT_BYTES;
                 let text = format!("the store did not take the first {} MiB in time", bytes >> 20);
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text));
             }
@@ -202,11 +250,16 @@ impl Drop for Segment {
     fn drop(&mut self) {
         let map = self.map.take();
         let mut state = self.home.lock();
-        if !state.closed {
-            state.free.extend(map);
-            drop(state);
-            self.home.changed.notify_one();
+        if state.closed {
+            return;
         }
+        if state.made > state.max {
+            state.made -= 1;
+        } else {
+            state.free.extend(map);
+        }
+        drop(state);
+        self.home.changed.notify_one();
     }
 }
 
@@ -262,6 +315,47 @@ mod tests {
         arena.close();
         let error = waiting.join().expect("no panic").expect_err("closed");
         assert_eq!(error.kind(), io::ErrorKind::Interrupted);
+    }
+
+    /// An arena whose memory ends at so many segments.
+    fn short_from(refuse_from: usize) -> Arena {
+        let Shared { state, changed, fresh, .. } =
+            Arc::into_inner(Arena::new(1 << 30).0).expect("no clone yet");
+        Arena(Arc::new(Shared { state, changed, fresh, refuse_from }))
+    }
+
+    #[test]
+    fn what_memory_there_is_is_made_do_with_and_some_of_it_left_to_others() {
+        let arena = short_from(SEGMENTS_MIN + LEFT_TO_OTHERS + 3);
+        arena.touch(1 << 30, Duration::ZERO, || ()).expect("enough");
+        let free = arena.0.lock().free.len();
+        let made = arena.0.lock().made;
+        assert_eq!((free, made), (SEGMENTS_MIN + 3, SEGMENTS_MIN + 3));
+        let mut held: Vec<_> = (0..SEGMENTS_MIN + 3).map(|_| arena.segment(soon()).expect("room")).collect();
+        assert_eq!(arena.segment(soon()).err().expect("full").kind(), io::ErrorKind::TimedOut);
+        held.pop();
+        arena.segment(soon()).expect("it came back");
+    }
+
+    #[test]
+    fn memory_that_ends_while_all_is_in_use_is_waited_for() {
+        let arena = short_from(SEGMENTS_MIN + LEFT_TO_OTHERS);
+        let all = SEGMENTS_MIN + LEFT_TO_OTHERS;
+        let mut held: Vec<_> = (0..all).map(|_| arena.segment(soon()).expect("room")).collect();
+        assert_eq!(arena.segment(soon()).err().expect("short").kind(), io::ErrorKind::TimedOut);
+        held.truncate(SEGMENTS_MIN);
+        assert_eq!(arena.0.lock().made, SEGMENTS_MIN, "what is beyond the limit goes back to the system");
+        assert!(arena.segment(soon()).is_err(), "the limit stays");
+        held.pop();
+        arena.segment(soon()).expect("it came back");
+    }
+
+    #[test]
+    fn less_than_the_least_is_an_error() {
+        let arena = short_from(SEGMENTS_MIN + LEFT_TO_OTHERS - 1);
+        assert!(arena.touch(1 << 30, Duration::ZERO, || ()).is_err());
+        let _held: Vec<_> = (0..SEGMENTS_MIN + LEFT_TO_OTHERS - 1).map(|_| arena.segment(soon())).collect();
+        assert_eq!(arena.segment(soon()).err().expect("short").kind(), io::ErrorKind::OutOfMemory);
     }
 
     #[test]

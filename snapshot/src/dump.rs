@@ -22,6 +22,7 @@ use rewarm_store::Session;
 use tokio::sync::oneshot;
 
 use crate::arena::Arena;
+use crate::aside::Aside;
 use crate::budget::Budget;
 use crate::capture::{self, capture};
 use crate::direct;
@@ -78,6 +79,7 @@ pub(crate) async fn dump(
         socket: ours.try_clone().map_err(Cause::io("duplicate the receiver's socket"))?,
         arena: arena.clone(),
     };
+    let [stream, receive, calls] = [Aside::start("stream")?, Aside::start("receive")?, Aside::start("dump")?];
     touch(&arena, budget.expected, replica).await;
     // From here on a server that uses CUDA stands still. The dump lets it go on.
     let kept = if request.gpu_direct { Some(direct::file()?) } else { None };
@@ -85,12 +87,12 @@ pub(crate) async fn dump(
     let given = given.map_err(Cause::io("duplicate the file for device memory"))?;
     let client = replica.client.clone();
     let device = blocking(move || client.suspend_devices(given.as_ref().map(AsFd::as_fd))).await?;
-    let mut streamer = Streamer::start(session, received, device.as_ref())?;
+    let mut streamer = Streamer::start(stream, session, received, device.as_ref());
     let deadline = Instant::now() + request.freeze_timeout;
     let copied = Arc::new(Mutex::new(Copied::default()));
     let at_vote = copy_at_vote(replica, context, copied.clone());
     let intake = Intake::new(arena, deadline, batches);
-    let receiving = tokio::task::spawn_blocking(move || {
+    let receiving = receive.run(move || {
         let mut receiver = Receiver::new(intake, at_vote);
         let result = page_server::serve(&ours, &mut receiver);
         // Whatever went wrong, CRIU must notice: a dump has no deadline of its own.
@@ -107,7 +109,8 @@ pub(crate) async fn dump(
         timeout_ms: u64::try_from((request.freeze_timeout + SHIM_MARGIN).as_millis()).unwrap_or(u64::MAX),
     };
     let client = replica.client.clone();
-    let dumping = blocking(move || client.dump(asked, theirs)).await;
+    let dumping =
+        calls.run(move || client.dump(asked, theirs)).await.expect("calls to the shim do not panic");
     drop(ended);
     let (received_bytes, failure, result) = receiving.await.expect("receiving does not panic");
     if failure.is_some() || dumping.is_err() || result.is_err() {

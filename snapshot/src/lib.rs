@@ -4,6 +4,7 @@
 //! afterwards, and the error says so.
 
 mod arena;
+mod aside;
 mod budget;
 mod capture;
 mod direct;

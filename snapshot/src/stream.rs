@@ -21,6 +21,7 @@ use rewarm_report::{Progress, Stage};
 use rewarm_store::{Memory, RegionKind, RegionWriter, Session, SharedMemory, TaskMemory};
 use tokio::sync::oneshot;
 
+use crate::aside::Aside;
 use crate::error::Cause;
 use crate::receive::{Batch, Item};
 
@@ -36,19 +37,19 @@ pub(crate) struct Streamer {
 }
 
 impl Streamer {
-    /// Starts the thread. It holds the session until it ends.
+    /// Starts streaming. The thread holds the session until it ends.
     pub(crate) fn start(
+        thread: Aside,
         session: Arc<Session>,
         batches: Receiver<Batch>,
         device: Option<&Carried>,
-    ) -> Result<Self, Cause> {
+    ) -> Self {
         let taken = Arc::<AtomicU64>::default();
         let (wanted, unwanted) = oneshot::channel::<()>();
-        let (end, ended) = oneshot::channel();
         let runtime = tokio::runtime::Handle::current();
         let counter = taken.clone();
         let copies = Copies::of(device);
-        let work = move || {
+        let ended = thread.run(move || {
             let result = runtime.block_on(async {
                 tokio::select! {
                     result = Streaming::new(&session, &counter, copies).all(&batches) => result,
@@ -56,12 +57,9 @@ impl Streamer {
                 }
             });
             drop((batches, session));
-            // Nobody listens any more if it was given up.
-            let _ = end.send(result);
-        };
-        let thread = std::thread::Builder::new().name("snapshot-stream".to_owned()).spawn(work);
-        thread.map_err(Cause::io("start a thread, for which memory or the limit of processes is short"))?;
-        Ok(Self { ended, taken, _wanted: wanted })
+            result
+        });
+        Self { ended, taken, _wanted: wanted }
     }
 
     /// Waits until everything that was received has gone to the store's writer; tells how far it is meanwhile.
