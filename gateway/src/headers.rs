@@ -28,29 +28,80 @@ pub(crate) struct Rejected {
     pub(crate) why: &'static str,
 }
 
+/// How many [`HOP_BY_HOP`] are.
+const HOPS: usize = 8;
+/// Headers of one connection, beside those that its `Connection` header names.
+static HOP_BY_HOP: [HeaderName; HOPS] = [
+    CONNECTION,
+    KEEP_ALIVE,
+    PROXY_CONNECTION,
+    PROXY_AUTHENTICATE,
+    PROXY_AUTHORIZATION,
+    TE,
+    TRANSFER_ENCODING,
+    UPGRADE,
+];
+
+/// What the gateway looks for among headers, found in one pass: a map that is asked for each of them hashes each time, and
+/// most requests have none but `Host`.
+#[derive(Debug, Default)]
+struct Seen {
+    /// Which of [`HOP_BY_HOP`].
+    hop_by_hop: [bool; HOPS],
+    hosts: usize,
+    lengths: usize,
+    encoded: bool,
+    expects: bool,
+    has_id: bool,
+    has_trace: bool,
+}
+
+impl Seen {
+    fn among(headers: &HeaderMap) -> Self {
+        let mut seen = Self::default();
+        for name in headers.iter().map(|(name, _)| name) {
+            if *name == HOST {
+                seen.hosts += 1;
+            } else if *name == CONTENT_LENGTH {
+                seen.lengths += 1;
+            } else if let Some(which) = HOP_BY_HOP.iter().position(|hop| hop == name) {
+                seen.hop_by_hop[which] = true;
+                seen.encoded |= *name == TRANSFER_ENCODING;
+            } else {
+                seen.expects |= *name == EXPECT;
+                seen.has_id |= *name == REQUEST_ID;
+                seen.has_trace |= *name == TRACEPARENT;
+            }
+        }
+        seen
+    }
+}
+
 /// Refuses what two servers could read in two ways, and what no server behind a gateway is for.
 pub(crate) fn check(parts: &Parts) -> Result<(), Rejected> {
     let bad = |why| Err(Rejected { status: StatusCode::BAD_REQUEST, why });
     if parts.method == Method::CONNECT && !websocket::is_asked_for(parts) {
         return Err(Rejected { status: StatusCode::METHOD_NOT_ALLOWED, why: "CONNECT is not for a gateway" });
     }
-    let hosts = parts.headers.get_all(HOST).iter().count();
-    if hosts > 1 {
+    let seen = Seen::among(&parts.headers);
+    if seen.hosts > 1 {
         return bad("a request has one Host header");
     }
-    if hosts == 0 && parts.version == Version::HTTP_11 && parts.uri.host().is_none() {
+    let target = parts.uri.host();
+    if seen.hosts == 0 && parts.version == Version::HTTP_11 && target.is_none() {
         return bad("a request has a Host header");
     }
-    let told = parts.headers.get(HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok());
-    if let (Some(target), Some(told)) = (parts.uri.host(), told)
+    if let Some(target) = target
+        && let Some(told) =
+            parts.headers.get(HOST).and_then(|host| host.to_str().ok()?.parse::<Authority>().ok())
         && !target.eq_ignore_ascii_case(told.host())
     {
         return bad("the target of a request and its Host header name the same host");
     }
-    if parts.headers.contains_key(TRANSFER_ENCODING) && parts.headers.contains_key(CONTENT_LENGTH) {
+    if seen.encoded && seen.lengths > 0 {
         return bad("a request has either Content-Length or Transfer-Encoding");
     }
-    if parts.headers.get_all(CONTENT_LENGTH).iter().count() > 1 {
+    if seen.lengths > 1 {
         return bad("a request has one Content-Length header");
     }
     Ok(())
@@ -58,20 +109,28 @@ pub(crate) fn check(parts: &Parts) -> Result<(), Rejected> {
 
 /// What the connection is to become, where client and server agree on that.
 pub(crate) fn upgrade(headers: &HeaderMap) -> Option<HeaderValue> {
+    let protocol = headers.get(UPGRADE)?;
     let asked = headers.get_all(CONNECTION).iter().filter_map(|value| value.to_str().ok());
     let asked =
         asked.flat_map(|value| value.split(',')).any(|word| word.trim().eq_ignore_ascii_case("upgrade"));
-    headers.get(UPGRADE).filter(|_| asked).cloned()
+    asked.then(|| protocol.clone())
 }
 
 /// Takes out what belongs to the connection that it came by.
-pub(crate) fn strip(headers: &mut HeaderMap) {
+fn strip(headers: &mut HeaderMap, seen: &Seen) {
+    if !seen.hop_by_hop.contains(&true) {
+        return;
+    }
     let named: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
         .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
+        .flat_map(|value| value.split(',').map(str::trim))
+        // What most connections say, and is no name of another header.
+        .filter(|word| {
+            !["keep-alive", "close", "upgrade"].iter().any(|usual| word.eq_ignore_ascii_case(usual))
+        })
+        .filter_map(|name| name.parse().ok())
         .collect();
     let trailers = headers.get(TE).is_some_and(|te| {
         te.to_str().is_ok_and(|te| te.split(',').any(|word| word.trim().eq_ignore_ascii_case("trailers")))
@@ -79,17 +138,7 @@ pub(crate) fn strip(headers: &mut HeaderMap) {
     for name in &named {
         headers.remove(name);
     }
-    let hop_by_hop = [
-        CONNECTION,
-        KEEP_ALIVE,
-        PROXY_CONNECTION,
-        PROXY_AUTHENTICATE,
-        PROXY_AUTHORIZATION,
-        TE,
-        TRANSFER_ENCODING,
-        UPGRADE,
-    ];
-    for name in hop_by_hop {
+    for (name, _) in HOP_BY_HOP.iter().zip(seen.hop_by_hop).filter(|(_, seen)| *seen) {
         headers.remove(name);
     }
     if trailers {
@@ -99,31 +148,37 @@ pub(crate) fn strip(headers: &mut HeaderMap) {
 
 /// Makes a client's headers those of a request to a replica.
 pub(crate) fn for_replica(parts: &mut Parts) {
+    let seen = Seen::among(&parts.headers);
     let upgrade = upgrade(&parts.headers);
-    let host = parts.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
-    strip(&mut parts.headers);
-    // The gateway answers it itself, when the body is wanted.
-    parts.headers.remove(EXPECT);
-    if !parts.headers.contains_key(HOST) {
+    strip(&mut parts.headers, &seen);
+    if seen.expects {
+        // The gateway answers it itself, when the body is wanted.
+        parts.headers.remove(EXPECT);
+    }
+    // A header that `Connection` names is gone, whichever it was.
+    let is_there = |seen: bool, name: HeaderName| seen && parts.headers.contains_key(name);
+    let [host, id, trace] =
+        [(seen.hosts > 0, HOST), (seen.has_id, REQUEST_ID), (seen.has_trace, TRACEPARENT)]
+            .map(|(seen, name)| is_there(seen, name));
+    if !host {
         // HTTP/2 has it in its target, HTTP/1.0 may have none.
+        let host = parts.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
         parts.headers.insert(HOST, host.unwrap_or(HeaderValue::from_static("localhost")));
     }
     if let Some(protocol) = upgrade {
         parts.headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         parts.headers.insert(UPGRADE, protocol);
     }
-    if !parts.headers.contains_key(REQUEST_ID)
-        && let Ok(id) = HeaderValue::from_bytes(&random_digits::<32>())
-    {
+    if !id && let Ok(id) = HeaderValue::from_bytes(&random_digits::<32>()) {
         parts.headers.insert(REQUEST_ID, id);
     }
-    if !parts.headers.contains_key(TRACEPARENT)
-        && let Ok(trace) = HeaderValue::from_bytes(&random_trace())
-    {
+    if !trace && let Ok(trace) = HeaderValue::from_bytes(&random_trace()) {
         parts.headers.insert(TRACEPARENT, trace);
     }
-    let path = parts.uri.path_and_query().map_or("/", hyper::http::uri::PathAndQuery::as_str);
-    parts.uri = path.parse().unwrap_or_default();
+    if parts.uri.scheme().is_some() || parts.uri.authority().is_some() {
+        let path = parts.uri.path_and_query().map_or("/", hyper::http::uri::PathAndQuery::as_str);
+        parts.uri = path.parse().unwrap_or_default();
+    }
     parts.version = Version::HTTP_11;
 }
 
@@ -132,15 +187,16 @@ pub(crate) fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
     headers.get(REQUEST_ID).cloned()
 }
 
-/// Makes a replica's headers those of an answer to a client.
+/// Makes a replica's headers those of an answer to a client. `replica` is its name, where that can be a header.
 pub(crate) fn for_client(
     headers: &mut HeaderMap,
     request_id: Option<HeaderValue>,
-    replica: &str,
+    replica: Option<HeaderValue>,
     held: Option<Duration>,
 ) {
+    let seen = Seen::among(headers);
     let upgrade = upgrade(headers);
-    strip(headers);
+    strip(headers, &seen);
     if let Some(protocol) = upgrade {
         headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
         headers.insert(UPGRADE, protocol);
@@ -148,7 +204,7 @@ pub(crate) fn for_client(
     if let Some(id) = request_id {
         headers.entry(REQUEST_ID).or_insert(id);
     }
-    if let Ok(name) = HeaderValue::from_str(replica) {
+    if let Some(name) = replica {
         headers.insert(REPLICA, name);
     }
     if let Some(held) = held {
@@ -230,6 +286,56 @@ mod tests {
         assert_eq!(seen, ["te: trailers", "x-request-id: mine", "host: a.example"]);
         assert_eq!(parts.uri, "/v1?q=1");
         assert_eq!(parts.headers[TRACEPARENT].len(), 55);
+    }
+
+    #[test]
+    fn what_the_connection_names_goes_whichever_it_is() {
+        let mut parts = parts(
+            Request::builder()
+                .uri("/")
+                .header("host", "a")
+                .header("x-request-id", "mine")
+                .header("connection", "keep-alive, Host, X-Request-Id, te")
+                .header("connection", "x-second")
+                .header("te", "gzip")
+                .header("x-second", "1")
+                .header("proxy-connection", "keep-alive")
+                .header("x-third", "stays"),
+        );
+        for_replica(&mut parts);
+        let mut names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
+        names.sort_unstable();
+        assert_eq!(names, ["host", "traceparent", "x-request-id", "x-third"]);
+        assert_eq!(parts.headers[HOST], "localhost");
+        assert_ne!(
+            parts.headers[REQUEST_ID], "mine",
+            "one of its own: that of the client was for its connection"
+        );
+    }
+
+    #[test]
+    fn an_answer_keeps_what_is_not_of_its_connection() {
+        let response = hyper::Response::builder()
+            .header("connection", "close, x-hop")
+            .header("x-hop", "1")
+            .header("transfer-encoding", "chunked")
+            .header("x-request-id", "the server's")
+            .header("set-cookie", "a")
+            .header("set-cookie", "b");
+        let mut headers = response.body(()).expect("good").into_parts().0.headers;
+        let id = Some(HeaderValue::from_static("ours"));
+        for_client(&mut headers, id, Some(HeaderValue::from_static("one")), Some(Duration::from_millis(7)));
+        let mut seen: Vec<(&str, &str)> =
+            headers.iter().map(|(name, value)| (name.as_str(), value.to_str().expect("text"))).collect();
+        seen.sort_unstable();
+        let expected = [
+            ("set-cookie", "a"),
+            ("set-cookie", "b"),
+            ("x-request-id", "the server's"),
+            ("x-rewarm-held-ms", "7"),
+            ("x-rewarm-replica", "one"),
+        ];
+        assert_eq!(seen, expected);
     }
 
     #[test]

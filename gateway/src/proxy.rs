@@ -168,9 +168,10 @@ async fn carry(
             Ok(slot) => slot,
             Err(refusal) => return refused(&refusal, desk.retry_after()),
         };
-        let (name, held) = (slot.upstream.name().to_owned(), slot.held);
+        let (upstream, held) = (slot.upstream.clone(), slot.held);
+        let name = upstream.name();
         if let Some(span) = span {
-            span.for_replica(&name, held);
+            span.for_replica(name, held);
         }
         let upload = body.upload();
         // In a box, since requests are held by the thousand and none of them needs room for this until its turn comes.
@@ -181,7 +182,7 @@ async fn carry(
                     let why = format!("replica {name} was asked for WebSocket: {why}");
                     return own(StatusCode::BAD_GATEWAY, "no_websocket", &why);
                 }
-                headers::for_client(response.headers_mut(), id, &name, held);
+                headers::for_client(response.headers_mut(), id, upstream.header(), held);
                 return match (response.status(), upgrade) {
                     (StatusCode::SWITCHING_PROTOCOLS, Some(Leaving { client, handshake })) => {
                         let server = hyper::upgrade::on(&mut response);

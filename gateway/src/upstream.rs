@@ -8,7 +8,7 @@ use std::time::Duration;
 use futures::FutureExt;
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
-use hyper::header::{CONNECTION, HOST, UPGRADE};
+use hyper::header::{CONNECTION, HOST, HeaderValue, UPGRADE};
 use hyper::http::uri::{Authority, Scheme};
 use hyper::{Request, Response, Uri, Version};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -68,6 +68,8 @@ struct Idle {
 /// A replica's server.
 pub struct Upstream {
     name: String,
+    /// The same, where it can be a header: made once.
+    header: Option<HeaderValue>,
     dial: Arc<dyn Dial>,
     protocol: Protocol,
     /// Those of HTTP/1.1 that carry nothing, and that of HTTP/2 whatever it carries.
@@ -100,13 +102,20 @@ impl Upstream {
     /// A replica of this name, reached so.
     #[must_use]
     pub fn new(name: impl Into<String>, dial: Arc<dyn Dial>, protocol: Protocol) -> Self {
-        Self { name: name.into(), dial, protocol, idle: Mutex::default() }
+        let name = name.into();
+        let header = HeaderValue::from_str(&name).ok();
+        Self { name, header, dial, protocol, idle: Mutex::default() }
     }
 
     /// The replica's name.
     #[must_use]
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its name as a header, if it can be one.
+    pub(crate) fn header(&self) -> Option<HeaderValue> {
+        self.header.clone()
     }
 
     /// Closes all connections that carry nothing, as a replica needs it that is to be paused.
