@@ -1,13 +1,16 @@
-//! Bodies on their way through: counted, limited, never collected.
+//! Bodies on their way through: counted, limited, never collected. A client that says nothing in the middle of one is waited for
+//! only so long, since it has a slot meanwhile.
 
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use hyper::body::Incoming;
+use tokio::time::{Sleep, sleep};
 
 use crate::desk::{Slot, Traffic};
 use crate::trace::RequestSpan;
@@ -25,11 +28,76 @@ pub enum Broken {
         /// The limit.
         max: u64,
     },
+    /// The client was waited for, and sent nothing.
+    #[error("no byte of the body came within {} ms", after.as_millis())]
+    Silent {
+        /// For so long.
+        after: Duration,
+    },
+}
+
+/// The body of a request, as it comes from its client, which may be silent only for so long. Only what is asked for and is not
+/// there is waited for: while a replica does not take what has come, nobody asks, and no time passes.
+#[derive(Debug)]
+pub(crate) struct Arriving<B = Incoming> {
+    incoming: B,
+    patience: Option<Duration>,
+    /// There while the client is waited for, so that bodies that are complete at once cost none.
+    clock: Option<Pin<Box<Sleep>>>,
+}
+
+impl<B> Arriving<B> {
+    /// Without `patience` the client may be silent for ever.
+    pub(crate) fn new(incoming: B, patience: Option<Duration>) -> Self {
+        Self { incoming, patience, clock: None }
+    }
+
+    /// From now on the client may be silent for ever.
+    fn take_your_time(&mut self) {
+        self.patience = None;
+        self.clock = None;
+    }
+}
+
+impl<B> Body for Arriving<B>
+where
+    B: Body<Data = Bytes, Error = hyper::Error> + Unpin,
+{
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let Self { incoming, patience, clock } = self.get_mut();
+        if let Poll::Ready(frame) = Pin::new(incoming).poll_frame(context) {
+            *clock = None;
+            return Poll::Ready(frame.map(|frame| frame.map_err(Broken::from)));
+        }
+        let Some(after) = *patience else { return Poll::Pending };
+        ready!(clock.get_or_insert_with(|| Box::pin(sleep(after))).as_mut().poll(context));
+        Poll::Ready(Some(Err(Broken::Silent { after })))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.incoming.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.incoming.size_hint()
+    }
 }
 
 /// How the body of a request fares. A replica is not to blame for what its clients do: whoever judges it asks here first.
 #[derive(Debug, Default)]
-pub(crate) struct Upload(AtomicU8);
+pub(crate) struct Upload {
+    state: AtomicU8,
+    /// The replica has begun its answer. From then on the two may be talking, and a client that listens is not slow.
+    answered: AtomicBool,
+    /// How long the client may be silent before that.
+    patience: Duration,
+}
 
 /// What has gone wrong with a body, on the client's side.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,6 +106,8 @@ pub(crate) enum Fault {
     BrokenOff,
     /// More came than may come.
     TooLong,
+    /// Nothing came for so long.
+    Silent(Duration),
 }
 
 impl Upload {
@@ -45,20 +115,27 @@ impl Upload {
     const AWAITED: u8 = 1;
     const BROKEN_OFF: u8 = 2;
     const TOO_LONG: u8 = 3;
+    const SILENT: u8 = 4;
 
     fn set(&self, state: u8) {
-        self.0.store(state, Ordering::Relaxed);
+        self.state.store(state, Ordering::Relaxed);
     }
 
     /// Whether the client is to send more, and has not.
     pub(crate) fn is_awaited(&self) -> bool {
-        self.0.load(Ordering::Relaxed) == Self::AWAITED
+        self.state.load(Ordering::Relaxed) == Self::AWAITED
+    }
+
+    /// The replica has begun its answer.
+    pub(crate) fn answer_begins(&self) {
+        self.answered.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn fault(&self) -> Option<Fault> {
-        match self.0.load(Ordering::Relaxed) {
+        match self.state.load(Ordering::Relaxed) {
             Self::BROKEN_OFF => Some(Fault::BrokenOff),
             Self::TOO_LONG => Some(Fault::TooLong),
+            Self::SILENT => Some(Fault::Silent(self.patience)),
             _ => None,
         }
     }
@@ -69,7 +146,7 @@ impl Upload {
 pub struct Outgoing {
     /// What was read already, to look for the model.
     first: Option<Bytes>,
-    rest: Option<Incoming>,
+    rest: Option<Arriving>,
     max: Option<u64>,
     seen: u64,
     traffic: Arc<Traffic>,
@@ -79,13 +156,15 @@ pub struct Outgoing {
 impl Outgoing {
     pub(crate) fn new(
         first: Option<Bytes>,
-        rest: Option<Incoming>,
+        rest: Option<Arriving>,
         max: Option<u64>,
         traffic: Arc<Traffic>,
     ) -> Self {
         let rest = rest.filter(|rest| !rest.is_end_stream());
         let first = first.filter(|first| !first.is_empty());
-        Self { first, rest, max, seen: 0, traffic, upload: Arc::default() }
+        let patience = rest.as_ref().and_then(|rest| rest.patience).unwrap_or_default();
+        let upload = Arc::new(Upload { patience, ..Upload::default() });
+        Self { first, rest, max, seen: 0, traffic, upload }
     }
 
     /// How it fares, also when it is gone.
@@ -104,33 +183,38 @@ impl Body for Outgoing {
     type Error = Broken;
 
     fn poll_frame(
-        mut self: Pin<&mut Self>,
+        self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let frame = match (self.first.take(), &mut self.rest) {
+        let this = self.get_mut();
+        let frame = match (this.first.take(), &mut this.rest) {
             (Some(first), _) => Frame::data(first),
             (None, None) => return Poll::Ready(None),
             (None, Some(rest)) => {
+                if this.upload.answered.load(Ordering::Relaxed) {
+                    rest.take_your_time();
+                }
                 let Poll::Ready(frame) = Pin::new(rest).poll_frame(context) else {
-                    self.upload.set(Upload::AWAITED);
+                    this.upload.set(Upload::AWAITED);
                     return Poll::Pending;
                 };
-                self.upload.set(Upload::FLOWS);
+                this.upload.set(Upload::FLOWS);
                 match frame {
                     Some(Ok(frame)) => frame,
                     Some(Err(error)) => {
-                        self.upload.set(Upload::BROKEN_OFF);
-                        return Poll::Ready(Some(Err(error.into())));
+                        let silent = matches!(error, Broken::Silent { .. });
+                        this.upload.set(if silent { Upload::SILENT } else { Upload::BROKEN_OFF });
+                        return Poll::Ready(Some(Err(error)));
                     }
                     None => return Poll::Ready(None),
                 }
             }
         };
         if let Some(data) = frame.data_ref() {
-            self.seen += data.len() as u64;
-            Traffic::add(&self.traffic.requests, data.len());
-            if let Some(max) = self.max.filter(|max| self.seen > *max) {
-                self.upload.set(Upload::TOO_LONG);
+            this.seen += data.len() as u64;
+            Traffic::add(&this.traffic.requests, data.len());
+            if let Some(max) = this.max.filter(|max| this.seen > *max) {
+                this.upload.set(Upload::TOO_LONG);
                 return Poll::Ready(Some(Err(Broken::TooLong { max })));
             }
         }
@@ -269,5 +353,78 @@ impl Body for Answer {
             Source::Own(text) => SizeHint::with_exact(text.as_ref().map_or(0, Bytes::len) as u64),
             Source::Carried(carried) => carried.inner.size_hint(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures::FutureExt;
+    use futures::channel::mpsc;
+    use http_body_util::{BodyExt, StreamBody};
+    use tokio::time::{Instant, advance};
+
+    use super::*;
+
+    const PATIENCE: Duration = Duration::from_secs(60);
+
+    type Pieces = mpsc::UnboundedReceiver<Result<Frame<Bytes>, hyper::Error>>;
+    type Client = mpsc::UnboundedSender<Result<Frame<Bytes>, hyper::Error>>;
+
+    fn body() -> (Client, Arriving<StreamBody<Pieces>>) {
+        let (client, pieces) = mpsc::unbounded();
+        (client, Arriving::new(StreamBody::new(pieces), Some(PATIENCE)))
+    }
+
+    fn send(client: &Client) {
+        client.unbounded_send(Ok(Frame::data(Bytes::from_static(b"x")))).expect("the body is there");
+    }
+
+    async fn is_silent(body: &mut Arriving<StreamBody<Pieces>>) -> bool {
+        matches!(body.frame().await, Some(Err(Broken::Silent { after: PATIENCE })))
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_that_goes_on_is_never_too_slow_and_one_that_stops_is() {
+        let (client, mut body) = body();
+        let begun = Instant::now();
+        for _ in 0..10 {
+            let almost = PATIENCE - Duration::from_secs(1);
+            assert!(tokio::time::timeout(almost, body.frame()).await.is_err(), "nothing is there yet");
+            send(&client);
+            assert!(matches!(body.frame().await, Some(Ok(_))));
+        }
+        assert!(begun.elapsed() > 9 * PATIENCE);
+        let last = Instant::now();
+        assert!(is_silent(&mut body).await);
+        let waited = last.elapsed();
+        assert!(waited >= PATIENCE && waited < PATIENCE + Duration::from_secs(1), "{waited:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn no_time_passes_while_nobody_asks_or_something_is_there() {
+        let (client, mut body) = body();
+        advance(10 * PATIENCE).await;
+        assert!(body.frame().now_or_never().is_none(), "asked for the first time");
+        send(&client);
+        advance(10 * PATIENCE).await;
+        assert!(
+            matches!(body.frame().now_or_never(), Some(Some(Ok(_)))),
+            "what is there counts, however late"
+        );
+        assert!(body.clock.is_none(), "no clock runs while nobody waits");
+        advance(10 * PATIENCE).await;
+        assert!(body.frame().now_or_never().is_none(), "time begins when it is asked for again");
+        assert!(is_silent(&mut body).await);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_client_may_be_silent_once_its_answer_has_begun() {
+        let (client, mut body) = body();
+        assert!(body.frame().now_or_never().is_none());
+        body.take_your_time();
+        let asked = tokio::time::timeout(10 * PATIENCE, body.frame()).await;
+        assert!(asked.is_err(), "nothing came, and nothing broke");
+        send(&client);
+        assert!(matches!(body.frame().await, Some(Ok(_))));
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! A connection speaks TLS where the address has a certificate. HTTP/2 is recognised by what TLS agreed on, or by the
 //! preface with which every client of it begins (h2c with prior knowledge). A client that is slow with its first byte or
-//! with the head of a request is cut off; one that waits for an answer is not.
+//! with the head of a request is cut off, and one that is silent in the middle of a body; one that waits for an answer is not.
 
 use std::convert::Infallible;
 use std::io;
@@ -42,6 +42,8 @@ const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub struct Limits {
     /// How long a client may take for the first byte, and for the head of a request.
     pub header_timeout: Duration,
+    /// How long a client may send nothing of a body that is waited for, until its answer begins.
+    pub body_timeout: Option<Duration>,
     /// Most bytes of a request's body.
     pub body_max: Option<u64>,
 }

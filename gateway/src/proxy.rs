@@ -16,9 +16,9 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 
-use crate::body::{Answer, Fault, Outgoing};
+use crate::body::{Answer, Arriving, Broken, Fault, Outgoing};
 use crate::desk::{Asked, Choice, Desk, Refusal, Slot, Traffic, Want};
-use crate::front::Front;
+use crate::front::{Front, Limits};
 use crate::headers;
 use crate::model::{LOOKED_AT_BYTES, model};
 use crate::trace::RequestSpan;
@@ -52,18 +52,22 @@ async fn answer_within(
     if let Err(rejected) = headers::check(&parts) {
         return own(rejected.status, "bad_request", rejected.why);
     }
-    let max = front.limits().body_max;
+    let Limits { body_max: max, body_timeout, .. } = front.limits();
     if let Some(max) = max.filter(|max| announced(&parts).is_some_and(|bytes| bytes > *max)) {
         let why = format!("the body is longer than {max} bytes");
         return own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", &why);
     }
     let router = front.router();
     let asked = asked(&parts);
+    let body = Arriving::new(body, body_timeout);
     let (desk, first, body) = match router.choose(&asked) {
         Choice::Desk(desk) => (Some(desk), None, Some(body)),
         Choice::Nobody => (None, None, None),
         Choice::ByModel => match look_for_model(body).await {
             Ok((first, body, model)) => (router.choose_by_model(&asked, model.as_deref()), Some(first), body),
+            Err(silent @ Broken::Silent { .. }) => {
+                return own(StatusCode::REQUEST_TIMEOUT, "body_late", &silent.to_string());
+            }
             // The client is gone in the middle of its body.
             Err(_) => return own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off"),
         },
@@ -108,9 +112,7 @@ fn without_port(host: &str) -> &str {
 }
 
 /// Reads the beginning of a body and looks for its model.
-async fn look_for_model(
-    mut body: Incoming,
-) -> Result<(Bytes, Option<Incoming>, Option<String>), hyper::Error> {
+async fn look_for_model(mut body: Arriving) -> Result<(Bytes, Option<Arriving>, Option<String>), Broken> {
     let mut first = BytesMut::new();
     while first.len() < LOOKED_AT_BYTES {
         match body.frame().await {
@@ -223,6 +225,10 @@ async fn carry(
             Err(Failed::Client(Fault::TooLong)) => {
                 return own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is longer than it may be");
             }
+            Err(Failed::Client(Fault::Silent(after))) => {
+                let why = Broken::Silent { after }.to_string();
+                return own(StatusCode::REQUEST_TIMEOUT, "body_late", &why);
+            }
             Err(Failed::Client(Fault::BrokenOff)) => {
                 return own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off");
             }
@@ -267,7 +273,10 @@ async fn try_once(
             Failed::Late(patience)
         })?;
         match answered {
-            Ok(response) => return Ok((response, slot, connection)),
+            Ok(response) => {
+                upload.answer_begins();
+                return Ok((response, slot, connection));
+            }
             Err(Unanswered::Unsent(again)) if connection.kept => {
                 // What else is kept is as old.
                 slot.upstream.hang_up();

@@ -48,6 +48,8 @@ pub struct Serve {
     pub tls: Option<Tls>,
     /// How long a client may take for the head of a request, and a new connection for its first byte.
     pub header_timeout: Duration,
+    /// How long a client may send nothing of a body that is waited for, until its answer begins; zero: for ever.
+    pub body_timeout: Duration,
     /// Most bytes of a request's body; without it there is no limit.
     pub body_max: Option<u64>,
     /// Most connections of clients.
@@ -312,6 +314,7 @@ fn serve(mut from: Reader) -> Result<Serve> {
         memory: from.get("memory", BYTES, bytes)?,
         tls,
         header_timeout: from.time("header_timeout")?.unwrap_or(Duration::from_secs(30)),
+        body_timeout: from.time("body_timeout")?.unwrap_or(Duration::from_secs(60)),
         body_max: from.get("body_max", BYTES, bytes)?,
         connections_max: from.count("connections_max", 1)?.unwrap_or(20_000),
         drain: from.time("drain")?.unwrap_or(Duration::from_secs(30)),

@@ -320,7 +320,12 @@ impl Control {
         let tls = configure.tls.as_ref();
         let tls = tls.map(|(certificate, key)| tls::acceptor(certificate.as_bytes(), key.as_bytes()));
         let tls = tls.transpose().map_err(io::Error::other)?;
-        let limits = Limits { header_timeout: config.serve.header_timeout, body_max: config.serve.body_max };
+        let serve = &config.serve;
+        let limits = Limits {
+            header_timeout: serve.header_timeout,
+            body_timeout: Some(serve.body_timeout).filter(|timeout| !timeout.is_zero()),
+            body_max: serve.body_max,
+        };
         if self.fronts.is_empty() {
             self.places.add_permits(config.serve.connections_max as usize);
         }

@@ -20,11 +20,11 @@ use tokio_rustls::TlsAcceptor;
 pub(crate) const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Limits that no test meets by accident.
-pub(crate) const LIMITS: Limits = Limits { header_timeout: PATIENCE, body_max: None };
+pub(crate) const LIMITS: Limits = Limits { header_timeout: PATIENCE, body_timeout: None, body_max: None };
 
 /// A pool of one replica.
 pub(crate) struct Pool {
-    upstream: Arc<Upstream>,
+    pub(crate) upstream: Arc<Upstream>,
     slots: Arc<Semaphore>,
     /// Requests that wait for a slot.
     pub(crate) waiting: AtomicI64,

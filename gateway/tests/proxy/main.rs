@@ -6,4 +6,5 @@ mod hostile;
 mod http2;
 mod smuggling;
 mod traces;
+mod uploads;
 mod websocket;

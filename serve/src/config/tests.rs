@@ -22,6 +22,7 @@ fn what_is_not_said_has_its_default() {
     assert_eq!(pool.queue, QueueConfig { max: 1000, deadline: Duration::from_secs(30) });
     assert_eq!((pool.routing, &pool.cold, pool.retry), (Routing::Busiest, &Cold::Recorded, true));
     assert_eq!((config.serve.on_exit, config.serve.memory, &config.serve.otlp), (OnExit::Stop, None, &None));
+    assert_eq!(config.serve.body_timeout, Duration::from_secs(60));
     assert_eq!(config.serve.admin, "127.0.0.1:9901".parse().ok());
 }
 
@@ -34,7 +35,7 @@ fn everything_can_be_said() {
          replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
          [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\notlp = 'http://127.0.0.1:4318'\non_exit = 'keep'\nmemory = '20GiB'\n\
-         tls = {{ cert = 'c.pem', key = 'k.pem' }}\nadmin_token = 'token'\nheader_timeout = '5s'\nbody_max = '1MiB'\n\
+         tls = {{ cert = 'c.pem', key = 'k.pem' }}\nadmin_token = 'token'\nheader_timeout = '5s'\nbody_timeout = '20s'\nbody_max = '1MiB'\n\
          connections_max = 100\ndrain = '1m'\n"
     );
     let config = read(&text).expect("good");
@@ -50,6 +51,7 @@ fn everything_can_be_said() {
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));
     assert!(pool.capture);
     assert_eq!((config.serve.admin, config.serve.memory), (None, Some(20 << 30)));
+    assert_eq!(config.serve.body_timeout, Duration::from_secs(20));
     assert_eq!(config.serve.otlp.as_deref(), Some("http://127.0.0.1:4318/"));
 }
 
