@@ -14,8 +14,10 @@ import math
 import os
 import pathlib
 import platform
+import queue
 import random
 import resource
+import socket
 import statistics
 import subprocess
 import sys
@@ -26,11 +28,13 @@ import urllib.request
 from bench import PAUSE
 from demo import Failed, Rewarm
 
-INSIDE, PORT, ADMIN = 8000, 18010, 18011
+INSIDE, PORT, ADMIN, KEDA = 8000, 18010, 18011, 18012
 PATIENCE = 180
 RUNNING_ASKED = 30
 BURST, CAP = 64, 8
 HELD = 10_000
+# Requests of which the KEDA scaler is to tell, one after the other.
+TOLD = 50
 # What the policy may use in the replay. Little, so that requests do wait.
 TRACE_CONCURRENCY, TRACE_MAX = 4, 4
 POLL = 0.05
@@ -136,6 +140,63 @@ def resident(pid):
     return int(fields["Rss"].split()[0]) << 10
 
 
+class Told:
+    """The scaler's stream `StreamIsActive`, as KEDA has it open. Frames of HTTP/2 are read and written here: a library would be one
+    more process or package for two messages of a few bytes."""
+
+    DATA, HEADERS, SETTINGS, PING, ACK, END_STREAM, END_HEADERS = 0, 1, 4, 6, 1, 1, 4
+
+    def __init__(self):
+        self.socket = socket.create_connection(("127.0.0.1", KEDA))
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.messages = queue.Queue()
+        head = {
+            ":method": "POST",
+            ":scheme": "http",
+            ":path": "/externalscaler.ExternalScaler/StreamIsActive",
+            ":authority": f"127.0.0.1:{KEDA}",
+            "content-type": "application/grpc",
+            "te": "trailers",
+        }
+        # In no table and not compressed.
+        fields = b"".join(b"\0" + b"".join(bytes([len(text)]) + text.encode() for text in field) for field in head.items())
+        # ScaledObjectRef { name: "bench", scalerMetadata: { "pool": "bench" } }, behind a flag and its length.
+        asked = b"\x0a\x05bench" + b"\x1a\x0d" + b"\x0a\x04pool" + b"\x12\x05bench"
+        self.socket.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
+        self.send(self.SETTINGS, 0, 0, b"")
+        self.send(self.HEADERS, self.END_HEADERS, 1, fields)
+        self.send(self.DATA, self.END_STREAM, 1, b"\0" + len(asked).to_bytes(4, "big") + asked)
+        threading.Thread(target=self.read, daemon=True).start()
+
+    def send(self, kind, flags, stream, payload):
+        self.socket.sendall(len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + payload)
+
+    def read(self):
+        """Until the stream ends. There are too few messages to fill a window."""
+        frames = self.socket.makefile("rb")
+        while len(head := frames.read(9)) == 9:
+            kind, flags, payload = head[3], head[4], frames.read(int.from_bytes(head[:3], "big"))
+            if kind == self.DATA:
+                # IsActiveResponse { result }, behind a flag and its length; empty where it is false.
+                self.messages.put((time.monotonic(), payload[5:] == b"\x08\x01"))
+            elif kind in (self.SETTINGS, self.PING) and not flags & self.ACK:
+                self.send(kind, self.ACK, 0, payload if kind == self.PING else b"")
+
+    def next(self, wanted):
+        """When the next message of this kind came, from now on."""
+        while True:
+            try:
+                at, active = self.messages.get(timeout=PATIENCE)
+            except queue.Empty:
+                raise Failed(f"the KEDA scaler did not tell {wanted} within {PATIENCE} s") from None
+            if active == wanted:
+                return at
+
+    def end(self):
+        self.socket.shutdown(socket.SHUT_RDWR)
+        self.socket.close()
+
+
 class Bench:
     def __init__(self, options):
         self.options, self.work = options, options.work
@@ -162,12 +223,12 @@ class Bench:
         return folder
 
     @contextlib.contextmanager
-    def serving(self, server, more):
+    def serving(self, server, more, serve=""):
         """`rewarm serve` with one pool; its process."""
         file = self.work / "pool.toml"
         file.write_text(
             f"[[pool]]\nname = 'bench'\nsnapshot = 'file://{self.store(server)}/{server.name}@v1'\n"
-            f"listen = '127.0.0.1:{PORT}'\nport = {INSIDE}\n{more}\n[serve]\nadmin = '127.0.0.1:{ADMIN}'\n"
+            f"listen = '127.0.0.1:{PORT}'\nport = {INSIDE}\n{more}\n[serve]\nadmin = '127.0.0.1:{ADMIN}'\n{serve}"
         )
         command = [self.options.rewarm, "--state", self.work / "state", "serve", "-f", file]
         with open(self.work / "log", "ab") as log:
@@ -280,6 +341,31 @@ class Bench:
         self.row(f"memory with {HELD} held requests: gateway and its parent", f"{mib[2]} and {mib[3]} MiB; with none {mib[0]} and {mib[1]} MiB",
                  f"{mib[2] + mib[3]} MiB, {left['totals']['refused_full']} refused", "300 MiB")
 
+    def keda(self):
+        self.note(f"what KEDA is told of {TOLD} requests to a pool at zero")
+        hasty = "max_replicas = 1\npolicy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\nfollow = '0s'"
+        dice, took = random.Random(7), []
+        with self.serving(self.small, hasty, f"keda = '127.0.0.1:{KEDA}'\n"):
+            told = Told()
+            try:
+                told.next(False)
+                for _ in range(TOLD):
+                    # The scaler looks each second, too: at no particular time after that.
+                    time.sleep(0.1 + dice.random())
+                    began, answer = time.monotonic(), []
+                    client = threading.Thread(target=lambda answer=answer: answer.append(self.small.ask()))
+                    client.start()
+                    took.append(told.next(True) - began)
+                    client.join()
+                    if not answer or not answer[0][1]:
+                        raise Failed("a replica was there, or there was no answer: the request was not held")
+                    told.next(False)
+                    until("the pool is at rest", lambda pool: states(pool) == [])
+            finally:
+                told.end()
+        figures = " / ".join(f"{value * 1000:.1f}" for value in (statistics.median(took), percentile(took, 0.95), max(took)))
+        self.row(f"KEDA's stream is told of a request to a pool at zero, {TOLD} times: p50 / p95 / most", f"{figures} ms", f"{max(took) * 1000:.1f} ms at most", "50 ms")
+
     def trace(self):
         """Arrivals and service times in seconds."""
         seconds = self.options.trace_seconds
@@ -366,6 +452,7 @@ class Bench:
             "wake": lambda: self.rest("wake"),
             "burst": self.burst,
             "held": self.held,
+            "keda": self.keda,
             "trace": self.replay,
         }
         for name, part in parts.items():
@@ -380,7 +467,7 @@ def main():
     parser.add_argument("--python", required=True)
     parser.add_argument("--examples", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["zero", "wake", "burst", "held", "trace"])
+    parser.add_argument("--only", choices=["zero", "wake", "burst", "held", "keda", "trace"])
     parser.add_argument("--trace", type=pathlib.Path)
     parser.add_argument("--trace-seconds", type=float, default=90)
     options = parser.parse_args()
