@@ -16,6 +16,9 @@ impl Memory {
     pub const UNLIMITED: Memory = Memory { host: u64::MAX, device: u64::MAX };
 }
 
+/// The kind of memory that replicas which wait have, too.
+pub const HOST: &str = "host";
+
 /// A claim that would overdraw the ledger; nothing was taken.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("{kind} memory: {wanted} bytes wanted, {free} of {total} free")]
@@ -76,7 +79,7 @@ impl Ledger {
             let free = total - (used - old);
             if new <= free { Ok(used - old + new) } else { Err(Short { kind, wanted: new, free, total }) }
         };
-        let host = left("host", used.host, old.host, new.host, total.host)?;
+        let host = left(HOST, used.host, old.host, new.host, total.host)?;
         let device = left("device", used.device, old.device, new.device, total.device)?;
         *used = Memory { host, device };
         Ok(())

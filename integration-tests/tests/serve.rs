@@ -4,6 +4,7 @@ mod capture;
 mod changes;
 mod crowd;
 mod luck;
+mod memory;
 mod operators;
 mod pool;
 mod scaling;

@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 
 use crate::config::{Config, Matching, PoolConfig};
 use crate::link::{Configure, Line, Purpose, ToGateway, ToParent};
-use crate::live::{Dialler, Heard, Live, LiveDesk, Shared, Ticker};
+use crate::live::{Dialler, Heard, Live, LiveDesk, Room, Shared, Ticker};
 use crate::operators::Operators;
 use crate::status::{self, Command, Handle, MemoryStatus, Notice, Refused, Source, Status, UnixMs};
 use crate::traces::Traces;
@@ -95,6 +95,7 @@ struct Control {
     line: Line,
     world: Arc<World>,
     ledger: Option<Ledger>,
+    room: Room,
     fronts: HashMap<SocketAddr, Arc<Front>>,
     operators: Operators,
     lanes: Arc<Lanes>,
@@ -184,6 +185,7 @@ impl Control {
             operators: Operators::new(Handle::new(world.clone())),
             world,
             ledger: None,
+            room: Room::default(),
             fronts: HashMap::new(),
             lanes,
             places: Arc::new(Semaphore::new(0)),
@@ -258,6 +260,7 @@ impl Control {
             notices: self.world.notices.clone(),
             dialler: self.world.dialler.clone(),
             ledger: ledger.clone(),
+            room: self.room.clone(),
             tracer: self.traces.as_ref().map(Traces::tracer),
         };
         self.world.lock().memory = Some((ledger.clone(), limit));

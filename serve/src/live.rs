@@ -11,6 +11,7 @@ mod inner;
 mod members;
 mod picture;
 mod requests;
+mod room;
 mod spans;
 
 use std::collections::{HashMap, VecDeque};
@@ -32,6 +33,7 @@ use self::circuit::Tiers;
 pub(crate) use self::dial::Dialler;
 use self::inner::Inner;
 pub(crate) use self::requests::LiveDesk;
+pub(crate) use self::room::Room;
 use crate::config::{Cold, PoolConfig};
 use crate::link::{Line, ToParent};
 use crate::replicas::{Existing, Known, Started};
@@ -62,6 +64,7 @@ pub(crate) struct Shared {
     pub(crate) notices: broadcast::Sender<Notice>,
     pub(crate) dialler: Arc<Dialler>,
     pub(crate) ledger: Ledger,
+    pub(crate) room: Room,
     /// Makes spans, where somebody collects them.
     pub(crate) tracer: Option<SdkTracer>,
 }
@@ -106,6 +109,7 @@ impl Live {
         let memory = Memory { host, device: 0 };
         let name = config.name.clone();
         Arc::new_cyclic(|me| {
+            shared.room.enter(me.clone());
             let inner = Inner {
                 me: me.clone(),
                 pool: Pool::new(shape(&config, memory, memory), shared.ledger.clone()),
@@ -125,6 +129,8 @@ impl Live {
                 rolling: None,
                 capture: Capture::default(),
                 desired: 0,
+                obstacle: None,
+                lack: None,
                 armed: Moment::NEVER,
                 decisions: VecDeque::new(),
                 starts: VecDeque::new(),
@@ -174,11 +180,15 @@ impl Live {
     /// Lets time pass, for ever.
     pub(crate) async fn run(self: Arc<Self>) {
         loop {
-            let next = self.with(|inner| {
+            let (next, short) = self.with(|inner| {
                 inner.pass();
+                let short = inner.asks_for_room();
                 inner.armed = inner.next_moment();
-                inner.armed
+                (inner.armed, short)
             });
+            if let Some(short) = short {
+                self.shared.room.make(&self, short);
+            }
             // Far enough away to be never, and near enough for every clock.
             let wait = next.since(self.shared.ticker.now()).min(Duration::from_secs(3600));
             tokio::select! {
@@ -190,7 +200,11 @@ impl Live {
 
     /// Takes in what the parent says of a replica.
     pub(crate) fn heard(&self, name: &str, heard: Heard) {
+        let gone = matches!(heard, Heard::Stopped | Heard::Captured(_));
         self.with(|inner| inner.heard(name, heard));
+        if gone || self.shared.room.is_short() {
+            self.shared.room.given_back();
+        }
     }
 
     /// The pool's snapshot was looked at.

@@ -169,6 +169,7 @@ fn empty_pool(name: &str) -> PoolStatus {
         desired: 0,
         start_seconds: StartSecondsStatus { wake: 0.03, restore: 0.4 },
         circuit: None,
+        obstacle: None,
         replicas: Vec::new(),
         decisions: Vec::new(),
         starts: Vec::new(),

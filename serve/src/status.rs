@@ -78,6 +78,8 @@ pub struct PoolStatus {
     pub start_seconds: StartSecondsStatus,
     /// Why nothing is started at the moment, after several failures in a row.
     pub circuit: Option<CircuitStatus>,
+    /// Why a start that is wanted is not begun: memory is short, or starts have failed.
+    pub obstacle: Option<String>,
     /// Every replica that exists, warm ones too.
     pub replicas: Vec<ReplicaStatus>,
     /// The last decisions that changed something, at most [`DECISIONS_MAX`], oldest first.

@@ -57,7 +57,7 @@ impl Inner {
 
     /// Begins a capture where one is needed and nothing is more urgent.
     pub(super) fn capture(&mut self) {
-        let urgent = !self.queue.is_empty() || self.pool.starting() > 0;
+        let urgent = !self.queue.is_empty() || self.pool.starting() > 0 || self.shared.room.is_short();
         if !self.capture_missing() || urgent || self.capture_again().is_some() {
             return;
         }

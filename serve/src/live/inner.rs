@@ -16,6 +16,7 @@ use super::capture::Capture;
 use super::circuit::Tiers;
 use super::members::Member;
 use super::requests::{Granted, Waiter};
+use super::room::{Lack, Obstacle};
 use super::{Live, Shared, queue_limits, shape};
 use crate::config::{Cold, PoolConfig};
 use crate::replicas::Known;
@@ -52,6 +53,9 @@ pub(super) struct Inner {
     pub(super) capture: Capture,
     /// Wanted by the last decision, within the limits.
     pub(super) desired: u32,
+    /// Why no more is done for that.
+    pub(super) obstacle: Option<Obstacle>,
+    pub(super) lack: Option<Lack>,
     /// When [`Live::run`] looks next.
     pub(super) armed: Moment,
     pub(super) decisions: VecDeque<DecisionStatus>,
@@ -116,18 +120,21 @@ impl Inner {
         }
         let before = (self.pool.active(), self.pool.count(State::Warm), self.pool.in_flight());
         let mut steps = Vec::new();
+        let mut obstacle = None;
         while let Some(step) = next_step(&self.pool, self.desired, self.victim, self.policy.undrains()) {
             match self.take(step) {
                 Ok(done) => steps.push(done),
-                Err(obstacle) => {
+                Err(met) => {
                     // Said once, and not at every event for as long as it lasts.
-                    if !steps.is_empty() {
-                        steps.push(obstacle);
+                    if !steps.is_empty() || self.obstacle.is_none() {
+                        steps.push(met.to_string());
                     }
+                    obstacle = Some(met);
                     break;
                 }
             }
         }
+        self.meets(obstacle);
         if steps.is_empty() {
             return;
         }
@@ -164,7 +171,7 @@ impl Inner {
     }
 
     /// Carries out a step and says so, or says what stands in its way.
-    fn take(&mut self, step: Step) -> Result<String, String> {
+    fn take(&mut self, step: Step) -> Result<String, Obstacle> {
         match step {
             Step::Undrain(id) => {
                 self.pool.undrain(id, self.now);
@@ -235,7 +242,9 @@ impl Inner {
         let deadlines = self.members.values().filter_map(|member| member.deadline);
         let circuit = self.tiers.open(self.now).map(|open| open.until);
         let policy = self.policy.timer(&self.view());
-        let known = [self.queue.next_expiry(), circuit, policy, self.warm_again(), self.capture_again()];
+        let room = self.lacks_room().then_some(self.now);
+        let known =
+            [self.queue.next_expiry(), circuit, policy, self.warm_again(), self.capture_again(), room];
         deadlines.chain(known.into_iter().flatten()).min().unwrap_or(Moment::NEVER)
     }
 

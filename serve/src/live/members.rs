@@ -11,6 +11,7 @@ use rewarm_report::Timing;
 
 use super::dial::Inside;
 use super::inner::Inner;
+use super::room::Obstacle;
 use super::spans::StartSpan;
 use super::{Heard, tell};
 use crate::link::ToParent;
@@ -124,18 +125,18 @@ impl Inner {
     }
 
     /// Begins a restore or a cold start.
-    pub(super) fn start(&mut self, parking: bool) -> Result<(ReplicaId, String), String> {
+    pub(super) fn start(&mut self, parking: bool) -> Result<(ReplicaId, String), Obstacle> {
         self.prove();
         let Some(tier) = self.tiers.choose(self.now) else {
             let reason = self.tiers.open(self.now).map_or(String::new(), |open| open.reason);
-            return Err(format!("nothing is started for a while after several failures: {reason}"));
+            return Err(Obstacle::Circuit(reason));
         };
         let expected = self.now + std::time::Duration::from_secs_f64(self.times.expected().restore);
         let begun = match parking {
             true => self.pool.start_parking(tier, expected),
             false => self.pool.start(tier, expected),
         };
-        let id = begun.map_err(|short| short.to_string())?;
+        let id = begun?;
         let name = format!("{}-{:06x}", self.config.name, random());
         self.enter(id, &name, None);
         let deadline = self.now + self.start_timeout();
@@ -147,9 +148,9 @@ impl Inner {
     }
 
     /// Begins to wake a warm replica.
-    pub(super) fn wake(&mut self, id: ReplicaId) -> Result<String, String> {
+    pub(super) fn wake(&mut self, id: ReplicaId) -> Result<String, Obstacle> {
         let expected = self.now + std::time::Duration::from_secs_f64(self.times.expected().wake);
-        self.pool.wake(id, expected).map_err(|short| short.to_string())?;
+        self.pool.wake(id, expected)?;
         let deadline = self.now + self.start_timeout();
         let now = self.now;
         let member = self.members.get_mut(&id).expect("every replica is a member");
@@ -491,7 +492,7 @@ impl Inner {
 
     /// Makes a replica that waits, where one is missing and nothing is more urgent.
     pub(super) fn fill_warm(&mut self) {
-        let serves = !self.finishing && !self.paused;
+        let serves = !self.finishing && !self.paused && !self.shared.room.is_short();
         if serves && self.warm_missing() && self.warm_again().is_none() {
             // Where memory is short there is one less, which is what the limit is for.
             let _ = self.start(true);

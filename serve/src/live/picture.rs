@@ -78,6 +78,7 @@ impl Inner {
             desired: self.desired,
             start_seconds: self.start_seconds(),
             circuit: self.circuit(),
+            obstacle: self.obstacle.as_ref().map(ToString::to_string),
             replicas,
             decisions: self.decisions.iter().cloned().collect(),
             starts: self.starts.iter().cloned().collect(),

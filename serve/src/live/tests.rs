@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::link::ToParent;
 
 mod luck;
+mod room;
 mod slots;
 mod spans;
 
@@ -23,14 +24,17 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A pool, and what it tells its parent.
 struct World {
     live: Arc<Live>,
-    heard: tokio::sync::Mutex<mpsc::UnboundedReceiver<ToParent>>,
+    heard: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<ToParent>>>,
+    shared: Shared,
 }
 
 impl World {
     fn new(more: &str, tracer: Option<SdkTracer>) -> Self {
-        let text =
-            format!("[[pool]]\nname = 'p'\nsnapshot = 's3://models/p@v1'\nlisten = '127.0.0.1:1'\n{more}");
-        let config = Config::parse(&text, Path::new("pool.toml")).expect("good");
+        Self::within(u64::MAX, "p", more, tracer)
+    }
+
+    /// A pool with so much host memory.
+    fn within(host: u64, name: &str, more: &str, tracer: Option<SdkTracer>) -> Self {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let line = Line::new(ours);
         let shared = Shared {
@@ -38,7 +42,8 @@ impl World {
             dialler: Arc::new(Dialler::new(line.clone())),
             line,
             notices: broadcast::channel(64).0,
-            ledger: Ledger::new(Memory { host: u64::MAX, device: u64::MAX }),
+            ledger: Ledger::new(Memory { host, device: u64::MAX }),
+            room: Room::default(),
             tracer,
         };
         let (parent, (tell, heard)) = (Line::new(theirs), mpsc::unbounded_channel());
@@ -50,7 +55,25 @@ impl World {
                 }
             }
         });
-        Self { live: Live::new(config.pools[0].clone(), shared), heard: tokio::sync::Mutex::new(heard) }
+        Self::pool(shared, Arc::new(tokio::sync::Mutex::new(heard)), name, more)
+    }
+
+    /// Another pool that shares with this one what pools share.
+    fn another(&self, name: &str, more: &str) -> Self {
+        Self::pool(self.shared.clone(), self.heard.clone(), name, more)
+    }
+
+    fn pool(
+        shared: Shared,
+        heard: Arc<tokio::sync::Mutex<mpsc::UnboundedReceiver<ToParent>>>,
+        name: &str,
+        more: &str,
+    ) -> Self {
+        let text = format!(
+            "[[pool]]\nname = '{name}'\nsnapshot = 's3://models/p@v1'\nlisten = '127.0.0.1:1'\n{more}"
+        );
+        let config = Config::parse(&text, Path::new("pool.toml")).expect("good");
+        Self { live: Live::new(config.pools[0].clone(), shared.clone()), heard, shared }
     }
 
     /// What the pool tells its parent next.

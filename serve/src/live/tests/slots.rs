@@ -38,7 +38,8 @@ impl Storm {
 
     /// Does what the pool asks its parent for.
     fn obey(&mut self) {
-        while let Ok(message) = self.world.heard.get_mut().try_recv() {
+        let mut heard = self.world.heard.try_lock().expect("nobody else listens");
+        while let Ok(message) = heard.try_recv() {
             let live = &self.world.live;
             match message {
                 ToParent::Start { name, .. } => self.starting.push(name),
