@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup build demo check test bench bench-memory bench-gateway bench-serve soak clean help
+.PHONY: setup build demo check test bench bench-memory bench-gateway bench-serve bench-s3 soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
 NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,chromium,torch
@@ -41,6 +41,9 @@ bench-gateway: setup build ## the gateway beside nginx and HAProxy; needs wrk an
 
 bench-serve: setup build ## pools from zero, waking, a burst, held requests, and the simulator beside a replay
 	@setup/bench-serve
+
+bench-s3: setup build ## `rewarm bench` with a bucket, beside what the S3 server gives at most
+	@setup/bench-s3
 
 soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours, and Ray Serve
 	@setup/ray

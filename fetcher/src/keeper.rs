@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use rewarm_report::Class;
 use rewarm_store::{Digest, WorkingSet};
+use rewarm_sys::priority::{Priority, set_this_thread};
 use rewarm_sys::shared::Owner;
 use rewarm_sys::{confine, machine, process};
 
@@ -496,6 +497,9 @@ impl Keeper {
                     state.read_bytes += read_bytes;
                     self.read_bytes.fetch_add(read_bytes, Ordering::Relaxed);
                     drop(state);
+                    // All of it has just arrived, so that servers want the processors; nobody waits for this, and this thread
+                    // has nothing else to do. Where it stays as it is they only wait for it.
+                    let _ = set_this_thread(Priority::Idle);
                     if let Err(error) = stream.owner.settle() {
                         tracing::debug!(stream = stream.id, %error, "memory is not given back");
                     }

@@ -1,13 +1,18 @@
 //! How fast memory is filled: the pager, lazily, eagerly and as device memory, against a bare loop of UFFDIO_COPY with as many threads.
+//! Beside them what no restore from a folder does without: reading, verifying, making memory. From these follow the floors of
+//! `docs/benchmarks.md`.
 //!
-//! `cargo bench -p rewarm-restore --bench fill -- [MIB [THREADS [ROUNDS]]]`. The arms alternate; each fills the memory of a
-//! fresh process, from the same bytes in memory.
+//! `cargo bench -p rewarm-restore --bench fill -- [MIB [THREADS [ROUNDS]]]`. The arms alternate; those of the pager and the bare loop
+//! fill the memory of a fresh process, from the same bytes in memory.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints its figures")]
 
+use std::fs::File;
+use std::hint::black_box;
 use std::io::{BufRead, BufReader, Write};
 use std::ops::Range;
 use std::os::fd::AsFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command as Program, Stdio};
@@ -22,6 +27,7 @@ use rewarm_restore::pager::{
     self, AtFork, Command, Config, Device, Heard, Holder, Mapping, Mode, PAGE, Plan, Report, Run, Source,
     SourceError, Summary, Task, Tasks, WorkingSet,
 };
+use rewarm_store::Digest;
 use rewarm_sys::fdpass;
 use rewarm_sys::trial::Area;
 use rewarm_sys::uffd::Uffd;
@@ -30,6 +36,9 @@ const ROLE: &str = "REWARM_FILL_SUBJECT";
 const START: u64 = 0x1000_0000_0000;
 const WARM: u64 = 0x2000_0000_0000;
 const MADV_HUGEPAGE: i32 = 14;
+const MADV_NOHUGEPAGE: i32 = 15;
+/// A chunk, as the store cuts large uniform regions.
+const CHUNK: usize = 1 << 20;
 const FINISHED: i32 = 0x5253_5446;
 const LONG: Duration = Duration::from_secs(120);
 
@@ -42,7 +51,13 @@ fn main() {
     let threads = numbers.get(1).map_or(2, |threads| *threads as usize);
     let rounds = numbers.get(2).copied().unwrap_or(5);
     let content: Arc<Vec<u8>> = Arc::new((0..mib << 20).map(|at| (at / 8 % 251) as u8 + 1).collect());
-    let arms: [(&str, &dyn Fn() -> Duration); 6] = [
+    let file = stored(&content);
+    let arms: [(&str, &dyn Fn() -> Duration); 11] = [
+        ("read from the page cache", &|| read(&file, content.len(), threads, |_| ())),
+        ("verify (BLAKE3)", &|| verify(&content, threads)),
+        ("read and verify, chunk by chunk", &|| read(&file, content.len(), threads, hash)),
+        ("make memory, small pages", &|| make(content.len(), threads, MADV_NOHUGEPAGE)),
+        ("make memory, huge pages", &|| make(content.len(), threads, MADV_HUGEPAGE)),
         ("bare UFFDIO_COPY, 1 MiB steps", &|| bare(&content, threads, 1 << 20)),
         ("pager lazily, chunks of 1 MiB", &|| paged(&content, threads, Mode::Lazy, 1 << 20, false)),
         ("pager lazily, chunks of 256 KiB", &|| paged(&content, threads, Mode::Lazy, 256 << 10, false)),
@@ -77,6 +92,64 @@ fn warm(bytes: usize) {
     area.advise(MADV_HUGEPAGE).expect("huge pages");
     (0..area.pages()).for_each(|page| area.store(page, 0, 1));
     area.unmap().expect("mapped");
+}
+
+/// The content in a file that the page cache holds.
+fn stored(content: &[u8]) -> File {
+    let mut file = tempfile::tempfile().expect("a file");
+    file.write_all(content).expect("room");
+    file
+}
+
+/// Each thread reads its share of the file into one chunk of memory, again and again, and hands it on.
+fn read(file: &File, bytes: usize, threads: usize, seen: impl Fn(&[u8]) + Sync) -> Duration {
+    let (begin, share) = (Instant::now(), bytes.div_ceil(threads).next_multiple_of(CHUNK));
+    std::thread::scope(|scope| {
+        for start in (0..bytes).step_by(share) {
+            let seen = &seen;
+            scope.spawn(move || {
+                let mut chunk = vec![0; CHUNK];
+                for at in (start..bytes.min(start + share)).step_by(CHUNK) {
+                    let part = &mut chunk[..CHUNK.min(bytes - at)];
+                    file.read_exact_at(part, at as u64).expect("all of it was written");
+                    seen(part);
+                }
+            });
+        }
+    });
+    begin.elapsed()
+}
+
+fn hash(chunk: &[u8]) {
+    black_box(Digest::of(chunk));
+}
+
+fn verify(content: &[u8], threads: usize) -> Duration {
+    let begin = Instant::now();
+    std::thread::scope(|scope| {
+        for share in content.chunks(content.len().div_ceil(threads)) {
+            scope.spawn(move || share.chunks(CHUNK).for_each(hash));
+        }
+    });
+    begin.elapsed()
+}
+
+/// Touches each page of fresh memory once.
+fn make(bytes: usize, threads: usize, advice: i32) -> Duration {
+    let area = Area::map(WARM as usize, bytes.next_multiple_of(2 << 20) / PAGE as usize).expect("memory");
+    area.advise(advice).expect("the kernel has huge pages");
+    let (begin, share) = (Instant::now(), area.pages().div_ceil(threads));
+    std::thread::scope(|scope| {
+        for start in (0..area.pages()).step_by(share) {
+            let area = &area;
+            scope.spawn(move || {
+                (start..area.pages().min(start + share)).for_each(|page| area.store(page, 0, 1))
+            });
+        }
+    });
+    let time = begin.elapsed();
+    area.unmap().expect("mapped");
+    time
 }
 
 /// A process with empty memory that plays CRIU's task and then waits for a word on its standard input.
