@@ -102,6 +102,7 @@ async function use() {
   await llama.locator(".tile[data-state=restoring]").filter({ hasText: "llama-10" }).waitFor();
   await llama.getByRole("button", { name: "Let the policy decide" }).click();
   await llama.getByText("Set by hand to 6 replicas").waitFor({ state: "hidden" });
+  await llama.getByText("A start waits for memory: host memory: 40 bytes wanted, 2 of 90 free.").waitFor();
 
   await llama.getByLabel("Replicas of llama").fill("99");
   await llama.getByRole("button", { name: "Scale", exact: true }).click();

@@ -101,6 +101,10 @@ async fn follow(pools: &Arc<Scripted>) {
                     pools.tell(Notice::Decision { pool: pool.clone(), decision });
                     pools.tell(Notice::Replica { pool: pool.clone(), name, state: State::Restoring });
                 }
+                Command::Scale { pool, replicas: None } => {
+                    let why = "a start waits for memory: host memory: 40 bytes wanted, 2 of 90 free";
+                    pools.change_pool(pool, |pool| pool.obstacle = Some(why.to_owned()));
+                }
                 Command::Pause { .. } => return,
                 _ => {}
             }
