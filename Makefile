@@ -39,7 +39,7 @@ bench-memory: setup build ## fixed cost, eight replicas at once, shared memory, 
 bench-gateway: setup build ## the gateway beside nginx and HAProxy; needs wrk and haproxy
 	@setup/bench-gateway
 
-bench-serve: setup build ## pools from zero, waking, a burst, held requests, and the simulator beside a replay
+bench-serve: setup build ## pools from zero, waking, a burst, held requests, KEDA, and the simulator beside a replay
 	@setup/bench-serve
 
 bench-s3: setup build ## `rewarm bench` with a bucket, beside what the S3 server gives at most
