@@ -326,10 +326,16 @@ fn secrets(tasks: &[Process]) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::{Mutex, PoisonError};
+
     use super::*;
+
+    /// Both tests look at the connections of the process in which they run.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
     #[test]
     fn this_process_can_be_examined_and_its_own_loopback_connection_is_inside() {
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
         let _client = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let _server = listener.accept().expect("accepted");
@@ -342,6 +348,7 @@ mod tests {
 
     #[test]
     fn a_connection_whose_other_end_is_elsewhere_is_refused_with_both_addresses() {
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("loopback");
         let address = listener.local_addr().expect("bound");
         // The peer is another process that does not belong to the replica.
