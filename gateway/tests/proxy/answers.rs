@@ -118,9 +118,7 @@ async fn an_upgraded_connection_holds_its_slot_until_it_is_closed() {
     let mut replica = server.accept().await;
     let head = replica.head().await;
     assert!(head.contains("connection: upgrade") && head.contains("upgrade: websocket"), "{head}");
-    replica
-        .say("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
-        .await;
+    replica.leave_http().await;
     let head = client.head().await;
     assert!(head.starts_with("http/1.1 101 ") && head.contains("upgrade: websocket"), "{head}");
     client.say("ping").await;

@@ -244,6 +244,12 @@ impl Talk {
         self.stream.write_all(text.as_ref()).await.expect("the other side listens");
     }
 
+    /// As a server: agrees to speak WebSocket from here on.
+    pub(crate) async fn leave_http(&mut self) {
+        self.say("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
+            .await;
+    }
+
     /// Everything up to and with `end`.
     pub(crate) async fn hear(&mut self, end: &str) -> String {
         loop {

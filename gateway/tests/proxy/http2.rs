@@ -113,7 +113,7 @@ async fn as_tls_agrees_on_it() {
 }
 
 /// A server of HTTP/2 that answers with what it saw of a request, and the request's trailer.
-async fn echo(server: Server) {
+pub(crate) async fn echo(server: Server) {
     let mut connections = 0;
     loop {
         let stream = server.accept().await.into_stream();

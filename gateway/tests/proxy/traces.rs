@@ -159,9 +159,7 @@ async fn an_upgraded_connection_is_one_span_to_its_end() {
     client.say(get("connection: upgrade\r\nupgrade: websocket\r\n")).await;
     let mut replica = server.accept().await;
     replica.head().await;
-    replica
-        .say("HTTP/1.1 101 Switching Protocols\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
-        .await;
+    replica.leave_http().await;
     client.head().await;
     client.say("ping").await;
     replica.hear("ping").await;
