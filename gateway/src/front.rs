@@ -30,6 +30,12 @@ use crate::tls::H2;
 const HEAD_BYTES_MAX: usize = 128 << 10;
 /// Requests at once on one HTTP/2 connection.
 const STREAMS_MAX: u32 = 1000;
+/// Bytes of a body of HTTP/2 that are taken before anybody reads them: what each held request may cost. Clients assume as
+/// many before they are told otherwise.
+const STREAM_BYTES: u32 = 64 << 10;
+/// The same of all bodies of one connection. Never less than its streams have together: what nobody reads of one, because it is held
+/// or its replica does not read, would otherwise leave no room for the others.
+const CONNECTION_BYTES: u32 = STREAMS_MAX * STREAM_BYTES;
 /// An HTTP/2 client that says nothing for so long is asked whether it is still there.
 const PING_AFTER: Duration = Duration::from_secs(30);
 /// How long accepting rests where the process is out of descriptors.
@@ -211,6 +217,8 @@ impl Front {
             builder
                 .timer(TokioTimer::new())
                 .max_concurrent_streams(STREAMS_MAX)
+                .initial_stream_window_size(STREAM_BYTES)
+                .initial_connection_window_size(CONNECTION_BYTES)
                 .max_header_list_size(HEAD_BYTES_MAX as u32)
                 .enable_connect_protocol()
                 .keep_alive_interval(PING_AFTER)

@@ -21,6 +21,11 @@ use crate::lanes;
 const SETTLE: Duration = Duration::from_millis(20);
 /// Header lines and values of a response, together, at most.
 const HEAD_BYTES_MAX: usize = 256 << 10;
+/// Bytes of an answer of HTTP/2 that are taken before its client reads them.
+const STREAM_BYTES: u32 = 256 << 10;
+/// The same of all answers on one connection: more than a replica gives at once, so that a client which does not read its
+/// answer leaves room for those of others.
+const CONNECTION_BYTES: u32 = 1 << 30;
 
 /// Makes connections into a replica.
 #[async_trait::async_trait]
@@ -169,7 +174,10 @@ impl Upstream {
             }
             Protocol::H2c => {
                 let mut builder = http2::Builder::new(TokioExecutor::new());
-                builder.max_header_list_size(HEAD_BYTES_MAX as u32);
+                builder
+                    .max_header_list_size(HEAD_BYTES_MAX as u32)
+                    .initial_stream_window_size(STREAM_BYTES)
+                    .initial_connection_window_size(CONNECTION_BYTES);
                 let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
                 tokio::spawn(connection);
                 self.lock().push(Idle { sender: Sender::Two(sender.clone()), lane });

@@ -121,15 +121,24 @@ impl Desk for Pool {
     }
 }
 
-/// Everything goes to one pool, or to the one whose model a body names.
+/// The path of requests that are held for ever.
+pub(crate) const HELD: &str = "/held";
+
+/// Everything goes to one pool, or to the one whose model a body names, but for what is held.
 struct One {
     pool: Arc<Pool>,
+    /// It has no slot.
+    full: Arc<Pool>,
     model: Option<&'static str>,
 }
 
 impl Router for One {
-    fn choose(&self, _asked: &Asked<'_>) -> Choice {
-        if self.model.is_some() { Choice::ByModel } else { Choice::Desk(self.pool.clone()) }
+    fn choose(&self, asked: &Asked<'_>) -> Choice {
+        match self.model {
+            _ if asked.path == HELD => Choice::Desk(self.full.clone()),
+            Some(_) => Choice::ByModel,
+            None => Choice::Desk(self.pool.clone()),
+        }
     }
 
     fn choose_by_model(&self, _asked: &Asked<'_>, model: Option<&str>) -> Option<Arc<dyn Desk>> {
@@ -141,6 +150,8 @@ impl Router for One {
 pub(crate) struct Gateway {
     pub(crate) address: SocketAddr,
     pub(crate) pool: Arc<Pool>,
+    /// The pool of what is held for ever.
+    pub(crate) full: Arc<Pool>,
     pub(crate) front: Arc<Front>,
 }
 
@@ -174,18 +185,22 @@ impl Default for Setup {
 impl Setup {
     /// Starts it in front of a server.
     pub(crate) async fn before(self, server: SocketAddr) -> Gateway {
-        let pool = Arc::new(Pool {
-            upstream: Arc::new(Upstream::new("replica-1", Arc::new(To(server)), self.protocol)),
-            slots: Arc::new(Semaphore::new(self.slots)),
-            waiting: AtomicI64::new(0),
-            taken: Arc::default(),
-            broken: Arc::default(),
-            retried: AtomicU32::new(0),
-            traffic: Arc::default(),
-            refusal: self.refusal,
-            patience: self.patience,
-        });
-        let router = Arc::new(One { pool: pool.clone(), model: self.model });
+        let upstream = Arc::new(Upstream::new("replica-1", Arc::new(To(server)), self.protocol));
+        let pool = |slots| {
+            Arc::new(Pool {
+                upstream: upstream.clone(),
+                slots: Arc::new(Semaphore::new(slots)),
+                waiting: AtomicI64::new(0),
+                taken: Arc::default(),
+                broken: Arc::default(),
+                retried: AtomicU32::new(0),
+                traffic: Arc::default(),
+                refusal: self.refusal.clone(),
+                patience: self.patience,
+            })
+        };
+        let (pool, full) = (pool(self.slots), pool(0));
+        let router = Arc::new(One { pool: pool.clone(), full: full.clone(), model: self.model });
         let front = Front::new(
             router,
             self.limits,
@@ -197,7 +212,7 @@ impl Setup {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
         let address = listener.local_addr().expect("its address");
         tokio::spawn(front.clone().serve(listener));
-        Gateway { address, pool, front }
+        Gateway { address, pool, full, front }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::future::ready;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use http_body::Body;
@@ -20,7 +21,7 @@ use tokio_rustls::rustls::crypto::aws_lc_rs;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore};
 
-use crate::fixture::{Server, Setup};
+use crate::fixture::{Gateway, HELD, PATIENCE, Server, Setup, until};
 
 pub(crate) async fn speak<B>(stream: impl AsyncRead + AsyncWrite + Send + Unpin + 'static) -> SendRequest<B>
 where
@@ -156,6 +157,67 @@ async fn to_a_replica_over_one_connection() {
     client.say("GET /a?b=c HTTP/1.1\r\nhost: b.example\r\nconnection: close\r\n\r\n").await;
     let answer = client.rest().await;
     assert!(answer.contains("1 HTTP/2.0 http://b.example/a?b=c false "), "{answer}");
+    gateway.await_taken(0).await;
+    server.abort();
+}
+
+/// More than any window that either side would give by itself.
+const LONG: usize = 8 << 20;
+
+fn long(gateway: &Gateway, path: &str) -> Request<Full<Bytes>> {
+    let target = format!("http://{}{path}", gateway.address);
+    Request::builder()
+        .method("POST")
+        .uri(target)
+        .body(Full::new(Bytes::from(vec![b'x'; LONG])))
+        .expect("good")
+}
+
+async fn connection(gateway: &Gateway) -> SendRequest<Full<Bytes>> {
+    let stream = TcpStream::connect(gateway.address).await.expect("it listens");
+    stream.set_nodelay(true).expect("set");
+    speak(stream).await
+}
+
+#[tokio::test]
+async fn what_is_held_leaves_room_for_the_bodies_of_others_on_its_connection() {
+    let server = Server::start().await;
+    let gateway = Setup { protocol: Protocol::H2c, ..Setup::default() }.before(server.address).await;
+    let server = tokio::spawn(echo(server));
+    let mut sender = connection(&gateway).await;
+    let held: Vec<_> = (0..20).map(|_| tokio::spawn(sender.send_request(long(&gateway, HELD)))).collect();
+    until("all are held", || gateway.full.waiting.load(Ordering::SeqCst) == 20).await;
+    let asked = async {
+        let answer = sender.send_request(long(&gateway, "/other")).await.expect("an answer");
+        answer.into_body().collect().await.expect("a body").to_bytes()
+    };
+    let answer = tokio::time::timeout(PATIENCE, asked).await.expect("its body has room");
+    assert!(answer.len() > LONG && answer.ends_with(b"x"));
+    assert!(held.iter().all(|asked| !asked.is_finished()));
+    held.into_iter().for_each(|asked| asked.abort());
+    until("all are forgotten", || gateway.full.waiting.load(Ordering::SeqCst) == 0).await;
+    server.abort();
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_leaves_room_for_those_of_others() {
+    let server = Server::start().await;
+    let gateway = Setup { protocol: Protocol::H2c, ..Setup::default() }.before(server.address).await;
+    let server = tokio::spawn(echo(server));
+    let mut unread = Vec::new();
+    for _ in 0..5 {
+        let mut sender = connection(&gateway).await;
+        unread.push((sender.send_request(long(&gateway, "/unread")).await.expect("an answer"), sender));
+    }
+    let asked = async {
+        let mut sender = connection(&gateway).await;
+        let answer = sender.send_request(long(&gateway, "/read")).await.expect("an answer");
+        answer.into_body().collect().await.expect("a body").to_bytes()
+    };
+    let answer = tokio::time::timeout(PATIENCE, asked).await.expect("its answer has room");
+    assert!(answer.starts_with(b"1 ") && answer.len() > LONG, "over the same connection");
+    gateway.await_taken(unread.len() as i64).await;
+    drop(unread);
     gateway.await_taken(0).await;
     server.abort();
 }
