@@ -12,6 +12,12 @@ pub struct Memory {
 }
 
 impl Memory {
+    /// The more of each kind.
+    #[must_use]
+    pub fn max(self, other: Memory) -> Memory {
+        Memory { host: self.host.max(other.host), device: self.device.max(other.device) }
+    }
+
     /// More than any machine has.
     pub const UNLIMITED: Memory = Memory { host: u64::MAX, device: u64::MAX };
 }

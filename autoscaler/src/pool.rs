@@ -146,6 +146,13 @@ pub struct Shape {
     pub paused: Memory,
 }
 
+impl Shape {
+    /// What one holds that is being restored, paused or woken: device memory and its copy in the host are there at once.
+    fn changing(&self) -> Memory {
+        self.serving.max(self.paused)
+    }
+}
+
 /// The replicas of one pool.
 #[derive(Debug)]
 pub struct Pool {
@@ -292,7 +299,8 @@ impl Pool {
         if warm {
             return self.park(now);
         }
-        let id = self.start(tier, now)?;
+        let hold = self.ledger.take(self.shape.serving)?;
+        let id = self.admit(now, tier, hold);
         self.started(id, now);
         Ok(id)
     }
@@ -307,9 +315,9 @@ impl Pool {
     /// # Errors
     /// Where memory is short; then it stays warm.
     pub fn wake(&mut self, id: ReplicaId, expected: Moment) -> Result<(), Short> {
-        let serving = self.shape.serving;
+        let changing = self.shape.changing();
         let replica = self.get_mut(id);
-        replica.hold.as_mut().expect("what exists holds memory").change(serving)?;
+        replica.hold.as_mut().expect("what exists holds memory").change(changing)?;
         replica.tier = Tier::Wake;
         self.step(id, Move::Wake, expected);
         Ok(())
@@ -320,14 +328,17 @@ impl Pool {
     /// # Errors
     /// Where memory is short; then nothing was begun.
     pub fn start(&mut self, tier: Tier, expected: Moment) -> Result<ReplicaId, Short> {
-        let hold = self.ledger.take(self.shape.serving)?;
+        let hold = self.ledger.take(self.shape.changing())?;
         Ok(self.admit(expected, tier, hold))
     }
 
     /// The replica serves.
     pub fn started(&mut self, id: ReplicaId, now: Moment) {
         self.step(id, Move::Started, now);
+        let serving = self.shape.serving;
         let replica = self.get_mut(id);
+        // Less than before, unless its shape was changed meanwhile: then it keeps what it has.
+        let _ = replica.hold.as_mut().expect("what exists holds memory").change(serving);
         replica.ready_since = now;
         replica.assigned = 0;
     }
@@ -416,14 +427,16 @@ impl Pool {
         }
     }
 
-    /// Ends a replica that has drained, or a start that is not wanted any more: it is paused where a warm replica has room,
-    /// else it is removed.
+    /// Ends a replica that has drained, or a start that is not wanted any more: it is paused where a warm replica has room and
+    /// memory allows it, else it is removed.
     pub fn retire(&mut self, id: ReplicaId, now: Moment) -> Retired {
         let replica = self.get(id);
         assert_eq!(replica.in_flight, 0, "{id:?} would be cut off its requests");
         let room = self.count(State::Warm) + self.count(State::Pausing) + self.parking < self.shape.warm;
-        let stays = room && !replica.dismissed;
-        if stays && replica.state.after(Move::Pause).is_some() {
+        let stays = room && !replica.dismissed && replica.state.after(Move::Pause).is_some();
+        let changing = self.shape.changing();
+        let hold = self.get_mut(id).hold.as_mut().expect("what exists holds memory");
+        if stays && hold.change(changing).is_ok() {
             self.step(id, Move::Pause, now);
             Retired::Pausing
         } else {
@@ -597,9 +610,45 @@ mod tests {
         let warm = pool.park(now).expect("memory");
         assert!(pool.start(Tier::Restore, now).is_err());
         assert_eq!(pool.charged(), 0);
-        pool.wake(warm, now).expect("less host memory than before");
-        pool.start(Tier::Restore, now).expect("memory");
-        assert_eq!(pool.starting(), 2);
+        pool.wake(warm, now).expect("no more host memory than before");
+        assert_eq!(pool.charged(), 1);
+    }
+
+    #[test]
+    fn device_memory_and_its_copy_are_there_at_once_while_a_replica_changes() {
+        let mut pool = pool(3 * GIB, 1);
+        let now = at(0.0);
+        let (serving, both) = (Memory { host: GIB, device: GIB }, Memory { host: 2 * GIB, device: GIB });
+        let first = pool.start(Tier::Restore, now).expect("memory");
+        assert_eq!(pool.ledger.used(), both, "it is restored");
+        pool.started(first, now);
+        assert_eq!(pool.ledger.used(), serving, "it serves");
+        let second = pool.start(Tier::Restore, now).expect("memory");
+        pool.started(second, now);
+        pool.drain(first, now);
+        assert!(matches!(pool.retire(first, now), Retired::Pausing));
+        assert_eq!(pool.ledger.used(), Memory { host: 3 * GIB, device: 2 * GIB }, "one is being paused");
+        pool.paused(first, now).expect("memory");
+        assert_eq!(pool.ledger.used(), Memory { host: 3 * GIB, device: GIB }, "one waits");
+        pool.wake(first, now).expect("memory");
+        assert_eq!(pool.ledger.used(), Memory { host: 3 * GIB, device: 2 * GIB }, "it is woken");
+        pool.started(first, now);
+        let third =
+            pool.start(Tier::Restore, now).expect_err("one could not be restored beside two that serve");
+        assert_eq!((third.wanted, third.free), (2 * GIB, GIB));
+    }
+
+    #[test]
+    fn a_replica_is_not_paused_where_memory_does_not_allow_it() {
+        let mut pool = pool(2 * GIB, 1);
+        let now = at(0.0);
+        let first = pool.start(Tier::Restore, now).expect("memory");
+        pool.started(first, now);
+        let second = pool.adopt(Tier::Restore, false, now).expect("memory");
+        pool.drain(first, now);
+        assert!(matches!(pool.retire(first, now), Retired::Removed(Some(_))));
+        pool.drain(second, now);
+        assert!(matches!(pool.retire(second, now), Retired::Pausing));
     }
 
     #[test]
