@@ -77,7 +77,8 @@ impl Pools {
                 capture::check(pool, &config)?;
             }
         }
-        let context = restore::context(global, Clock::start(Arc::new(Hidden))).await?;
+        let cache = pools.serve.memory.map(|memory| memory.cache);
+        let context = restore::context(global, Clock::start(Arc::new(Hidden)), cache).await?;
         let runc_version = programs::runc_version().await?;
         Ok(Self { context, config, runc_version, specs: Mutex::default(), networks: Mutex::default() })
     }

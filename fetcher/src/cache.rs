@@ -12,13 +12,18 @@ pub(crate) trait Entry {
     fn used(&self) -> u64;
 }
 
+/// Whether `more` further bytes fit below `limit`.
+pub(crate) fn fits<E: Entry>(entries: &[Arc<E>], limit: u64, more: u64) -> bool {
+    let total: u64 = entries.iter().map(|entry| entry.bytes()).sum();
+    total.saturating_add(more) <= limit
+}
+
 /// Takes those out that have to go so that `more` further bytes fit below `limit`, the least recently used first.
 /// What is held stays, even above the limit.
 pub(crate) fn make_room<E: Entry>(entries: &mut Vec<Arc<E>>, limit: u64, more: u64) -> Vec<Arc<E>> {
     let mut gone = Vec::new();
     loop {
-        let total: u64 = entries.iter().map(|entry| entry.bytes()).sum();
-        if total.saturating_add(more) <= limit {
+        if fits(entries, limit, more) {
             return gone;
         }
         let oldest = (0..entries.len())

@@ -30,6 +30,8 @@ pub struct Status {
     pub pid: u32,
     /// Bytes that streams may take while nobody holds them.
     pub limit_bytes: u64,
+    /// Whether that holds for those that are held, too.
+    pub bounded: bool,
     /// Whether their memory has huge pages.
     pub huge_pages: bool,
     /// Bytes read from stores since it was started, for streams that are complete or were.
@@ -191,7 +193,9 @@ impl Fetcher {
     fn connect(&self) -> Result<Connection> {
         let mut attempt = 1;
         loop {
-            match start::connect_or_start(&self.settings).and_then(Connection::over) {
+            let connected = start::connect_or_start(&self.settings)
+                .and_then(|socket| Connection::over(socket, self.settings.bound_bytes));
+            match connected {
                 Err(Error::Gone { .. }) if attempt < ATTEMPTS => attempt += 1,
                 other => return other,
             }
@@ -202,7 +206,7 @@ impl Fetcher {
 /// A connection to the fetcher that runs. One that goes before it has greeted was just about to end for being idle.
 fn running(state: &std::path::Path) -> Result<Option<Connection>> {
     let Ok(socket) = start::connect(state) else { return Ok(None) };
-    match Connection::over(socket) {
+    match Connection::over(socket, None) {
         Err(Error::Gone { .. }) => Ok(None),
         other => other.map(Some),
     }
@@ -282,10 +286,11 @@ impl Stream {
         [self.files[0].as_fd(), self.files[1].as_fd()]
     }
 
-    /// Has all of it fetched, these parts first and in this order. Has no effect if that has begun already.
+    /// Has all of it fetched, these parts first and in this order. Has no effect if that has begun already. Where streams
+    /// have a bound it waits until there is room.
     ///
     /// # Errors
-    /// If the fetcher is gone.
+    /// If the fetcher is gone, or the stream is longer than that bound.
     pub fn begin(&self, first: Vec<Extent>) -> Result<()> {
         self.lease.connection.done("fetch a snapshot", &Request::Begin { first, passing: false })
     }
@@ -434,9 +439,9 @@ struct Connection {
 }
 
 impl Connection {
-    fn over(socket: UnixStream) -> Result<Self> {
+    fn over(socket: UnixStream, bound: Option<u64>) -> Result<Self> {
         let connection = Self { socket, turn: Mutex::default() };
-        let hello = Request::Hello { version: protocol::VERSION };
+        let hello = Request::Hello { version: protocol::VERSION, bound };
         match connection.ask("say hello", &hello, &[])?.0 {
             Reply::Hello { version: protocol::VERSION } => Ok(connection),
             other => Err(unexpected("say hello", &other)),

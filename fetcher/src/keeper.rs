@@ -58,11 +58,10 @@ fn run(limit: u64, disk: u64, idle: Duration) -> io::Result<()> {
     let disk = disk.map(Arc::new);
     confine::confine(USER, USER, Some(confine::READ_ANY_FILE))?;
     let keeper = Arc::new(Keeper {
-        limit,
         folder,
         workers: Workers::new(disk.clone()),
         disk,
-        inner: Mutex::default(),
+        inner: Mutex::new(Inner { limit, ..Inner::default() }),
         changed: Condvar::new(),
         clock: AtomicU64::new(1),
         read_bytes: AtomicU64::new(0),
@@ -127,6 +126,8 @@ struct Filling {
     begun: bool,
     /// It need not stay: what its only reader is done with is dropped.
     passing: bool,
+    /// It does not fit beside what is held: one restore has it for itself, and it may only pass.
+    alone: bool,
     complete: bool,
     failure: Option<Failure>,
     /// Who fetches it, and the number of the fill there.
@@ -142,8 +143,10 @@ impl Stream {
 }
 
 impl Entry for Stream {
+    /// What passes takes next to nothing beside the memory that it is put into.
     fn bytes(&self) -> u64 {
-        self.owner.content_bytes()
+        let state = self.state();
+        if state.released || state.alone { 0 } else { self.owner.content_bytes() }
     }
 
     fn is_held(&self) -> bool {
@@ -158,6 +161,10 @@ impl Entry for Stream {
 #[derive(Debug, Default)]
 struct Inner {
     streams: Vec<Arc<Stream>>,
+    /// Bytes that streams may take.
+    limit: u64,
+    /// Also those that are held.
+    bounded: bool,
     /// Content that came from a store in a second, the last time.
     rates: HashMap<Access, u64>,
     /// Snapshots that have passed, the latest last.
@@ -184,7 +191,6 @@ impl Inner {
 }
 
 struct Keeper {
-    limit: u64,
     folder: Option<OwnedFd>,
     workers: Workers,
     disk: Option<Arc<Disk>>,
@@ -253,7 +259,12 @@ impl Keeper {
     ) -> Result<Answer, Failure> {
         let done = Ok((Reply::Done, Vec::new()));
         match request {
-            Request::Hello { .. } => Ok((Reply::Hello { version: protocol::VERSION }, Vec::new())),
+            Request::Hello { bound, .. } => {
+                if let Some(bytes) = bound {
+                    self.bind(bytes);
+                }
+                Ok((Reply::Hello { version: protocol::VERSION }, Vec::new()))
+            }
             Request::Find { access, name, target } => self.find(&access, &name, &target),
             Request::Open { access, digest, patience_ms } => {
                 let manifest = fds.into_iter().next().ok_or_else(|| nonsense("open without a manifest"))?;
@@ -270,10 +281,14 @@ impl Keeper {
             }
             Request::Begin { first, passing } => {
                 let stream = &held.as_ref().ok_or_else(|| nonsense("no stream is open"))?.stream;
+                if !passing {
+                    self.await_room(stream)?;
+                }
                 let mut inner = self.lock();
                 let mut state = stream.state();
                 let begins = !std::mem::replace(&mut state.begun, true);
-                state.passing |= begins && passing && state.restores == 1 && inner.passes(stream);
+                state.passing |=
+                    begins && passing && state.restores == 1 && (state.alone || inner.passes(stream));
                 drop((state, inner));
                 if begins {
                     let (keeper, stream) = (self.clone(), stream.clone());
@@ -350,7 +365,10 @@ impl Keeper {
     ) -> Result<Arc<Stream>, Failure> {
         let mut inner = self.lock();
         loop {
-            let usable = |stream: &Stream| stream.digest == digest && !stream.state().released;
+            let usable = |stream: &Stream| {
+                let state = stream.state();
+                stream.digest == digest && !state.released && !state.alone
+            };
             if let Some(stream) = self.hold_in(&inner, usable) {
                 stream.state().restores += 1;
                 return Ok(stream);
@@ -366,12 +384,46 @@ impl Keeper {
         inner.opening.remove(&digest);
         self.changed.notify_all();
         let stream = Arc::new(made?);
-        *stream.state() = Filling { holders: 1, restores: 1, ..Filling::default() };
-        let gone = cache::make_room(&mut inner.streams, self.limit, stream.owner.content_bytes());
+        let (limit, bytes) = (inner.limit, stream.owner.content_bytes());
+        // For what never fits, nothing has to go.
+        let may_fit = !inner.bounded || bytes <= limit;
+        let gone = if may_fit { cache::make_room(&mut inner.streams, limit, bytes) } else { Vec::new() };
+        let alone = inner.bounded && !cache::fits(&inner.streams, limit, bytes);
+        *stream.state() = Filling { holders: 1, restores: 1, alone, ..Filling::default() };
         inner.streams.push(stream.clone());
         drop(inner);
         drop(gone);
         Ok(stream)
+    }
+
+    /// From now on no more than this is taken, by what is held neither.
+    fn bind(&self, bytes: u64) {
+        let mut inner = self.lock();
+        (inner.limit, inner.bounded) = (bytes, true);
+        let gone = cache::make_room(&mut inner.streams, bytes, 0);
+        self.changed.notify_all();
+        drop(inner);
+        drop(gone);
+    }
+
+    /// Waits until a stream that has to stay until all of it is in place fits beside what is held.
+    fn await_room(&self, stream: &Stream) -> Result<(), Failure> {
+        let (mut inner, bytes, mut gone) = (self.lock(), stream.owner.content_bytes(), Vec::new());
+        while stream.state().alone {
+            let limit = inner.limit;
+            if bytes > limit {
+                return Err(too_long(bytes, limit));
+            }
+            gone.extend(cache::make_room(&mut inner.streams, limit, bytes));
+            if cache::fits(&inner.streams, limit, bytes) {
+                stream.state().alone = false;
+            } else {
+                inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+        drop(inner);
+        drop(gone);
+        Ok(())
     }
 
     fn make(
@@ -428,7 +480,7 @@ impl Keeper {
         let mut inner = self.lock();
         let mut state = stream.state();
         state.holders -= 1;
-        let (unheld, useless) = (state.holders == 0, !state.complete || state.released);
+        let (unheld, useless) = (state.holders == 0, !state.complete || state.released || state.alone);
         let worker = state.worker.clone();
         drop(state);
         if unheld && useless {
@@ -437,7 +489,9 @@ impl Keeper {
                 worker.tell(&ToWorker::Stop { fill }, &[]);
             }
         }
-        let gone = cache::make_room(&mut inner.streams, self.limit, 0);
+        let limit = inner.limit;
+        let gone = cache::make_room(&mut inner.streams, limit, 0);
+        self.changed.notify_all();
         drop(inner);
         drop(gone);
     }
@@ -566,7 +620,8 @@ impl Keeper {
         };
         Status {
             pid: std::process::id(),
-            limit_bytes: self.limit,
+            limit_bytes: inner.limit,
+            bounded: inner.bounded,
             huge_pages: self.folder.is_some(),
             read_bytes: self.read_bytes.load(Ordering::Relaxed),
             disk: self.disk.as_ref().and_then(|disk| disk.status().ok()),
@@ -597,6 +652,14 @@ fn system(error: &io::Error) -> Failure {
 
 fn nonsense(what: &str) -> Failure {
     Failure::of(&io::Error::other(format!("the fetcher cannot use {what}")), Class::Failed)
+}
+
+fn too_long(bytes: u64, limit: u64) -> Failure {
+    let text = format!(
+        "the snapshot's content takes {bytes} bytes while its device memory is put into place, and decoded snapshots may take {limit}: \
+         raise cache in [serve]"
+    );
+    Failure::of(&io::Error::other(text), Class::Failed)
 }
 
 fn died() -> Failure {

@@ -18,7 +18,7 @@ use crate::client::Status;
 use crate::error::Failure;
 
 /// Version of the protocol between clients and keeper; both sides must have the same.
-pub(crate) const VERSION: u32 = 3;
+pub(crate) const VERSION: u32 = 4;
 /// Longest message in bytes: a working set of a hundred thousand extents, or the list of a folder with as many tags.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Most descriptors in one message.
@@ -33,6 +33,8 @@ pub(crate) type Extent = (u64, u64);
 pub(crate) enum Request {
     Hello {
         version: u32,
+        /// Bytes that decoded streams may take from now on altogether, those that are held too.
+        bound: Option<u64>,
     },
     /// Which manifests does a reference mean? `target` is a tag or a digest.
     Find {

@@ -29,7 +29,7 @@ pub(crate) const DISK_FD: i32 = 5;
 
 /// The socket bears the version of the protocol: beside a command of a newer program, a fetcher of the older one serves its own
 /// until nobody needs it.
-const SOCKET: &str = "fetcher.3.sock";
+const SOCKET: &str = "fetcher.4.sock";
 const LOCK: &str = "fetcher.lock";
 const LOG: &str = "fetcher.log";
 
@@ -51,6 +51,9 @@ pub struct Settings {
     pub program: PathBuf,
     /// Bytes that decoded streams may take while nobody holds them; without it a quarter of the free memory.
     pub limit_bytes: Option<u64>,
+    /// Bytes that decoded streams may take altogether, whether somebody holds them or not and whoever has started the fetcher. What does
+    /// not fit is fetched for each restore on its own, and dropped as it is put into place.
+    pub bound_bytes: Option<u64>,
     /// Where what was fetched over a network is kept; nowhere if nothing is said.
     pub disk: Option<DiskSettings>,
     /// How long it stays when nobody needs it.
@@ -99,7 +102,7 @@ fn short(directory: &File, name: &str) -> PathBuf {
 
 fn start(settings: &Settings, state: &File) -> Result<()> {
     let free = machine::free_bytes().map_err(Error::start("read /proc/meminfo"))?;
-    let limit = settings.limit_bytes.unwrap_or(free / LIMIT_PART);
+    let limit = settings.bound_bytes.or(settings.limit_bytes).unwrap_or(free / LIMIT_PART);
     let path = short(state, SOCKET);
     match std::fs::remove_file(&path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => {

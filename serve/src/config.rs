@@ -42,8 +42,8 @@ pub struct Serve {
     pub otlp: Option<String>,
     /// What becomes of the replicas when `serve` is asked to end.
     pub on_exit: OnExit,
-    /// Host memory that replicas may take together, in bytes; without it nothing is counted.
-    pub memory: Option<u64>,
+    /// Host memory that replicas and decoded snapshots may take together; without it nothing is counted.
+    pub memory: Option<Budget>,
     /// Certificate and key of the pools' addresses and of the KEDA scaler.
     pub tls: Option<Tls>,
     /// How long a client may take for the head of a request, and a new connection for its first byte.
@@ -56,6 +56,15 @@ pub struct Serve {
     pub connections_max: u32,
     /// How long requests in flight may go on when `serve` is asked to end.
     pub drain: Duration,
+}
+
+/// How host memory is divided, in bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Budget {
+    /// What replicas may take.
+    pub replicas: u64,
+    /// What decoded snapshots may take, those that are being restored and those that are kept for the next restore.
+    pub cache: u64,
 }
 
 /// Files in PEM.
@@ -311,7 +320,7 @@ fn serve(mut from: Reader) -> Result<Serve> {
                 _ => None,
             })?
             .unwrap_or(OnExit::Stop),
-        memory: from.get("memory", BYTES, bytes)?,
+        memory: budget(&mut from)?,
         tls,
         header_timeout: from.time("header_timeout")?.unwrap_or(Duration::from_secs(30)),
         body_timeout: from.time("body_timeout")?.unwrap_or(Duration::from_secs(60)),
@@ -321,6 +330,30 @@ fn serve(mut from: Reader) -> Result<Serve> {
     };
     from.finish()?;
     Ok(serve)
+}
+
+/// Part of the memory that decoded snapshots may take unless the file says otherwise.
+const CACHE_PART: u64 = 4;
+
+fn budget(from: &mut Reader) -> Result<Option<Budget>> {
+    let memory = from.get("memory", BYTES, bytes)?;
+    let none = |value: &Value| if value.as_bool() == Some(false) { Some(0) } else { bytes(value) };
+    let cache = from.get("cache", "a size such as \"5GiB\", or false", none)?;
+    match (memory, cache) {
+        (None, None) => Ok(None),
+        (None, Some(cache)) => {
+            Err(from.bad("cache", format!("{cache} bytes"), "memory beside it, of which it is a part"))
+        }
+        (Some(memory), Some(cache)) if cache >= memory => Err(from.bad(
+            "cache",
+            format!("{cache} bytes"),
+            &format!("less than memory, which is {memory} bytes"),
+        )),
+        (Some(memory), cache) => {
+            let cache = cache.unwrap_or(memory / CACHE_PART);
+            Ok(Some(Budget { replicas: memory - cache, cache }))
+        }
+    }
 }
 
 fn pool(mut from: Reader) -> Result<PoolConfig> {

@@ -17,7 +17,7 @@ use rewarm_gateway::{Asked, Choice, Desk, Front, Lanes, Limits, Router, tls};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, broadcast, mpsc};
 
-use crate::config::{Config, Matching, PoolConfig};
+use crate::config::{Budget, Config, Matching, PoolConfig};
 use crate::link::{Configure, Line, Purpose, ToGateway, ToParent};
 use crate::live::{Dialler, Heard, Live, LiveDesk, Room, Shared, Ticker};
 use crate::operators::Operators;
@@ -94,7 +94,6 @@ fn allow_many_files() {
 struct Control {
     line: Line,
     world: Arc<World>,
-    ledger: Option<Ledger>,
     room: Room,
     fronts: HashMap<SocketAddr, Arc<Front>>,
     operators: Operators,
@@ -119,7 +118,8 @@ struct Pools {
     served: Vec<Arc<Live>>,
     /// Not in the file any more, with replicas that are still busy.
     leaving: Vec<Arc<Live>>,
-    memory: Option<(Ledger, Option<u64>)>,
+    /// From the first configuration on.
+    memory: Option<(Ledger, Option<Budget>)>,
 }
 
 impl World {
@@ -145,9 +145,14 @@ impl Source for World {
             let pools = self.lock();
             (pools.served.clone(), pools.memory.clone())
         };
-        let memory = memory.map_or_else(MemoryStatus::default, |(ledger, host_limit)| {
+        let memory = memory.map_or_else(MemoryStatus::default, |(ledger, budget)| {
             let used = ledger.used();
-            MemoryStatus { host_used: used.host, host_limit, device_used: used.device }
+            MemoryStatus {
+                host_used: used.host,
+                host_limit: budget.map(|budget| budget.replicas),
+                cache_limit: budget.map(|budget| budget.cache),
+                device_used: used.device,
+            }
         });
         Status {
             version: env!("CARGO_PKG_VERSION").to_owned(),
@@ -184,7 +189,6 @@ impl Control {
             line,
             operators: Operators::new(Handle::new(world.clone())),
             world,
-            ledger: None,
             room: Room::default(),
             fronts: HashMap::new(),
             lanes,
@@ -246,24 +250,25 @@ impl Control {
     /// Takes a configuration in. The parent has found it to be good.
     fn configure(&mut self, configure: Configure, fds: Vec<OwnedFd>, ticker: Ticker) -> io::Result<()> {
         let config = Config::parse(&configure.text, &configure.path).map_err(io::Error::other)?;
-        let limit = config.serve.memory;
-        if self.ledger.is_none() {
+        let first = self.world.lock().memory.is_none();
+        if first {
             self.traces = config.serve.otlp.as_deref().map(Traces::begin).transpose()?;
         }
         // Its size stays for as long as the process: replicas hold parts of it.
-        let ledger = self
-            .ledger
-            .get_or_insert_with(|| Ledger::new(Memory { host: limit.unwrap_or(u64::MAX), device: u64::MAX }));
+        let new = || {
+            let host = config.serve.memory.map_or(u64::MAX, |budget| budget.replicas);
+            (Ledger::new(Memory { host, device: u64::MAX }), config.serve.memory)
+        };
+        let (ledger, _) = self.world.lock().memory.get_or_insert_with(new).clone();
         let shared = Shared {
             ticker,
             line: self.line.clone(),
             notices: self.world.notices.clone(),
             dialler: self.world.dialler.clone(),
-            ledger: ledger.clone(),
+            ledger,
             room: self.room.clone(),
             tracer: self.traces.as_ref().map(Traces::tracer),
         };
-        self.world.lock().memory = Some((ledger.clone(), limit));
         let begun = self.pools(&config, &shared);
         let mut existing: BTreeMap<&str, Vec<&crate::replicas::Existing>> = BTreeMap::new();
         for replica in &configure.existing {

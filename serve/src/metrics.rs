@@ -137,6 +137,11 @@ impl Reading {
                 one(&[], limit as f64)
             })?;
         }
+        if let Some(limit) = memory.cache_limit {
+            to.gauge("memory_cache_limit_bytes", "Host memory that decoded snapshots may take", |one| {
+                one(&[], limit as f64)
+            })?;
+        }
         to.gauge("memory_device_bytes", "Device memory that is counted for replicas", |one| {
             one(&[], memory.device_used as f64)
         })

@@ -43,6 +43,8 @@ pub struct MemoryStatus {
     pub host_used: u64,
     /// What may be taken; absent without a limit.
     pub host_limit: Option<u64>,
+    /// What decoded snapshots may take beside that; absent without a limit.
+    pub cache_limit: Option<u64>,
     /// Device memory that is taken, in bytes.
     pub device_used: u64,
 }

@@ -509,7 +509,9 @@ async fn metrics_say_what_the_status_says_and_are_all_documented() {
             < 1e-9
     );
 
-    served.pools.change(|status| status.memory.host_limit = Some(1 << 34));
+    served.pools.change(|status| {
+        (status.memory.host_limit, status.memory.cache_limit) = (Some(1 << 34), Some(1 << 32));
+    });
     let (_, text) = served.ask(Method::GET, "/metrics", &[], "").await;
     let table = std::fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/admin.md"))
         .expect("a page");

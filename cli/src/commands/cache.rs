@@ -23,6 +23,8 @@ struct Report {
 struct Held {
     pid: u32,
     limit_bytes: u64,
+    /// Whether the limit holds for what is held, too.
+    bounded: bool,
     huge_pages: bool,
     /// From stores, since the fetcher was started.
     read_bytes: u64,
@@ -42,8 +44,8 @@ pub(crate) fn run(global: &Global, args: &Cache) -> Result<u8, Cause> {
     }
     let status = Fetcher::status(&global.state)?;
     let (disk, status) = match status {
-        Some(Status { pid, limit_bytes, huge_pages, read_bytes, streams, disk }) => {
-            (disk, Some(Held { pid, limit_bytes, huge_pages, read_bytes, streams }))
+        Some(Status { pid, limit_bytes, bounded, huge_pages, read_bytes, streams, disk }) => {
+            (disk, Some(Held { pid, limit_bytes, bounded, huge_pages, read_bytes, streams }))
         }
         None => {
             let looked = folder.as_deref().map(disk::look_at).transpose();
@@ -75,7 +77,8 @@ fn memory(status: Option<&Held>) -> String {
     });
     let table = table(&["SNAPSHOT", "MEMORY", "ARRIVED", "READ", "HOLDERS", "STORE"], rows);
     let pages = if status.huge_pages { "in huge pages" } else { "in ordinary pages" };
-    format!("{table}\nat most {} while nobody holds them, {pages}\n", bytes(status.limit_bytes))
+    let when = if status.bounded { "altogether" } else { "while nobody holds them" };
+    format!("{table}\nat most {} {when}, {pages}\n", bytes(status.limit_bytes))
 }
 
 fn on_disk(disk: Option<&DiskStatus>) -> String {

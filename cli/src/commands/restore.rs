@@ -63,7 +63,7 @@ pub(crate) async fn run(args: &Restore, global: &Global) -> Result<u8, Cause> {
     let output = Output::new(global);
     let request = request(args, global)?;
     let clock = Clock::start(output.progress()).pausing_at(env::pause_at());
-    let context = context(global, clock.clone()).await?;
+    let context = context(global, clock.clone(), None).await?;
     let outcome = rewarm_restore::run(request, context, interrupts.next()).await?;
     conclude(outcome, &clock, output)
 }
@@ -102,7 +102,12 @@ fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
     })
 }
 
-pub(crate) async fn context(global: &Global, clock: Clock) -> Result<Context, Cause> {
+/// `bound_bytes`: what decoded snapshots may take altogether, where that is bounded.
+pub(crate) async fn context(
+    global: &Global,
+    clock: Clock,
+    bound_bytes: Option<u64>,
+) -> Result<Context, Cause> {
     let state = replicas::open(global)?;
     let programs = programs::find(global).await?;
     Ok(Context {
@@ -111,7 +116,7 @@ pub(crate) async fn context(global: &Global, clock: Clock) -> Result<Context, Ca
         criu_version: programs.criu.version.to_string(),
         program: replicas::program(),
         cdi: env::cdi(),
-        fetcher: Fetcher::new(settings(global)?),
+        fetcher: Fetcher::new(Settings { bound_bytes, ..settings(global)? }),
         env: env::all(),
         patience: env::store_patience().map_err(usage)?.unwrap_or(STORE_PATIENCE),
         clock,
@@ -130,6 +135,7 @@ fn settings(global: &Global) -> Result<Settings, Cause> {
         state: global.state.clone(),
         program: replicas::program(),
         limit_bytes: env::cache_memory().map_err(usage)?,
+        bound_bytes: None,
         disk: disk.filter(|disk| disk.limit_bytes != Some(0)),
         idle: env::fetcher_idle().map_err(usage)?.unwrap_or(FETCHER_IDLE),
     })

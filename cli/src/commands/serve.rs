@@ -2,21 +2,30 @@
 
 use std::sync::Arc;
 
-use rewarm_serve::config::Config;
+use rewarm_serve::config::{Budget, Config};
 use rewarm_serve::keeper::{self, Settings};
 use serde::Serialize;
 
 use crate::args::{Global, Serve};
 use crate::failure::Cause;
 use crate::pools::Pools;
-use crate::render::Output;
+use crate::render::{Output, bytes};
 use crate::{programs, replicas};
 
 #[derive(Serialize)]
 struct Report {
     /// The file.
     file: String,
+    /// How host memory is divided, where it is counted.
+    memory: Option<Divided>,
     pools: Vec<Served>,
+}
+
+/// In bytes.
+#[derive(Serialize)]
+struct Divided {
+    replicas: u64,
+    cache: u64,
 }
 
 #[derive(Serialize)]
@@ -50,11 +59,19 @@ fn tell(args: &Serve, global: &Global, config: &Config, what: &str) -> Result<()
         snapshot: pool.snapshot.clone(),
         listen: pool.listen.to_string(),
     };
-    let report =
-        Report { file: args.file.display().to_string(), pools: config.pools.iter().map(served).collect() };
+    let divided = |memory: Budget| Divided { replicas: memory.replicas, cache: memory.cache };
+    let report = Report {
+        file: args.file.display().to_string(),
+        memory: config.serve.memory.map(divided),
+        pools: config.pools.iter().map(served).collect(),
+    };
     Output::new(global).answer(&report, |report| {
         let line = |pool: &Served| format!("  {} at {}: {}\n", pool.name, pool.listen, pool.snapshot);
-        format!("{} {what}\n{}", report.file, report.pools.iter().map(line).collect::<String>())
+        let memory = report.memory.as_ref().map_or(String::new(), |memory| {
+            let (replicas, cache) = (bytes(memory.replicas), bytes(memory.cache));
+            format!("  memory: {replicas} for replicas, {cache} for decoded snapshots\n")
+        });
+        format!("{} {what}\n{memory}{}", report.file, report.pools.iter().map(line).collect::<String>())
     })?;
     Ok(())
 }

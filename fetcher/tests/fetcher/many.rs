@@ -23,6 +23,9 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_fetcher_without_work_ends,
         what_the_only_reader_is_done_with_is_dropped,
         what_two_restores_read_stays_until_both_are_done,
+        what_does_not_fit_the_bound_passes_and_takes_no_memory_beside_it,
+        what_has_to_stay_waits_for_room_within_the_bound,
+        a_fetcher_that_runs_is_bound_too,
     ]
 }
 
@@ -208,4 +211,98 @@ fn what_two_restores_read_stays_until_both_are_done() {
     drop(first);
     World::await_that("the release", || status(&world).streams.iter().all(|stream| stream.holders == 1));
     World::assert_content(&second, 1, REGIONS);
+}
+
+/// Bytes of memory that the content of a stream takes now.
+fn memory(stream: &Stream) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let [content, _] = stream.files();
+    let content = std::fs::File::from(content.try_clone_to_owned().expect("a descriptor"));
+    content.metadata().expect("its size").blocks() * 512
+}
+
+/// Reads all of it as a pager does that is its only reader.
+fn take_in(stream: &Stream, seed: u64, regions: &[u64]) {
+    stream.begin_passing(Vec::new()).expect("the fetcher is there");
+    World::assert_content(stream, seed, regions);
+    release_all(stream);
+    World::await_that("its memory is given back", || memory(stream) < BLOCK_BYTES);
+}
+
+fn what_does_not_fit_the_bound_passes_and_takes_no_memory_beside_it() {
+    let regions = [2000];
+    let mut world = World::new(1 << 30, LONG);
+    for (seed, name) in ["a", "b"].into_iter().enumerate() {
+        world.publish(name, seed as u64, &regions);
+    }
+    let held = world.open("a").expect("published");
+    let bytes = held.layout().bytes();
+    world.bind(bytes + bytes / 2);
+    held.begin(Vec::new()).expect("the fetcher is there");
+    World::assert_content(&held, 0, &regions);
+    // A second and a third time too, when the content of a folder would stay otherwise.
+    for _ in 0..3 {
+        let [one, other] = [(); 2].map(|()| world.open("b").expect("published"));
+        take_in(&one, 1, &regions);
+        take_in(&other, 1, &regions);
+    }
+    World::await_that("nothing of it stays", || status(&world).streams.len() == 1);
+    let status = status(&world);
+    assert!(status.bounded && status.limit_bytes == bytes + bytes / 2, "{status:?}");
+    assert_eq!(status.streams[0].digest, held.digest().to_string());
+    // What is not held makes room for what is opened.
+    World::await_that("complete", || self::status(&world).streams[0].complete);
+    drop(held);
+    let next = world.open("b").expect("published");
+    next.begin(Vec::new()).expect("there is room now");
+    World::assert_content(&next, 1, &regions);
+    assert_eq!(self::status(&world).streams.len(), 1, "the other one is gone");
+}
+
+/// As device memory does.
+fn what_has_to_stay_waits_for_room_within_the_bound() {
+    let regions = [2000];
+    let mut world = World::new(1 << 30, LONG);
+    for (seed, name) in ["a", "b"].into_iter().enumerate() {
+        world.publish(name, seed as u64, &regions);
+    }
+    world.publish("long", 2, &[4000]);
+    let held = world.open("a").expect("published");
+    let bytes = held.layout().bytes();
+    world.bind(bytes + bytes / 2);
+    held.begin(Vec::new()).expect("the fetcher is there");
+    World::assert_content(&held, 0, &regions);
+    let waits = world.open("b").expect("published");
+    std::thread::scope(|scope| {
+        let begun = scope.spawn(|| waits.begin(Vec::new()));
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(!begun.is_finished() && memory(&waits) == 0, "there is no room beside what is held");
+        drop(held);
+        begun.join().expect("no panic").expect("there is room now");
+    });
+    World::assert_content(&waits, 1, &regions);
+    let long = world.open("long").expect("published");
+    let error = long.begin(Vec::new()).expect_err("it never fits").to_string();
+    let told = format!("takes {} bytes", long.layout().bytes());
+    assert!(error.contains(&told) && error.contains("raise cache in [serve]"), "{error}");
+}
+
+fn a_fetcher_that_runs_is_bound_too() {
+    let mut world = World::new(1 << 30, LONG);
+    let mut bytes = 0;
+    for (seed, name) in ["a", "b"].into_iter().enumerate() {
+        world.publish(name, seed as u64, &[2000]);
+        let stream = world.open(name).expect("published");
+        stream.begin(Vec::new()).expect("the fetcher is there");
+        World::assert_content(&stream, seed as u64, &[2000]);
+        World::await_that("complete", || status(&world).streams.iter().all(|one| one.complete));
+        bytes = stream.layout().bytes();
+    }
+    World::await_that("let go", || status(&world).streams.iter().all(|one| one.holders == 0));
+    assert_eq!((status(&world).streams.len(), status(&world).bounded), (2, false));
+    world.bind(bytes + bytes / 2);
+    world.find("b").expect("whatever is asked says how much there is");
+    let kept = status(&world).streams;
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert_eq!(kept[0].digest, world.find("b").expect("found").digest().to_string());
 }

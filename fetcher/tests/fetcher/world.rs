@@ -62,6 +62,7 @@ impl World {
             state: folder.path().join("state"),
             program: std::env::current_exe().expect("this program"),
             limit_bytes: Some(limit_bytes),
+            bound_bytes: None,
             disk: None,
             idle,
         };
@@ -87,6 +88,11 @@ impl World {
 
     pub(crate) fn fetcher(&self) -> Fetcher {
         Fetcher::new(self.settings.clone())
+    }
+
+    /// From here on streams take no more than this, also those that are held.
+    pub(crate) fn bind(&mut self, bytes: u64) {
+        self.settings.bound_bytes = Some(bytes);
     }
 
     pub(crate) fn reference(&self, name: &str) -> Reference {

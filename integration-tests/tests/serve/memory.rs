@@ -1,4 +1,5 @@
-//! Two pools whose replicas do not fit into memory together: real restores, and what stands in the book and on the machine meanwhile.
+//! Pools whose replicas and decoded snapshots do not fit into memory together: real restores, and what stands in the book and on the
+//! machine meanwhile.
 
 use std::io::Write;
 use std::net::TcpStream;
@@ -6,8 +7,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::{Serving, free_port};
+use rewarm_integration_tests::{World, http};
 use serde_json::Value;
 
 use super::{pool, pool_world};
@@ -17,6 +18,8 @@ const PATIENCE: Duration = Duration::from_secs(60);
 /// What is counted for one replica, in MiB, and what there is: room for two.
 const REPLICA: u64 = 100;
 const MEMORY: u64 = 250;
+/// What decoded snapshots may take beside that.
+const CACHE: u64 = 50;
 
 fn status(admin: u16) -> Value {
     let answer = http::get(admin, "/admin/status").expect("an answer");
@@ -27,7 +30,11 @@ fn status(admin: u16) -> Value {
 /// Bytes that the book has; never more than there are.
 fn used(status: &Value) -> u64 {
     let memory = &status["memory"];
-    assert_eq!(memory["host_limit"], MEMORY << 20, "{memory}");
+    assert_eq!(
+        (&memory["host_limit"], &memory["cache_limit"]),
+        (&(MEMORY << 20).into(), &(CACHE << 20).into()),
+        "{memory}"
+    );
     let used = memory["host_used"].as_u64().expect("a number");
     assert!(used <= MEMORY << 20, "overdrawn: {status}");
     used
@@ -60,6 +67,46 @@ fn watch(serving: &Serving<'_>, admin: u16, over: &AtomicBool) -> (usize, u64) {
     (looks, most)
 }
 
+/// What the fetcher holds, and what it may hold.
+fn cache(world: &World) -> Value {
+    world.rewarm_json().arg("cache").ok().json()
+}
+
+/// Of each snapshot that is restored again and again the decoded form would stay, as it does without a limit.
+#[test]
+fn decoded_snapshots_stay_within_their_part_of_the_memory() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    for (part, kept) in [("false", 0), ("'50MiB'", 1)] {
+        let file = format!(
+            "[serve]\nadmin = false\nmemory = '1GiB'\ncache = {part}\n{}",
+            pool(
+                &world,
+                "p",
+                "v1",
+                port,
+                "cold = false\npolicy = { kind = 'rewarm', keep_last = 0.0, keep = 0.1 }\n"
+            )
+        );
+        let serving = world.serve(&file);
+        for _ in 0..3 {
+            let answer = http::get(port, "/check").expect("an answer");
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            serving.await_replicas(&[]);
+        }
+        let limit = if kept == 0 { 0 } else { CACHE << 20 };
+        world.await_state("what nobody reads is gone", PATIENCE, || {
+            let held = cache(&world);
+            assert_eq!((&held["bounded"], &held["limit_bytes"]), (&true.into(), &limit.into()), "{held}");
+            let streams = held["streams"].as_array().expect("a list");
+            let stays: u64 = streams.iter().filter_map(|stream| stream["bytes"].as_u64()).sum();
+            streams.len() == kept && stays <= limit && streams.iter().all(|stream| stream["holders"] == 0)
+        });
+        serving.end();
+    }
+    world.finish();
+}
+
 #[test]
 fn replicas_that_do_not_fit_together_take_each_others_room_and_no_request_is_lost() {
     let Some(world) = pool_world() else { return };
@@ -69,7 +116,10 @@ fn replicas_that_do_not_fit_together_take_each_others_room_and_no_request_is_los
          queue = {{ max = 100, deadline = '60s' }}\npolicy = {{ kind = 'rewarm', keep_last = 0.1, keep = 0.1 }}\n"
     );
     let pools = [pool(&world, "p", "v1", first, &more), pool(&world, "q", "v1", second, &more)];
-    let head = format!("[serve]\nadmin = '127.0.0.1:{admin}'\nmemory = '{MEMORY}MiB'\n");
+    let head = format!(
+        "[serve]\nadmin = '127.0.0.1:{admin}'\nmemory = '{}MiB'\ncache = '{CACHE}MiB'\n",
+        MEMORY + CACHE
+    );
     let serving = world.serve(&format!("{head}{}{}", pools[0], pools[1]));
     let warm = |pool: &Value| pool["replicas"][0]["state"] == "warm";
     let both = |status: &Value| status["pools"].as_array().expect("a list").iter().all(warm);

@@ -219,6 +219,12 @@ fn a_file_is_checked_without_starting_anything() {
     world.configure(&good);
     let output = world.serve_call().arg("--check").ok();
     assert!(output.stdout.contains("is good"), "{output}");
+    world.configure(&good.replace("[serve]", "[serve]\nmemory = '8GiB'"));
+    let output = world.serve_call().arg("--check").ok();
+    assert!(
+        output.stdout.contains("memory: 6.0 GiB for replicas, 2.0 GiB for decoded snapshots"),
+        "{output}"
+    );
     world.configure(&good.replace("min_replicas", "min_replica"));
     world.serve_call().arg("--check").fails(2).says(&["min_replica", "min_replicas"]);
     let list = world.rewarm_json().args(["ps", "--all"]).ok().json();

@@ -34,7 +34,7 @@ fn everything_can_be_said() {
          affinity = 'x-session'\nretry = false\nanswer_timeout = '9s'\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
          replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
-         [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\notlp = 'http://127.0.0.1:4318'\non_exit = 'keep'\nmemory = '20GiB'\n\
+         [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\notlp = 'http://127.0.0.1:4318'\non_exit = 'keep'\nmemory = '20GiB'\ncache = '4GiB'\n\
          tls = {{ cert = 'c.pem', key = 'k.pem' }}\nadmin_token = 'token'\nheader_timeout = '5s'\nbody_timeout = '20s'\nbody_max = '1MiB'\n\
          connections_max = 100\ndrain = '1m'\n"
     );
@@ -50,9 +50,19 @@ fn everything_can_be_said() {
     assert_eq!(pool.matching.header, Some(("x-team".to_owned(), "red".to_owned())));
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));
     assert!(pool.capture);
-    assert_eq!((config.serve.admin, config.serve.memory), (None, Some(20 << 30)));
+    assert_eq!(
+        (config.serve.admin, config.serve.memory),
+        (None, Some(Budget { replicas: 16 << 30, cache: 4 << 30 }))
+    );
     assert_eq!(config.serve.body_timeout, Duration::from_secs(20));
     assert_eq!(config.serve.otlp.as_deref(), Some("http://127.0.0.1:4318/"));
+}
+
+#[test]
+fn a_quarter_of_the_memory_is_for_decoded_snapshots_unless_the_file_says_otherwise() {
+    let memory = |said: &str| read(&format!("{POOL}[serve]\n{said}")).expect("good").serve.memory;
+    assert_eq!(memory("memory = '20GiB'"), Some(Budget { replicas: 15 << 30, cache: 5 << 30 }));
+    assert_eq!(memory("memory = '20GiB'\ncache = false"), Some(Budget { replicas: 20 << 30, cache: 0 }));
 }
 
 #[test]
@@ -117,6 +127,14 @@ fn mistakes_name_what_is_nearest_or_expected() {
         (
             format!("{POOL}[serve]\notlp = 'https://collector.example'"),
             "otlp of configuration pool.toml, serve is https://collector.example, expected the address of a collector such as \"http://127.0.0.1:4318\"",
+        ),
+        (
+            format!("{POOL}[serve]\ncache = '1KiB'"),
+            "cache of configuration pool.toml, serve is 1024 bytes, expected memory beside it, of which it is a part",
+        ),
+        (
+            format!("{POOL}[serve]\nmemory = '1KiB'\ncache = '2KiB'"),
+            "cache of configuration pool.toml, serve is 2048 bytes, expected less than memory, which is 1024 bytes",
         ),
         (String::new(), "pool of configuration pool.toml is missing, expected at least one [[pool]]"),
     ] {
