@@ -113,24 +113,27 @@ fn without_port(host: &str) -> &str {
 
 /// Reads the beginning of a body and looks for its model.
 async fn look_for_model(mut body: Arriving) -> Result<(Bytes, Option<Arriving>, Option<String>), Broken> {
-    let mut first = BytesMut::new();
+    let look = |first: &[u8]| model(&first[..first.len().min(LOOKED_AT_BYTES)]);
+    let (mut first, mut next_look) = (BytesMut::new(), 0);
     while first.len() < LOOKED_AT_BYTES {
-        match body.frame().await {
-            None => {
-                let model = model(&first);
-                return Ok((first.freeze(), None, model));
-            }
-            Some(frame) => match frame?.into_data() {
-                Ok(data) => first.extend_from_slice(&data),
-                // Trailers: nothing follows, and nobody has asked for those of a body that ends here.
-                Err(_) => break,
-            },
+        let Some(frame) = body.frame().await else {
+            let model = look(&first);
+            return Ok((first.freeze(), None, model));
+        };
+        // Trailers: nothing follows, and nobody has asked for those of a body that ends here.
+        let Ok(data) = frame?.into_data() else { break };
+        first.extend_from_slice(&data);
+        if first.len() < next_look {
+            continue;
         }
-        if let Some(model) = model(&first) {
+        if let Some(model) = look(&first) {
             return Ok((first.freeze(), Some(body), Some(model)));
         }
+        // A client that sends byte by byte does not have all of it read again for each.
+        next_look = first.len() + first.len() / 8;
     }
-    Ok((first.freeze(), Some(body), None))
+    let model = look(&first);
+    Ok((first.freeze(), Some(body), model))
 }
 
 /// Why a try with one slot gave no answer.

@@ -472,7 +472,82 @@ impl Router for Table {
 
 #[cfg(test)]
 mod tests {
+    use rewarm_gateway::desk::Traffic;
+    use rewarm_gateway::{Refusal, Slot, Want};
+
     use super::*;
+
+    /// A pool of which only the name is asked.
+    struct Named(&'static str);
+
+    #[async_trait::async_trait]
+    impl Desk for Named {
+        fn name(&self) -> &str {
+            self.0
+        }
+        fn affinity(&self) -> Option<String> {
+            None
+        }
+        fn retries(&self) -> bool {
+            false
+        }
+        fn patience(&self) -> Option<Duration> {
+            None
+        }
+        async fn slot(&self, _want: Want) -> Result<Slot, Refusal> {
+            Err(Refusal::Closed { why: "it has none".to_owned() })
+        }
+        fn retry_after(&self) -> Duration {
+            Duration::ZERO
+        }
+        fn answered(&self, _status: u16) {}
+        fn retried(&self) {}
+        fn traffic(&self) -> Arc<Traffic> {
+            Arc::default()
+        }
+    }
+
+    #[test]
+    fn a_request_goes_to_the_first_pool_that_all_fits_and_else_to_the_one_without_match() {
+        let text = "[[pool]]\nname = 'rest'\nsnapshot = 's3://m/p@v1'\nlisten = '127.0.0.1:1'\n".to_owned()
+            + &[
+                ("host", "host = 'a.example'"),
+                ("header", "header = 'x-team: red'"),
+                ("both", "path_prefix = '/v2', model = 'llama'"),
+                ("path", "path_prefix = '/v2'"),
+                ("model", "model = 'bert'"),
+            ]
+            .map(|(name, matching)| {
+                format!(
+                    "[[pool]]\nname = '{name}'\nsnapshot = 's3://m/p@v1'\nlisten = '127.0.0.1:1'\nmatch = {{ {matching} }}\n"
+                )
+            })
+            .concat();
+        let config = Config::parse(&text, std::path::Path::new("pool.toml")).expect("good");
+        let names = ["rest", "host", "header", "both", "path", "model"];
+        let desks = names.map(|name| Arc::new(Named(name)) as Arc<dyn Desk>);
+        let table = Table(config.pools.iter().map(|pool| pool.matching.clone()).zip(desks).collect());
+        let found = |host, path, team: &'static str, model: Option<&str>| {
+            let mut headers = hyper::HeaderMap::new();
+            headers.insert("x-team", hyper::header::HeaderValue::from_static(team));
+            let asked = Asked { host, path, headers: &headers };
+            match table.choose(&asked) {
+                Choice::Desk(desk) => desk.name().to_owned(),
+                Choice::ByModel => {
+                    let desk = table.choose_by_model(&asked, model).expect("one takes the rest");
+                    format!("{} by model", desk.name())
+                }
+                Choice::Nobody => "nobody".to_owned(),
+            }
+        };
+        assert_eq!(found(Some("A.Example"), "/v2", "red", None), "host");
+        assert_eq!(found(Some("b.example"), "/v2", "red", None), "header");
+        assert_eq!(found(None, "/v2/x", "blue", Some("llama")), "both by model");
+        assert_eq!(found(None, "/v2/x", "blue", Some("bert")), "path by model");
+        assert_eq!(found(None, "/v1", "Red", Some("bert")), "model by model");
+        assert_eq!(found(None, "/v1", "blue", Some("other")), "rest by model");
+        assert_eq!(found(None, "/v1", "blue", None), "rest by model", "no model was found");
+    }
 
     #[test]
     fn a_prefix_ends_where_a_part_of_the_path_does() {

@@ -276,6 +276,25 @@ async fn the_model_of_a_body_chooses_the_pool_and_the_body_arrives_whole() {
 }
 
 #[tokio::test]
+async fn a_model_is_looked_for_in_the_first_64_kib_only() {
+    let server = Server::start().await;
+    let gateway = Setup { model: Some("llama"), ..Setup::default() }.before(server.address).await;
+    let text = "x".repeat(100 << 10);
+    let ask =
+        |body: &str| format!("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n{body}", body.len());
+    let mut client = gateway.client().await;
+    client.say(ask(&format!("{{\"messages\":\"{text}\",\"model\":\"llama\"}}"))).await;
+    let answer = client.hear("}}").await;
+    assert!(answer.starts_with("HTTP/1.1 404 ") && answer.contains("no_pool"), "{answer}");
+    let mut client = gateway.client().await;
+    client.say(ask(&format!("{{\"model\":\"llama\",\"messages\":\"{text}\"}}"))).await;
+    let mut replica = server.accept().await;
+    replica.hear(&format!("{text}\"}}")).await;
+    replica.say(OK).await;
+    client.hear("ok").await;
+}
+
+#[tokio::test]
 async fn a_body_that_is_too_long_is_refused_or_cut_off() {
     let server = Server::start().await;
     let limits = Limits { body_max: Some(4), ..LIMITS };

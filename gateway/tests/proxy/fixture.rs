@@ -158,6 +158,8 @@ pub(crate) struct Gateway {
 /// What a gateway is to be like.
 pub(crate) struct Setup {
     pub(crate) slots: usize,
+    /// Connections of clients.
+    pub(crate) connections: usize,
     pub(crate) limits: Limits,
     pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) refusal: Option<Refusal>,
@@ -171,6 +173,7 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             slots: 8,
+            connections: 100,
             limits: LIMITS,
             tls: None,
             refusal: None,
@@ -206,7 +209,7 @@ impl Setup {
             self.limits,
             self.tls,
             Lanes::start(2).expect("threads"),
-            Arc::new(Semaphore::new(100)),
+            Arc::new(Semaphore::new(self.connections)),
             self.tracer,
         );
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.expect("a port");
@@ -291,7 +294,9 @@ impl Talk {
     async fn more(&mut self) -> bool {
         let mut buffer = [0; 64 << 10];
         let count = tokio::time::timeout(PATIENCE, self.stream.read(&mut buffer)).await;
-        let count = count.expect("something comes").unwrap_or(0);
+        let count = count
+            .unwrap_or_else(|_| panic!("nothing comes after {:?}", String::from_utf8_lossy(&self.seen)))
+            .unwrap_or(0);
         self.seen.extend_from_slice(&buffer[..count]);
         count > 0
     }

@@ -171,3 +171,25 @@ async fn a_client_that_leaves_in_the_middle_of_an_answer_gives_its_slot_back() {
     // The server is told, too.
     replica.rest().await;
 }
+
+#[tokio::test]
+async fn who_comes_beyond_the_limit_of_connections_is_answered_when_one_ends() {
+    let server = Server::start().await;
+    let gateway = Setup { connections: 1, ..Setup::default() }.before(server.address).await;
+    let ask = "GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+    let answer = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+    let mut first = gateway.client().await;
+    first.say(ask).await;
+    let mut replica = server.accept().await;
+    replica.head().await;
+    let mut second = gateway.client().await;
+    second.say(ask).await;
+    replica.say(answer).await;
+    first.hear("ok").await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(gateway.pool.taken.load(Ordering::SeqCst), 0, "nobody has read it");
+    drop(first);
+    replica.head().await;
+    replica.say(answer).await;
+    second.hear("ok").await;
+}

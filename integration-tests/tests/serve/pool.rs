@@ -6,7 +6,7 @@ use rewarm_integration_tests::World;
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::free_port;
 
-use super::{config, pool_world};
+use super::{config, pool, pool_world};
 
 /// Lets replicas go as soon as they are idle.
 const HASTY: &str = "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\n";
@@ -244,6 +244,41 @@ fn sigterm_lets_what_is_in_flight_be_answered() {
     serving.end();
     assert!(began.elapsed() >= Duration::from_secs(2), "it left before the answer");
     assert_eq!(client.join().expect("no panic"), 200);
+    world.finish();
+}
+
+#[test]
+fn sigterm_waits_for_what_is_in_flight_no_longer_than_the_file_says() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let config = config(&world, port, "min_replicas = 1\n").replace("[serve]\n", "[serve]\ndrain = '1s'\n");
+    let serving = world.serve(&config);
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
+    let client = std::thread::spawn(move || http::get(port, "/hang").is_err());
+    std::thread::sleep(Duration::from_millis(300));
+    let output = serving.end();
+    assert!(output.stderr.contains("requests are still in flight after 1 s"), "{output}");
+    assert!(client.join().expect("no panic"), "it was cut off");
+    world.finish();
+}
+
+/// What hangs is made by the machine's own runc, and all of it is ended.
+#[test]
+fn starts_that_hang_are_ended_and_counted_and_leave_nothing() {
+    let Some(world) = pool_world() else { return };
+    let (port, admin) = (free_port(), free_port());
+    let hangs = "cold = ['/usr/bin/python3', '-c', 'import time; time.sleep(1000)']\n";
+    let more = format!("port = 8000\nmin_replicas = 1\nmax_replicas = 1\nstart_timeout = '1s'\n{hangs}");
+    let pools = pool(&world, "p", "absent", port, &more);
+    let serving = world.serve(&format!("[serve]\nadmin = '127.0.0.1:{admin}'\n{pools}"));
+    world.await_state("two cold starts took too long", Duration::from_secs(60), || {
+        let status = http::get(admin, "/admin/status").expect("an answer").json();
+        let starts = status["pools"][0]["starts"].as_array().expect("a list").clone();
+        let late = |start: &&serde_json::Value| start["tier"] == "cold" && start["outcome"] == "timed_out";
+        starts.iter().filter(late).count() >= 2
+    });
+    assert!(serving.replicas().len() <= 2, "{:?}", serving.replicas());
+    serving.end();
     world.finish();
 }
 

@@ -17,6 +17,7 @@ mod luck;
 mod room;
 mod slots;
 mod spans;
+mod starts;
 
 /// No step of a test takes as long on any machine.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -10,7 +10,7 @@ fn scale(pool: &str, replicas: u32) -> Command {
 
 impl World {
     /// A replica of this pool that waits: what it is called.
-    async fn with_warm(&self) -> String {
+    pub(super) async fn with_warm(&self) -> String {
         self.live.with(Inner::pass);
         let (name, _) = self.start().await;
         self.serves(&name, Vec::new());
@@ -20,7 +20,7 @@ impl World {
     }
 
     /// The parent is told to stop this one, and does.
-    async fn stops(&self, name: &str, because: &str) {
+    pub(super) async fn stops(&self, name: &str, because: &str) {
         match self.told().await {
             ToParent::Stop { name: stopped, why } => {
                 assert_eq!((stopped.as_str(), why.as_str()), (name, because))
