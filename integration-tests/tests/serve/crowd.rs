@@ -27,12 +27,37 @@ print("sent", flush=True)
 sys.stdin.read()
 "#;
 
+/// The same in HTTP/2, a thousand requests on each connection, each with a body of 16 KiB that nobody reads.
+const UPLOADER: &str = r#"
+import socket, sys
+port, count = map(int, sys.argv[1:])
+def frame(kind, flags, stream, content):
+    return len(content).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big") + content
+def literal(index, text):
+    return bytes([index, len(text)]) + text.encode()
+HEAD = b"\x83\x86" + literal(4, "/check") + literal(1, "held.example")
+held = []
+for _ in range(0, count, 1000):
+    held.append(socket.create_connection(("127.0.0.1", port), timeout=60))
+    held[-1].sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b""))
+    incoming, kind = held[-1].makefile("rb"), None
+    # Its settings, then how much it takes of all bodies together.
+    while kind != 8:
+        begin = incoming.read(9)
+        kind = begin[3]
+        incoming.read(int.from_bytes(begin[:3], "big"))
+    for stream in range(1, 2000, 2):
+        held[-1].sendall(frame(1, 4, stream, HEAD) + frame(0, 1, stream, bytes(16384)))
+print("sent", flush=True)
+sys.stdin.read()
+"#;
+
 /// Clients in a process of their own. Dropping it ends them.
 struct Holder(Child);
 
 impl Holder {
-    fn start(port: u16) -> Self {
-        let arguments = ["-c", HOLDER, &port.to_string(), &HELD.to_string()];
+    fn start(program: &str, port: u16) -> Self {
+        let arguments = ["-c", program, &port.to_string(), &HELD.to_string()];
         let mut command = Command::new("/usr/bin/python3");
         command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped());
         Self(command.spawn().expect("Python"))
@@ -63,6 +88,15 @@ fn resident_bytes(pid: i32) -> u64 {
 
 #[test]
 fn ten_thousand_requests_are_held_in_little_memory_and_forgotten_with_their_clients() {
+    held_in_little_memory(HOLDER);
+}
+
+#[test]
+fn ten_thousand_uploads_over_http2_are_held_in_little_memory_and_forgotten_with_their_clients() {
+    held_in_little_memory(UPLOADER);
+}
+
+fn held_in_little_memory(clients: &str) {
     let Some(world) = pool_world() else { return };
     let (port, admin) = (free_port(), free_port());
     let limits = format!(
@@ -78,7 +112,7 @@ fn ten_thousand_requests_are_held_in_little_memory_and_forgotten_with_their_clie
     };
     let mut busy = http::Connection::open(port).expect("it listens");
     let busy = std::thread::spawn(move || busy.get("/sleep?ms=25000").map(|answer| answer.status));
-    let mut holder = Holder::start(port);
+    let mut holder = Holder::start(clients, port);
     holder.await_sent();
     world.await_state("most are held", Duration::from_secs(60), || held() > HELD * 9 / 10);
     let memory = resident_bytes(serving.gateway()) + resident_bytes(serving.running().pid());
