@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rewarm_report::Stage;
+use rewarm_report::{Pause, Stage};
 
 /// One environment variable.
 #[derive(Debug)]
@@ -44,7 +44,7 @@ variables! {
     CACHE_DISK "REWARM_CACHE_DISK" "Bytes on disk, such as `20GiB`, in which parts of packs that came over a network are kept, in `packs` below the cache folder; `0` for none. Counts when the fetcher is started. Default: a tenth of what is free there.";
     FETCHER_IDLE "REWARM_FETCHER_IDLE" "How long the fetcher stays when nobody needs it, such as `30s`. Counts when it is started. Default: 5 minutes.";
     STORE_PATIENCE "REWARM_STORE_PATIENCE" "How long a store may bring nothing before a restore from it is given up, and with it a replica whose memory is not complete. Default: 1 minute.";
-    PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute.";
+    PAUSE_AT "REWARM_TEST_PAUSE_AT" "For tests: the name of a stage at whose beginning the operation waits for half a minute, or, as `STAGE=FILE`, until that file is gone.";
     XDG_CACHE_HOME "XDG_CACHE_HOME" "Folder of caches. Default: `.cache` below `HOME`.";
     HOME "HOME" "The user's folder, for the default of `XDG_CACHE_HOME`.";
     PATH "PATH" "Where `runc` and, in the last place, `criu` are looked for.";
@@ -167,9 +167,14 @@ pub fn all() -> Vec<(String, String)> {
 
 /// The stage at which a test wants to find this process; what is no stage is ignored.
 #[must_use]
-pub fn pause_at() -> Option<Stage> {
-    let name = PAUSE_AT.get()?;
-    Stage::ALL.iter().copied().find(|stage| name == stage.name())
+pub fn pause_at() -> Option<Pause> {
+    let said = PAUSE_AT.get()?.into_string().ok()?;
+    let (name, file) = match said.split_once('=') {
+        Some((name, file)) => (name, Some(PathBuf::from(file))),
+        None => (&*said, None),
+    };
+    let stage = Stage::ALL.iter().copied().find(|stage| name == stage.name())?;
+    Some(Pause { stage, file })
 }
 
 /// Where a program lies in `PATH`.

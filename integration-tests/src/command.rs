@@ -26,13 +26,15 @@ pub struct Rewarm {
     input: Vec<u8>,
     timeout: Duration,
     shown: String,
+    /// There as long as the program is to pause.
+    pause: Option<tempfile::NamedTempFile>,
 }
 
 impl Rewarm {
     pub(crate) fn new(program: &Path) -> Self {
         let mut command = Command::new(program);
         command.arg0("rewarm");
-        Self { command, input: Vec::new(), timeout: TIMEOUT, shown: "rewarm".to_owned() }
+        Self { command, input: Vec::new(), timeout: TIMEOUT, shown: "rewarm".to_owned(), pause: None }
     }
 
     /// Adds one argument.
@@ -118,10 +120,17 @@ impl Rewarm {
         self
     }
 
-    /// Makes the program stop for a while at the beginning of a stage and say `paused at STAGE`.
+    /// Makes the program stop for a while at the beginning of a stage and say `paused at STAGE`, until [`Running::go_on`].
+    ///
+    /// # Panics
+    ///
+    /// When there is no room for an empty file.
     #[must_use]
-    pub fn pause_at(self, stage: rewarm_report::Stage) -> Self {
-        self.env("REWARM_TEST_PAUSE_AT", stage.name())
+    pub fn pause_at(mut self, stage: rewarm_report::Stage) -> Self {
+        let pause = tempfile::NamedTempFile::new().expect("an empty file");
+        let said = format!("{}={}", stage.name(), pause.path().display());
+        self.pause = Some(pause);
+        self.env("REWARM_TEST_PAUSE_AT", said)
     }
 
     /// Starts the program and does not wait for it.
@@ -141,7 +150,8 @@ impl Rewarm {
         let stdout = Stream::collect(child.stdout.take().expect("piped"));
         let stderr = Stream::collect(child.stderr.take().expect("piped"));
         let began = Instant::now();
-        Running { child, stdout, stderr, began, timeout: self.timeout, shown: self.shown }
+        let pause = self.pause.take();
+        Running { child, stdout, stderr, began, timeout: self.timeout, shown: self.shown, pause }
     }
 
     /// Starts the program and waits for its end.
@@ -229,9 +239,15 @@ pub struct Running {
     began: Instant,
     timeout: Duration,
     shown: String,
+    pause: Option<tempfile::NamedTempFile>,
 }
 
 impl Running {
+    /// Ends the pause of [`Rewarm::pause_at`].
+    pub fn go_on(&mut self) {
+        self.pause = None;
+    }
+
     /// Process id of the program.
     #[must_use]
     pub fn pid(&self) -> i32 {

@@ -13,4 +13,4 @@ mod stage;
 pub use class::{Aftermath, Class, Classify};
 pub use progress::{Hidden, Progress};
 pub use remote::Remote;
-pub use stage::{Clock, Operation, Stage, Timing};
+pub use stage::{Clock, Operation, Pause, Stage, Timing};

@@ -3,6 +3,7 @@
 //! The same list is what the command line draws, what `--json` prints and what the fault tests iterate over: a stage
 //! that is added here is covered there or the test fails.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -88,30 +89,39 @@ pub struct Clock {
     timings: Arc<Mutex<Vec<Timing>>>,
     latest: Arc<Mutex<Option<Stage>>>,
     progress: Arc<dyn Progress>,
-    pause_at: Option<Stage>,
+    pause: Option<Pause>,
 }
 
-/// How long an operation that was told to pause waits at its stage.
-const PAUSE: Duration = Duration::from_secs(30);
+/// Where an operation waits, for tests that want to find it there.
+#[derive(Debug, Clone)]
+pub struct Pause {
+    /// At the beginning of this stage.
+    pub stage: Stage,
+    /// As long as this file is there; without one for half a minute, which is the longest in any case.
+    pub file: Option<PathBuf>,
+}
+
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+const PAUSE_POLL: Duration = Duration::from_millis(10);
+
+impl Pause {
+    fn is_over(&self, began: Instant) -> bool {
+        began.elapsed() >= PAUSE_MAX || self.file.as_ref().is_some_and(|file| !file.exists())
+    }
+}
 
 impl Clock {
     /// Starts the clock of an operation and tells `progress` of each stage.
     #[must_use]
     pub fn start(progress: Arc<dyn Progress>) -> Self {
-        Self {
-            began: Instant::now(),
-            timings: Arc::default(),
-            latest: Arc::default(),
-            progress,
-            pause_at: None,
-        }
+        Self { began: Instant::now(), timings: Arc::default(), latest: Arc::default(), progress, pause: None }
     }
 
-    /// Makes the operation wait for half a minute at the beginning of `stage`, and say so first. This is how the fault
-    /// tests kill a command at every stage.
+    /// Makes the operation wait at the beginning of a stage, and say so first. This is how the fault tests kill a command at
+    /// every stage.
     #[must_use]
-    pub fn pausing_at(mut self, stage: Option<Stage>) -> Self {
-        self.pause_at = stage;
+    pub fn pausing_at(mut self, pause: Option<Pause>) -> Self {
+        self.pause = pause;
         self
     }
 
@@ -129,8 +139,11 @@ impl Clock {
     /// [`Clock::stage`] for work that blocks its thread.
     pub fn stage_blocking<T>(&self, stage: Stage, work: impl FnOnce() -> T) -> T {
         self.begin(stage);
-        if self.pauses_at(stage) {
-            std::thread::sleep(PAUSE);
+        if let Some(pause) = self.pauses_at(stage) {
+            let began = Instant::now();
+            while !pause.is_over(began) {
+                std::thread::sleep(PAUSE_POLL);
+            }
         }
         let start = Instant::now();
         self.progress.started(stage);
@@ -151,18 +164,19 @@ impl Clock {
 
     /// Waits if the operation was told to pause at this stage.
     async fn pause(&self, stage: Stage) {
-        if self.pauses_at(stage) {
-            tokio::time::sleep(PAUSE).await;
+        if let Some(pause) = self.pauses_at(stage) {
+            let began = Instant::now();
+            while !pause.is_over(began) {
+                tokio::time::sleep(PAUSE_POLL).await;
+            }
         }
     }
 
-    /// Whether the operation pauses at this stage; says so if it does.
-    fn pauses_at(&self, stage: Stage) -> bool {
-        let pauses = self.pause_at == Some(stage);
-        if pauses {
-            self.progress.warning(&format!("paused at {stage}"));
-        }
-        pauses
+    /// How the operation pauses at this stage, if it does; says so then.
+    fn pauses_at(&self, stage: Stage) -> Option<&Pause> {
+        let pause = self.pause.as_ref().filter(|pause| pause.stage == stage)?;
+        self.progress.warning(&format!("paused at {stage}"));
+        Some(pause)
     }
 
     /// Records a stage that was measured elsewhere, for one that runs inside another process.

@@ -227,9 +227,10 @@ fn a_shim_killed_during_a_dump_ends_the_snapshot_with_an_error() {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
     let replica = world.start("plain", &server);
-    let running = world.snapshot_call(&replica, "v1", &[]).pause_at(Stage::Delta).spawn();
+    let mut running = world.snapshot_call(&replica, "v1", &[]).pause_at(Stage::Delta).spawn();
     running.await_stderr("paused at delta");
     kill_shim(&world, &replica);
+    running.go_on();
     let output = running.wait();
     assert!(matches!(output.code, Some(1 | 6)), "{output}");
     assert!(!visible(&world).to_string().contains(replica.name()), "a snapshot is visible");

@@ -40,12 +40,13 @@ fn a_server_that_dies_during_the_dump() {
         let server = Server::plain();
         let Some(world) = world_for(&server) else { return };
         let source = world.start("plain", &server);
-        let running = world.snapshot_call(&source, "v1", &[]).pause_at(stage).spawn();
+        let mut running = world.snapshot_call(&source, "v1", &[]).pause_at(stage).spawn();
         running.await_stderr(&format!("paused at {stage}"));
         for pid in inner_processes(&world) {
             // It may be another's child that is gone already.
             let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
         }
+        running.go_on();
         let output = running.wait();
         match (stage, output.code) {
             (Stage::Dump, code) => assert_eq!(code, Some(1), "{stage}: {output}"),
@@ -313,13 +314,17 @@ fn two_snapshots_of_one_server_at_once() {
     let Some(world) = world_for(&server) else { return };
     let source = world.start("plain", &server);
     let before = answers(&source, &server);
-    let first = world
+    let mut first = world
         .snapshot_call(&source, "v1", &[])
         .pause_at(Stage::Delta)
         .timeout(Duration::from_secs(90))
         .spawn();
     first.await_stderr("paused at delta");
-    let second = world.snapshot_call(&source, "v2", &[]).timeout(Duration::from_secs(90)).run();
+    let second = world.snapshot_call(&source, "v2", &[]).timeout(Duration::from_secs(90)).spawn();
+    // Time enough to be told, or to begin to wait.
+    std::thread::sleep(Duration::from_secs(2));
+    first.go_on();
+    let second = second.wait();
     first.wait().expect_code(0);
     assert!(matches!(second.code, Some(0 | 1)), "{second}");
     if second.code == Some(1) {
