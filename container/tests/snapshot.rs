@@ -43,6 +43,7 @@ fn restore_request() -> RestoreRequest {
         images_attached: false,
         residents: Vec::new(),
         timeout_ms: 30_000,
+        waits: false,
         device: None,
     }
 }

@@ -12,6 +12,7 @@
 //! | [`core`] | `core-TID.img`: credentials, seccomp, name of each thread |
 //! | [`mm`] | `mm-PID.img`: mappings |
 //! | [`files`] | `files.img`, `fdinfo-ID.img`, ghost files: everything that is open |
+//! | [`memfd`] | `memfd.img`: files of shared memory |
 //! | [`mounts`] | `mountpoints-ID.img` |
 //! | [`namespaces`] | ids of namespaces, user namespaces, clocks |
 //! | [`pagemap`] | `pagemap-PID.img`, `pagemap-shmem-ID.img`, also written here |
@@ -30,6 +31,7 @@ use crate::{Error, Fault};
 pub mod core;
 pub mod files;
 pub mod inventory;
+pub mod memfd;
 pub mod mm;
 pub mod mounts;
 pub mod namespaces;
@@ -62,6 +64,7 @@ pub(crate) enum Kind {
     Mm,
     Files,
     Fdinfo,
+    Memfd,
     Mounts,
     Pagemap,
     GhostFile,
@@ -83,6 +86,7 @@ impl Kind {
             Self::Mm => &[COMMON, 0x5749_2820],
             Self::Files => &[COMMON, 0x5630_3138],
             Self::Fdinfo => &[COMMON, 0x5621_3732],
+            Self::Memfd => &[COMMON, 0x4845_3499],
             Self::Mounts => &[COMMON, 0x5556_3928],
             Self::Pagemap => &[COMMON, 0x5608_4025],
             Self::GhostFile => &[COMMON, 0x5258_3605],

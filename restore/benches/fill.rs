@@ -286,6 +286,7 @@ fn filled(
         record: false,
         working_set: WorkingSet::default(),
         devices,
+        shared: Vec::new(),
         tasks: Tasks::Numbers(vec![pid]),
         criu_within: LONG,
         chunk_within: LONG,
@@ -303,7 +304,7 @@ fn filled(
             }
             Heard::Report(Report::Finished) if device => {
                 kill(Pid::from_raw(pid), Signal::SIGSTOP).expect("stopped");
-                holder.tell(Command::Devices).expect("told");
+                holder.tell(Command::Stopped).expect("told");
             }
             Heard::Report(_) => {}
             Heard::Done(summary) => break summary,

@@ -78,9 +78,14 @@ pub(crate) fn begin(
         places.push((*region, Arc::new(Files { files, bytes: *bytes })));
     }
     for object in &blueprint.objects {
-        // Shared memory is never filled later: CRIU has no userfaultfd for it.
         let later = matches!(object.object, Object::Task { .. });
-        let image = PagesImage::plan(&object.layout, if later { Reads::NotLazy } else { Reads::All });
+        let reads = match lazy.shared().any(|region| region == object.region) {
+            _ if later => Reads::NotLazy,
+            true => Reads::Nothing,
+            // CRIU has no userfaultfd for shared memory: what is not there before the tasks run would never be.
+            false => Reads::All,
+        };
+        let image = PagesImage::plan(&object.layout, reads);
         let files = images.iter().map(|at| pages_file(at, object.object, object.pages_id, &image));
         let files = files.collect::<Result<_, _>>()?;
         places.push((object.region, Arc::new(Pages { image, files, shared: later })));
@@ -108,9 +113,14 @@ impl Fetching {
             first.extend(wanted.iter().map(|part| (base + part.start, part.end - part.start)));
             jobs.extend(by_block(&wanted).into_iter().map(|part| (index, part)));
         }
-        // Then device memory, for which the whole server waits, then what is touched before the probe has ended.
+        // Then shared and device memory, for which the whole server waits, then what is touched before the probe has ended.
         let layout = self.stream.layout();
-        first.extend(self.lazy.direct().filter_map(|region| layout.regions().get(region).copied()));
+        first.extend(
+            self.lazy
+                .shared()
+                .chain(self.lazy.direct())
+                .filter_map(|region| layout.regions().get(region).copied()),
+        );
         let known = self.stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         first.extend(known.iter().filter_map(|&(region, offset, bytes)| {
             let (base, _) = layout.regions().get(region as usize)?;

@@ -24,9 +24,9 @@ use crate::blueprint::{Blueprint, DirectRegion};
 use crate::direct::Feed;
 use crate::error::Cause;
 use crate::pager::{AtFork, Extent, Mapping, Plan, Run};
+use crate::shared::{self, Segment};
 
 const HUGE_PAGE: u64 = 2 << 20;
-const PROT_WRITE: u32 = 2;
 const MADV_DONTFORK: u64 = 1 << 10;
 const MADV_WIPEONFORK: u64 = 1 << 18;
 
@@ -37,6 +37,8 @@ pub(crate) struct Orders {
     pub(crate) tasks: Vec<TaskOrders>,
     /// Device memory of tasks, which is filled before anything of them runs.
     pub(crate) devices: Vec<TaskOrders>,
+    /// Shared memory, each segment through the mapping of one task; filled before anything of them runs.
+    pub(crate) shared: Vec<TaskOrders>,
     /// When memory is filled.
     pub(crate) when: When,
     /// What is filled while the tree is stopped is written in huge pages; otherwise copied in small ones.
@@ -129,6 +131,8 @@ pub(crate) struct Lazy {
     passing: bool,
     /// The tasks' pids and their regions.
     regions: Vec<(u32, u32)>,
+    /// Shared memory that the pager writes.
+    shared: Vec<Segment>,
     /// Device memory that goes past the tasks.
     direct: Vec<DirectRegion>,
 }
@@ -174,14 +178,26 @@ impl Lazy {
             }
             devices.push(orders);
         }
+        let base = |region| stream.layout().base(region);
+        let shared = images.first().map(|first| shared::plan(blueprint, first, base)).transpose()?;
+        let shared = shared.unwrap_or_default();
         let pid = |region| regions.iter().find(|(_, own)| *own == region).map(|(pid, _)| *pid);
         let known = stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
         let passing = images.len() == 1 && blueprint.devices.is_empty() && blueprint.direct.is_empty();
         let record = when == When::Recorded || (when == When::AtOnce && stream.working_set().is_some());
-        let orders = Orders { first: first.collect(), tasks, devices, when, huge, record, passing };
+        let orders = Orders {
+            first: first.collect(),
+            tasks,
+            devices,
+            shared: shared.iter().map(|segment| segment.orders.clone()).collect(),
+            when,
+            huge,
+            record,
+            passing,
+        };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { stream, orders, when, passing, regions, direct: blueprint.direct.clone() })
+        Ok(Self { stream, orders, when, passing, regions, shared, direct: blueprint.direct.clone() })
     }
 
     /// Whether the tree is filled while it is stopped.
@@ -197,6 +213,11 @@ impl Lazy {
     /// What carries device memory past the tasks, to the driver.
     pub(crate) fn feed(&self, carried: &Carried) -> Result<Option<Feed>, Cause> {
         Feed::plan(carried, &self.direct, &self.stream)
+    }
+
+    /// Regions of shared memory that the pager writes, while the tree is stopped.
+    pub(crate) fn shared(&self) -> impl Iterator<Item = usize> + '_ {
+        self.shared.iter().map(|segment| segment.region)
     }
 
     /// Regions of device memory that goes past the tasks.
@@ -250,7 +271,7 @@ fn mapping(vma: &Vma) -> (u64, u64, bool, u8) {
         madv if madv & MADV_WIPEONFORK != 0 => 1,
         _ => 0,
     };
-    (vma.start, vma.end, vma.protection & PROT_WRITE != 0, at_fork)
+    (vma.start, vma.end, vma.is_writable(), at_fork)
 }
 
 fn memory_file(orders: &Orders) -> std::io::Result<OwnedFd> {

@@ -21,6 +21,7 @@ mod pipeline;
 mod recording;
 mod replica;
 pub mod resident;
+mod shared;
 mod verdict;
 
 pub use begun::Ground;

@@ -78,8 +78,10 @@ pub struct Config {
     pub record: bool,
     /// What an earlier restore touched first: filled before the background.
     pub working_set: WorkingSet,
-    /// Device memory, filled at [`Command::Devices`].
+    /// Device memory, filled at [`Command::Stopped`].
     pub devices: Vec<Device>,
+    /// Shared memory, filled at [`Command::Stopped`], before device memory.
+    pub shared: Vec<Segment>,
     /// The replica's processes.
     pub tasks: Tasks,
     /// How long CRIU may take to connect, and again between two of its messages.
@@ -111,6 +113,17 @@ pub struct Device {
     pub zeros: Vec<std::ops::Range<u64>>,
 }
 
+/// A segment of shared memory. No userfaultfd is registered for it, so all of it is written before anything runs.
+#[derive(Debug, Clone)]
+pub struct Segment {
+    /// Pid, inside its pid namespace, of the task through whose mapping it is written.
+    pub pid: u32,
+    /// Names the content stream.
+    pub stream: u32,
+    /// What to put where.
+    pub plan: Arc<Plan>,
+}
+
 /// What a pager did.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Summary {
@@ -132,6 +145,10 @@ pub struct Summary {
     pub device_bytes: u64,
     /// How long writing them took.
     pub device_us: u64,
+    /// Bytes of shared memory.
+    pub shared_bytes: u64,
+    /// How long writing them took.
+    pub shared_us: u64,
     /// From CRIU's connection to its last message: from then on the tasks can run.
     pub criu_us: u64,
     /// From there until all was in place.

@@ -14,6 +14,8 @@ pub(crate) enum Reads {
     All,
     /// Only those that must be there before the task runs; the pager fills the rest.
     NotLazy,
+    /// None: the pager fills all of them.
+    Nothing,
 }
 
 /// A run of the pagemap.
@@ -56,7 +58,7 @@ impl PagesImage {
     }
 
     fn add(&mut self, stream: u64, run: Run, reads: Reads) {
-        if run.zero && run.lazy {
+        if reads == Reads::Nothing || (run.zero && run.lazy) {
             return;
         }
         let present = reads == Reads::All || !run.lazy;

@@ -81,7 +81,8 @@ impl Replica {
         let feed = device.as_ref().map(|device| lazy.feed(&device.carried)).transpose()?.flatten();
         let bytes = facts.memory.logical_bytes + device.as_ref().map_or(0, |device| device.carried.bytes());
         let timeout = RESTORE_TIMEOUT + Duration::from_millis(bytes / 100_000);
-        let stopped = lazy.is_eager() || device.is_some();
+        let waits = lazy.shared().next().is_some();
+        let stopped = lazy.is_eager() || waits || device.is_some();
         let config = if stopped { Config::restore().leave_stopped() } else { Config::restore() };
         let request = RestoreRequest {
             criu,
@@ -93,6 +94,7 @@ impl Replica {
             images_attached: false,
             residents: vec![self.pager(device.is_some())?],
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
+            waits,
             device,
         };
         // The pager has a lease of its own: this command may end while memory is still being filled.

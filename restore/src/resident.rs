@@ -33,6 +33,7 @@ use crate::pager::{
     self, Command, Config, Extent, Heard, Holder, Mode, Report, Source, SourceError, Task, Tasks, WorkingSet,
 };
 use crate::recording::REPORT_BYTES_MAX;
+use crate::shared::SHARED_STREAM;
 
 /// How long CRIU may take to connect, and again between two of its messages.
 const CRIU_WITHIN: Duration = Duration::from_secs(120);
@@ -71,8 +72,18 @@ struct Started {
     /// The line to the command, which wants to know what was touched.
     command: UnixStream,
     tasks: Tasks,
-    /// Whether it lets the server go on when its memory is complete.
-    resumes: bool,
+    resumes: Resumes,
+}
+
+/// When the pager lets a server go on that came back stopped.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Resumes {
+    /// Its memory is complete.
+    Done,
+    /// What must be there before anything runs is in place.
+    MayRun,
+    /// It runs already, or somebody else does it.
+    Never,
 }
 
 /// Starts the pager in a thread of its own and tells the shim that CRIU may begin.
@@ -94,6 +105,11 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
         Ok(pager::Device { pid: device.pid, stream, plan: Arc::new(plan), zeros })
     };
     let devices = orders.devices.iter().map(device).collect::<io::Result<Vec<_>>>()?;
+    let segment = |(stream, segment): (u32, &TaskOrders)| {
+        let plan = segment.plan().map_err(io::Error::other)?;
+        Ok(pager::Segment { pid: segment.pid, stream, plan: Arc::new(plan) })
+    };
+    let shared = (SHARED_STREAM..).zip(&orders.shared).map(segment).collect::<io::Result<Vec<_>>>()?;
     let first = orders.first.iter().map(|&(task, offset, length)| Extent { task, offset, length });
     let cgroup = Tasks::Cgroup(cgroup);
     let eager = orders.when == When::Stopped;
@@ -110,27 +126,35 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
         record: orders.record,
         working_set: WorkingSet { extents: first.collect() },
         devices,
+        shared,
         tasks: cgroup.clone(),
         criu_within: CRIU_WITHIN,
         chunk_within: BLOCK_WITHIN,
     };
     let listener = Listener::bind(work).map_err(io::Error::other)?;
     let (shim_end, pager_end) = UnixStream::pair()?;
-    let devices = !orders.devices.is_empty();
+    let (devices, shared) = (!orders.devices.is_empty(), !orders.shared.is_empty());
     let named = |device: TaskOrders| TaskOrders { pid: device.pid | DEVICE_STREAM, ..device };
-    let streams = orders.tasks.into_iter().chain(orders.devices.into_iter().map(named));
+    let segments = (SHARED_STREAM..).zip(orders.shared).map(|(pid, segment)| TaskOrders { pid, ..segment });
+    let streams = orders.tasks.into_iter().chain(orders.devices.into_iter().map(named)).chain(segments);
     let (streams, ceased) = (streams.collect(), AtomicBool::new(false));
     let source = Arc::new(Stream { stream, lease, tasks: streams, passing: orders.passing, ceased });
     std::thread::spawn(move || pager::run(config, tasks, source, listener, pager_end));
     let holder = Holder::new(shim_end);
     // Device memory that goes past the tasks is none that this process fills.
-    let elsewhere = held && !devices && !eager;
-    watch(control, &holder, eager, devices, elsewhere)?;
+    let elsewhere = held && !devices && !shared && !eager;
+    watch(control, &holder, eager, devices || shared, elsewhere)?;
     if !eager {
         obey(&command, &holder)?;
     }
     control.tell(&ToShim::Ready, &[])?;
-    Ok(Started { holder, command, tasks: cgroup, resumes: eager && !held })
+    let resumes = match (held, eager) {
+        (true, _) => Resumes::Never,
+        (false, true) => Resumes::Done,
+        (false, false) if shared => Resumes::MayRun,
+        (false, false) => Resumes::Never,
+    };
+    Ok(Started { holder, command, tasks: cgroup, resumes })
 }
 
 /// The content of a file. Read by offset: all clones of a restore share the one position of the descriptor.
@@ -141,19 +165,20 @@ fn whole(file: &File) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server. Device memory, and an eager
-/// fill of all memory, begin when the shim says that the tree is restored, which is stopped then.
+/// If the shim dies, the pager hears what it would hear from a dead shim, and kills the server. What must be there before anything
+/// runs (`before`: shared and device memory), and an eager fill of all memory, begin when the shim says that the tree is restored,
+/// which is stopped then.
 /// `elsewhere`: device memory is there as far as it depends on this process.
-fn watch(control: &Control, holder: &Holder, eager: bool, devices: bool, elsewhere: bool) -> io::Result<()> {
+fn watch(control: &Control, holder: &Holder, eager: bool, before: bool, elsewhere: bool) -> io::Result<()> {
     let listening = control.duplicate()?;
     let socket = holder.control().try_clone()?;
     std::thread::spawn(move || {
         while let Ok(Some((FromShim::Restored { .. }, _))) = listening.next() {
-            if devices {
-                let _ = tell(&socket, Command::Devices);
+            if before {
+                let _ = tell(&socket, Command::Stopped);
             }
             if elsewhere {
-                let _ = listening.tell(&ToShim::Devices, &[]);
+                let _ = listening.tell(&ToShim::MayRun, &[]);
             }
             if eager {
                 // A pager that is gone has been heard of already.
@@ -197,14 +222,17 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
                 // A command that has ended does not want it any more.
                 let _ = fdpass::send_frame(&pager.command, &report, REPORT_BYTES_MAX, &[]);
             }
-            Heard::Report(Report::Devices) => {
-                if control.tell(&ToShim::Devices, &[]).is_err() {
+            Heard::Report(Report::MayRun) => {
+                if pager.resumes == Resumes::MayRun {
+                    pager.tasks.resume();
+                }
+                if control.tell(&ToShim::MayRun, &[]).is_err() {
                     continue;
                 }
             }
             Heard::Report(_) => {}
             Heard::Done(_) => {
-                if pager.resumes {
+                if pager.resumes == Resumes::Done {
                     pager.tasks.resume();
                 }
                 let _ = control.tell(&ToShim::Done, &[]);

@@ -92,6 +92,10 @@ pub struct RestoreRequest {
     pub residents: Vec<ResidentRequest>,
     /// Give up after this time, in milliseconds.
     pub timeout_ms: u64,
+    /// CRIU leaves the server stopped (`leave-stopped` in its configuration), and it may not be asked anything before a resident says
+    /// that it may run.
+    #[serde(default)]
+    pub waits: bool,
     /// Device state of the server, which CRIU leaves stopped in this case (`leave-stopped` in its configuration).
     #[serde(default)]
     pub device: Option<DeviceRequest>,

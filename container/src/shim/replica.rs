@@ -81,8 +81,8 @@ pub(super) struct Inner {
     pub(super) kept: Option<InFile>,
     /// The same for a dump, and after it as long as a command keeps it frozen.
     pub(super) suspended: Option<Suspension>,
-    /// During a restore: device memory lies in host memory, as a whole.
-    pub(super) devices_present: bool,
+    /// During a restore: what must be there before the server runs is, shared memory and device memory in host memory.
+    pub(super) may_run: bool,
     pub(super) dumped_by: Option<ConnectionId>,
     /// Everything that had to be cleaned up is.
     pub(super) finished: bool,

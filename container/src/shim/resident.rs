@@ -3,7 +3,7 @@
 //! The shim starts a resident before CRIU. It finds a control socket as descriptor [`CONTROL_FD`] and the descriptors that
 //! the client gave from [`FIRST_FD`] up. Over the control socket it sends [`ToShim`] messages: `ready` (CRIU may start),
 //! `hold` with descriptors (the shim keeps duplicates until `done`, so that a dead pager leaves its server stopped and not
-//! reading zeros), `devices` (the driver may be called), `done` (the replica no longer needs it), `failed` with a reason. The shim sends [`FromShim::Restored`]
+//! reading zeros), `may_run` (what must be there before the server runs is), `done` (the replica no longer needs it), `failed` with a reason. The shim sends [`FromShim::Restored`]
 //! with a pidfd of the server's init, by which a resident kills the server where the shim itself dies (end of file).
 //!
 //! A resident that ends or fails before `done` ends the replica; the reason is in `exit.json`.
@@ -29,8 +29,9 @@ pub enum ToShim {
     Ready,
     /// Keep duplicates of the descriptors that come with this message.
     Hold,
-    /// Device memory is in place, and the rest follows when it is touched: the driver may be called.
-    Devices,
+    /// Shared and device memory are in place, and the rest follows when it is touched: the driver may be called, and a server that was
+    /// only stopped for this runs.
+    MayRun,
     /// The replica no longer needs this resident.
     Done,
     /// The replica's memory can no longer be trusted.

@@ -135,8 +135,10 @@ impl Replica {
         for resident in residents {
             resident.restored(pid)?;
         }
+        if request.waits || request.device.is_some() {
+            self.wait_until_it_may_run(asker, deadline, timeout.as_secs())?;
+        }
         if let Some(device) = &request.device {
-            self.wait_present(asker, deadline, timeout.as_secs())?;
             let socket =
                 if device.carried.is_direct() { Some(fds.next().ok_or_else(|| missing(1))?) } else { None };
             let left = deadline.saturating_duration_since(Instant::now());
@@ -145,12 +147,12 @@ impl Replica {
         Ok(pid)
     }
 
-    /// The driver pins its copies of device memory: all of them must be there before the first call. Where they are not told
-    /// apart from other memory, all memory must.
-    fn wait_present(&self, asker: Asker<'_>, deadline: Instant, seconds: u64) -> Result<(), Error> {
+    /// Shared memory must be there before anything of the server runs. The driver pins its copies of device memory: all of them
+    /// must be there before the first call; where they are not told apart from other memory, all memory must.
+    fn wait_until_it_may_run(&self, asker: Asker<'_>, deadline: Instant, seconds: u64) -> Result<(), Error> {
         let filling = |inner: &Inner| {
             let record = inner.record.as_ref();
-            !inner.devices_present && record.is_some_and(|record| record.memory == Some(Memory::Filling))
+            !inner.may_run && record.is_some_and(|record| record.memory == Some(Memory::Filling))
         };
         while !self.wait_until(Some(STEP), |inner| inner.doomed || inner.exit.is_some() || !filling(inner)) {
             if Instant::now() > deadline {

@@ -87,7 +87,7 @@ impl Resident {
             match protocol::receive(&self.control) {
                 Ok(Some((ToShim::Ready, _))) => self.change(|state| state.ready = true),
                 Ok(Some((ToShim::Hold, fds))) => self.change(|state| state.held.extend(fds)),
-                Ok(Some((ToShim::Devices, _))) => replica.change(|inner| inner.devices_present = true),
+                Ok(Some((ToShim::MayRun, _))) => replica.change(|inner| inner.may_run = true),
                 Ok(Some((ToShim::Done, _))) => {
                     self.change(|state| {
                         state.done = true;

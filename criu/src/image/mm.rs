@@ -19,6 +19,8 @@ const MAP_ANONYMOUS: u32 = 0x20;
 const MAP_LOCKED: u32 = 0x2000;
 const MAP_HUGETLB: u32 = 0x4_0000;
 
+const PROT_WRITE: u32 = 2;
+
 const VSYSCALL: u32 = 1 << 2;
 const VDSO: u32 = 1 << 3;
 const FILE_PRIVATE: u32 = 1 << 6;
@@ -70,6 +72,18 @@ impl Vma {
         self.is_private_anonymous()
             && self.flags & (MAP_LOCKED | MAP_HUGETLB) == 0
             && self.status & (VSYSCALL | VDSO | VVAR) == 0
+    }
+
+    /// The task may write through it.
+    #[must_use]
+    pub fn is_writable(&self) -> bool {
+        self.protection & PROT_WRITE != 0
+    }
+
+    /// Its pages are those of hugetlbfs.
+    #[must_use]
+    pub fn is_huge_tlb(&self) -> bool {
+        self.flags & MAP_HUGETLB != 0
     }
 
     /// It maps the file with this id.

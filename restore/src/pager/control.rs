@@ -41,8 +41,8 @@ pub enum Report {
         /// Number of the address space.
         id: u32,
     },
-    /// Device memory is in place; the driver may be called.
-    Devices,
+    /// Shared and device memory are in place; the tree may run, the driver may be called.
+    MayRun,
     /// Answer to [`Command::StopRecording`].
     Recorded {
         /// What was touched, in order.
@@ -67,8 +67,8 @@ pub enum Command {
     Fill,
     /// End the recording of the working set and report it.
     StopRecording,
-    /// Write device memory: the tree is restored and stopped.
-    Devices,
+    /// The tree is restored and stopped: write what must be there before anything runs, shared and device memory.
+    Stopped,
 }
 
 impl Command {
@@ -78,14 +78,14 @@ impl Command {
         match self {
             Command::Fill => b'f',
             Command::StopRecording => b's',
-            Command::Devices => b'd',
+            Command::Stopped => b'd',
         }
     }
 
     /// The command that a byte stands for.
     #[must_use]
     pub fn of(byte: u8) -> Option<Command> {
-        let all = [Command::Fill, Command::StopRecording, Command::Devices];
+        let all = [Command::Fill, Command::StopRecording, Command::Stopped];
         all.into_iter().find(|command| command.byte() == byte)
     }
 }

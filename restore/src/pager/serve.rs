@@ -29,7 +29,7 @@ use super::plan::{PAGE, Plan};
 use super::ranges::Ranges;
 use super::source::Source;
 use super::space::{Space, State};
-use super::{Config, Mode, Summary, Task};
+use super::{Config, Mode, Segment, Summary, Task};
 
 /// How often overdue chunks and finished address spaces are looked for when nothing happens.
 const LOOK_AROUND_MS: u16 = 50;
@@ -127,10 +127,11 @@ struct Pager {
     finished: Option<Instant>,
     filling: bool,
     eager: Written,
-    /// Device memory is to be written.
-    devices_wanted: bool,
-    /// It is not written yet.
-    devices_missing: bool,
+    /// The tree is restored and stopped.
+    stopped: bool,
+    /// What must be there before anything runs, shared and device memory, is not.
+    may_not_run: bool,
+    shared: Written,
     device: Written,
 }
 
@@ -151,7 +152,7 @@ impl Pager {
             .name("criu".to_owned())
             .spawn(move || listen(&listener, within, &sender, &nudge))
             .map_err(Error::Wait)?;
-        let devices_missing = !config.devices.is_empty();
+        let may_not_run = !config.devices.is_empty() || !config.shared.is_empty();
         let lazily = tasks.iter().filter(|_| config.mode != Mode::Eager);
         let behind = lazily.map(|task| Behind::new(task.pid, task.plan.bytes(), &*source)).collect();
         Ok(Pager {
@@ -172,8 +173,9 @@ impl Pager {
             finished: None,
             filling: false,
             eager: Written::default(),
-            devices_wanted: false,
-            devices_missing,
+            stopped: false,
+            may_not_run,
+            shared: Written::default(),
             device: Written::default(),
         })
     }
@@ -195,7 +197,7 @@ impl Pager {
             self.look_behind();
             self.look_for_gone();
             self.close_filled()?;
-            if self.finished.is_some() && self.watched.is_empty() && !self.devices_missing {
+            if self.finished.is_some() && self.watched.is_empty() && !self.may_not_run {
                 return self.end();
             }
             for watched in &self.watched {
@@ -244,9 +246,10 @@ impl Pager {
                 self.filling = true;
                 self.fill()
             }
-            Some(Command::Devices) => {
-                self.devices_wanted = true;
-                self.fill_devices()
+            Some(Command::Stopped) => {
+                self.stopped = true;
+                self.fill_before()?;
+                self.fill()
             }
             Some(Command::StopRecording) => {
                 let set = self.engine.stop_recording();
@@ -289,15 +292,22 @@ impl Pager {
             self.engine.fill_first(&self.config.working_set);
         }
         self.filling |= self.config.mode == Mode::Lazy;
-        self.fill_devices()?;
+        self.fill_before()?;
         self.fill()
     }
 
-    /// Fills device memory, if it is time. The tree is stopped.
-    fn fill_devices(&mut self) -> Result<(), Error> {
-        if !self.devices_wanted || !self.devices_missing || self.finished.is_none() {
+    /// Fills what must be there before anything runs, if it is time. The tree is stopped.
+    fn fill_before(&mut self) -> Result<(), Error> {
+        if !self.stopped || !self.may_not_run || self.finished.is_none() {
             return Ok(());
         }
+        let through = |segment: &Segment| {
+            let (task, pieces) = (segment.pid, segment.plan.pieces().to_vec());
+            let pid = self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?;
+            Ok(Stopped { pid, task: segment.stream, pieces })
+        };
+        let segments = self.config.shared.iter().map(through).collect::<Result<Vec<_>, Error>>()?;
+        self.shared = fill_stopped(&segments, &*self.source, self.config.threads)?;
         let mut pids = Vec::new();
         for wanted in &self.config.devices {
             let task = wanted.pid;
@@ -308,15 +318,17 @@ impl Pager {
             }
         }
         self.device = device::fill(&self.config.devices, &pids, &*self.source, self.config.threads)?;
-        self.devices_missing = false;
-        // Where all memory is filled before anything runs, the driver has to wait for all of it.
-        if self.config.mode == Mode::Eager { Ok(()) } else { self.report(&Report::Devices, None) }
+        self.may_not_run = false;
+        // Where all memory is filled before anything runs, everybody has to wait for all of it.
+        if self.config.mode == Mode::Eager { Ok(()) } else { self.report(&Report::MayRun, None) }
     }
 
     /// Fills everything, if it is time.
     fn fill(&mut self) -> Result<(), Error> {
         match (self.filling && self.finished.is_some(), self.config.mode) {
             (false, _) => Ok(()),
+            // The server waits for that first.
+            (true, _) if self.may_not_run => Ok(()),
             (true, Mode::Lazy | Mode::LazyWhenTold) => {
                 self.engine.start_background();
                 Ok(())
@@ -519,6 +531,8 @@ impl Pager {
             eager_us: micros(self.eager.time),
             device_bytes: self.device.bytes,
             device_us: micros(self.device.time),
+            shared_bytes: self.shared.bytes,
+            shared_us: micros(self.shared.time),
         };
         // All is in place and no userfaultfd is open here: a shim that is gone by now changes nothing any more.
         let _ = self.report(&Report::Done { summary: summary.clone() }, None);

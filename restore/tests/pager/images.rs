@@ -81,6 +81,7 @@ pub(crate) fn page(paging: &Paging) -> Result<Summary, pager::Error> {
         record: false,
         working_set: WorkingSet::default(),
         devices: Vec::new(),
+        shared: Vec::new(),
         tasks: Tasks::Numbers(pids),
         criu_within: PATIENCE,
         chunk_within: PATIENCE,

@@ -94,6 +94,7 @@ fn page(paging: Paging) -> Result<Summary, pager::Error> {
         record: paging.record,
         working_set,
         devices: Vec::new(),
+        shared: Vec::new(),
         tasks: Tasks::Numbers(vec![paging.subject]),
         criu_within: PATIENCE,
         chunk_within: Duration::from_millis(paging.chunk_within_ms),
