@@ -4,6 +4,8 @@
     --content random|text|zero|gaps
                             gaps: random, and every third page is there and zero
     --shared                the memory is shared, not private
+    --read-only             nobody may write it any more
+    --standing              a child has stopped itself, and nobody lets it go on
     --sparse N              only every N-th page is ever touched
     --fork                  a child has the same memory, copied on write, with some pages of its own
     --churn KIND,...        threads that go on all the time: mprotect, mremap, madvise, mmap, heap
@@ -17,6 +19,7 @@ import ctypes
 import hashlib
 import mmap
 import os
+import signal
 import socket
 import threading
 import time
@@ -65,6 +68,11 @@ class Memory:
             piece[page:end] = filling[page:end]
             if self.sparse == 1:
                 break
+
+    def protect(self):
+        for piece in self.blocks:
+            address = ctypes.addressof(ctypes.c_char.from_buffer(piece))
+            calls.succeed(calls.libc.mprotect(address, BLOCK, calls.PROT_READ))
 
     def touched(self, piece):
         """What was ever written. To look at other pages would make them, and a check must not change what it looks at."""
@@ -127,6 +135,21 @@ class Child:
     def check(self):
         self.connection.send(b"?")
         expect("answer of the child", self.connection.recv(1), b"+")
+
+
+def standing():
+    """A child that stands still; whether it still does."""
+    pid = os.fork()
+    if pid == 0:
+        while True:
+            os.kill(os.getpid(), signal.SIGSTOP)
+    os.waitpid(pid, os.WUNTRACED)
+
+    def check():
+        with open(f"/proc/{pid}/stat") as stat:
+            expect("state of the child that stands", stat.read().rpartition(")")[2].split()[0], "T")
+
+    return check
 
 
 class Churn:
@@ -206,14 +229,20 @@ def main():
     parser.add_argument("--content", choices=("random", "text", "zero", "gaps"), default="random")
     parser.add_argument("--sparse", type=int, default=1, metavar="N", help="a divisor of 256")
     parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--read-only", action="store_true")
+    parser.add_argument("--standing", action="store_true")
     parser.add_argument("--fork", action="store_true")
     parser.add_argument("--churn", default="", metavar="KIND,...")
     options = parser.parse_args()
 
     memory = Memory(options.content, options.sparse, options.shared)
     memory.grow(options.mib)
+    if options.read_only:
+        memory.protect()
     checks = Checks()
     checks.add("memory", memory.check)
+    if options.standing:
+        checks.add("standing", standing())
     if options.fork:
         checks.add("child", Child(memory).check)
     for kind in filter(None, options.churn.split(",")):

@@ -151,6 +151,14 @@ impl Server {
         Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
+    /// Shared memory of `mib` MiB that does not compress, by a digest of all of it; with what else `flags` say.
+    #[must_use]
+    pub fn shared_memory(mib: u32, flags: &[&str]) -> Self {
+        let mib = mib.to_string();
+        let all = [&["--mib", &mib, "--shared"], flags].concat();
+        Self::python("memory", "memory.py", &all).asking(Question::get("/digest"))
+    }
+
     /// A server with memory of `mib` MiB that becomes another program when it is asked to, and so does a child of it.
     #[must_use]
     pub fn becoming(mib: u32) -> Self {

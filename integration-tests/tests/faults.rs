@@ -11,6 +11,7 @@ mod input;
 mod killed;
 mod machine;
 mod servers;
+mod shared_memory;
 mod signatures;
 mod slow_stores;
 mod stores;

@@ -58,7 +58,7 @@ pub(crate) fn await_present(world: &World, replica: &Replica<'_>) -> Value {
     entry(replica)
 }
 
-fn pagers(world: &World) -> Vec<i32> {
+pub(crate) fn pagers(world: &World) -> Vec<i32> {
     let all = residue::processes(world.id()).into_iter();
     all.filter(|(_, command)| command.contains(" pager ")).map(|(pid, _)| pid).collect()
 }

@@ -1,0 +1,130 @@
+//! Shared memory: nobody runs before all of it is there, whichever way it comes.
+
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::command::Running;
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, Slow, World, residue};
+
+use super::filling::{MIB, TOLD_MAX, answers_of, await_present, far, nothing_fills, pagers, snapshot_of};
+use crate::world_for;
+
+/// What comes at [`RATE`] while a server is looked at for some seconds, and is not complete then.
+const SHARED_MIB: u32 = 160;
+/// Bytes a second.
+const RATE: u64 = 8 * MIB;
+
+/// The states of the server's processes, as the kernel names them: T is stopped.
+fn states(world: &World) -> Vec<char> {
+    let all = residue::processes(world.id()).into_iter();
+    // The server as it will be, not a command line that only names it.
+    let own = all.filter(|(_, command)| command.contains("memory.py --") && !command.contains("rewarm"));
+    own.filter_map(|(pid, _)| {
+        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        stat.rsplit_once(") ")?.1.chars().next()
+    })
+    .collect()
+}
+
+/// Begins a restore of which shared memory comes slowly, and waits until the server stands.
+fn standing(world: &World, slow: &Slow, server: &Server, patience: &str) -> Running {
+    slow.throttle(RATE);
+    let call = world.restore_call(server.name, "v1", server.port, &["--mode", "lazy"]);
+    let running = call.env("REWARM_STORE_PATIENCE", patience).spawn();
+    let began = Instant::now();
+    while states(world).is_empty() || states(world).iter().any(|state| *state != 'T') {
+        assert!(began.elapsed() < TOLD_MAX, "the server does not stand: {:?}", states(world));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    running
+}
+
+#[test]
+fn nobody_runs_before_shared_memory_is_there() {
+    let server = Server::shared_memory(SHARED_MIB, &["--fork"]);
+    let Some((world, slow)) = far(&server) else { return };
+    let before = answers_of(&world, &server);
+    let running = standing(&world, &slow, &server, "60s");
+    let passed = slow.passed();
+    while slow.passed() < passed + 8 * MIB {
+        assert_eq!(states(&world), ['T', 'T'], "server and child");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    slow.throttle(0);
+    let output = running.wait();
+    output.expect_code(0);
+    let replica = Replica::of_restore(&world, server.port, &output).remove(0);
+    assert!(states(&world).iter().all(|state| *state != 'T'), "{:?}", states(&world));
+    server_answers_as_before(&replica, &server, &before);
+    await_present(&world, &replica);
+    nothing_fills(&world);
+    world.finish();
+}
+
+/// Whatever fails while the server stands ends it before its first instruction.
+#[test]
+fn a_restore_that_cannot_complete_shared_memory_leaves_nothing() {
+    let server = Server::shared_memory(SHARED_MIB, &[]);
+    let Some((world, slow)) = far(&server) else { return };
+    let traces = world.traces();
+    let running = standing(&world, &slow, &server, "60s");
+    for pid in pagers(&world) {
+        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
+    }
+    let output = running.wait();
+    output.expect_code(1);
+    output.says(&["pager"]);
+    no_residue(&world, &traces);
+
+    let running = standing(&world, &slow, &server, "1s");
+    slow.cut_after(1);
+    let output = running.wait();
+    output.expect_code(1);
+    output.says(&[world.id()]);
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+/// One segment is written once for all that map it, by each clone for itself, and a replica's own can be stored again.
+#[test]
+fn shared_memory_comes_back_in_every_mode_and_from_a_replica() {
+    let server = Server::shared_memory(48, &["--fork"]);
+    let Some(world) = world_for(&server) else { return };
+    let before = snapshot_of(&world, &server);
+    for (mode, count, tag) in [("lazy", 2, "v1"), ("eager", 2, "v1"), ("auto", 1, "v2"), ("eager", 1, "v2")] {
+        let name = world.name(&format!("{mode}-{tag}"));
+        let flags = ["--mode", mode, "--count", &count.to_string(), "--name", &name];
+        let clones = world.restore(server.name, tag, server.port, &flags);
+        for clone in &clones {
+            server_answers_as_before(clone, &server, &before);
+            await_present(&world, clone);
+            server_answers_as_before(clone, &server, &before);
+        }
+        if tag == "v1" {
+            world.snapshot(&clones[0], "v2", &[]);
+        }
+        clones.into_iter().for_each(Replica::remove);
+    }
+    world.finish();
+}
+
+/// What the pager cannot write goes through CRIU, and where a process stands for its own reasons no signal is sent.
+#[test]
+fn shared_memory_that_nobody_may_write_and_processes_that_stand_come_back() {
+    for flags in [&["--read-only"], &["--standing"]] {
+        let server = Server::shared_memory(32, flags);
+        let Some(world) = world_for(&server) else { return };
+        let before = snapshot_of(&world, &server);
+        for mode in ["lazy", "auto"] {
+            let flags = ["--mode", mode, "--name", &world.name(mode)];
+            let clone = world.restore(server.name, "v1", server.port, &flags).remove(0);
+            server_answers_as_before(&clone, &server, &before);
+            let _ = answers(&clone, &server);
+            clone.remove();
+        }
+        world.finish();
+    }
+}
