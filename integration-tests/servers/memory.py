@@ -5,7 +5,6 @@
                             gaps: random, and every third page is there and zero
     --shared                the memory is shared, not private
     --read-only             nobody may write it any more
-    --standing              a child has stopped itself, and nobody lets it go on
     --sparse N              only every N-th page is ever touched
     --fork                  a child has the same memory, copied on write, with some pages of its own
     --churn KIND,...        threads that go on all the time: mprotect, mremap, madvise, mmap, heap
@@ -19,7 +18,6 @@ import ctypes
 import hashlib
 import mmap
 import os
-import signal
 import socket
 import threading
 import time
@@ -113,14 +111,15 @@ class Memory:
 
 
 class Child:
-    """A forked child that has its parent's memory and 16 pages that it wrote itself."""
+    """A forked child that has its parent's memory and, unless it is shared, 16 pages that it wrote itself."""
 
     def __init__(self, memory):
         ours, theirs = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
             ours.close()
-            memory.write(16)
+            if not memory.shared:
+                memory.write(16)
             while theirs.recv(1):
                 try:
                     memory.check()
@@ -135,21 +134,6 @@ class Child:
     def check(self):
         self.connection.send(b"?")
         expect("answer of the child", self.connection.recv(1), b"+")
-
-
-def standing():
-    """A child that stands still; whether it still does."""
-    pid = os.fork()
-    if pid == 0:
-        while True:
-            os.kill(os.getpid(), signal.SIGSTOP)
-    os.waitpid(pid, os.WUNTRACED)
-
-    def check():
-        with open(f"/proc/{pid}/stat") as stat:
-            expect("state of the child that stands", stat.read().rpartition(")")[2].split()[0], "T")
-
-    return check
 
 
 class Churn:
@@ -230,7 +214,6 @@ def main():
     parser.add_argument("--sparse", type=int, default=1, metavar="N", help="a divisor of 256")
     parser.add_argument("--shared", action="store_true")
     parser.add_argument("--read-only", action="store_true")
-    parser.add_argument("--standing", action="store_true")
     parser.add_argument("--fork", action="store_true")
     parser.add_argument("--churn", default="", metavar="KIND,...")
     options = parser.parse_args()
@@ -241,8 +224,6 @@ def main():
         memory.protect()
     checks = Checks()
     checks.add("memory", memory.check)
-    if options.standing:
-        checks.add("standing", standing())
     if options.fork:
         checks.add("child", Child(memory).check)
     for kind in filter(None, options.churn.split(",")):
