@@ -141,9 +141,12 @@ impl Upload {
     }
 }
 
-/// The body of a request, on its way to a replica.
+/// The body of a request, on its way to a replica. Most requests have none, and it is moved with them.
+#[derive(Debug, Default)]
+pub struct Outgoing(Option<Box<Content>>);
+
 #[derive(Debug)]
-pub struct Outgoing {
+struct Content {
     /// What was read already, to look for the model.
     first: Option<Bytes>,
     rest: Option<Arriving>,
@@ -158,52 +161,43 @@ impl Outgoing {
         first: Option<Bytes>,
         rest: Option<Arriving>,
         max: Option<u64>,
-        traffic: Arc<Traffic>,
+        traffic: &Arc<Traffic>,
     ) -> Self {
         let rest = rest.filter(|rest| !rest.is_end_stream());
         let first = first.filter(|first| !first.is_empty());
+        if first.is_none() && rest.is_none() {
+            return Self(None);
+        }
         let patience = rest.as_ref().and_then(|rest| rest.patience).unwrap_or_default();
         let upload = Arc::new(Upload { patience, ..Upload::default() });
-        Self { first, rest, max, seen: 0, traffic, upload }
+        Self(Some(Box::new(Content { first, rest, max, seen: 0, traffic: traffic.clone(), upload })))
     }
 
-    /// How it fares, also when it is gone.
-    pub(crate) fn upload(&self) -> Arc<Upload> {
-        self.upload.clone()
-    }
-
-    /// Another body without content, for a request that had none.
-    pub(crate) fn copy_of_nothing(&self) -> Self {
-        Self::new(None, None, self.max, self.traffic.clone())
+    /// How it fares, also when it is gone; nothing where it has no content.
+    pub(crate) fn upload(&self) -> Option<Arc<Upload>> {
+        self.0.as_ref().map(|content| content.upload.clone())
     }
 }
 
-impl Body for Outgoing {
-    type Data = Bytes;
-    type Error = Broken;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
-        let this = self.get_mut();
-        let frame = match (this.first.take(), &mut this.rest) {
+impl Content {
+    fn poll_frame(&mut self, context: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        let frame = match (self.first.take(), &mut self.rest) {
             (Some(first), _) => Frame::data(first),
             (None, None) => return Poll::Ready(None),
             (None, Some(rest)) => {
-                if this.upload.answered.load(Ordering::Relaxed) {
+                if self.upload.answered.load(Ordering::Relaxed) {
                     rest.take_your_time();
                 }
                 let Poll::Ready(frame) = Pin::new(rest).poll_frame(context) else {
-                    this.upload.set(Upload::AWAITED);
+                    self.upload.set(Upload::AWAITED);
                     return Poll::Pending;
                 };
-                this.upload.set(Upload::FLOWS);
+                self.upload.set(Upload::FLOWS);
                 match frame {
                     Some(Ok(frame)) => frame,
                     Some(Err(error)) => {
                         let silent = matches!(error, Broken::Silent { .. });
-                        this.upload.set(if silent { Upload::SILENT } else { Upload::BROKEN_OFF });
+                        self.upload.set(if silent { Upload::SILENT } else { Upload::BROKEN_OFF });
                         return Poll::Ready(Some(Err(error)));
                     }
                     None => return Poll::Ready(None),
@@ -211,10 +205,10 @@ impl Body for Outgoing {
             }
         };
         if let Some(data) = frame.data_ref() {
-            this.seen += data.len() as u64;
-            Traffic::add(&this.traffic.requests, data.len());
-            if let Some(max) = this.max.filter(|max| this.seen > *max) {
-                this.upload.set(Upload::TOO_LONG);
+            self.seen += data.len() as u64;
+            Traffic::add(&self.traffic.requests, data.len());
+            if let Some(max) = self.max.filter(|max| self.seen > *max) {
+                self.upload.set(Upload::TOO_LONG);
                 return Poll::Ready(Some(Err(Broken::TooLong { max })));
             }
         }
@@ -234,6 +228,26 @@ impl Body for Outgoing {
             hint.set_upper(first + upper);
         }
         hint
+    }
+}
+
+impl Body for Outgoing {
+    type Data = Bytes;
+    type Error = Broken;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Broken>>> {
+        self.get_mut().0.as_mut().map_or(Poll::Ready(None), |content| content.poll_frame(context))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.0.as_ref().is_none_or(|content| content.is_end_stream())
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.0.as_ref().map_or_else(|| SizeHint::with_exact(0), |content| content.size_hint())
     }
 }
 
@@ -259,7 +273,7 @@ struct Carried {
     /// Given back together, at the end.
     held: Option<(Slot, Connection)>,
     /// The body of the request, which may still be on its way.
-    upload: Arc<Upload>,
+    upload: Option<Arc<Upload>>,
 }
 
 impl Answer {
@@ -268,7 +282,7 @@ impl Answer {
         slot: Slot,
         connection: Connection,
         traffic: Arc<Traffic>,
-        upload: Arc<Upload>,
+        upload: Option<Arc<Upload>>,
     ) -> Self {
         let carried = Carried { inner, traffic, held: Some((slot, connection)), upload };
         Self { from: Source::Carried(carried), span: None }
@@ -325,7 +339,7 @@ impl Body for Answer {
             }
             Some(Err(error)) => {
                 if let Some((slot, _)) = &mut carried.held
-                    && carried.upload.fault().is_none()
+                    && carried.upload.as_ref().is_none_or(|upload| upload.fault().is_none())
                 {
                     slot.lease.broken("it broke off in the middle of an answer");
                 }

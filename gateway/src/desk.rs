@@ -1,10 +1,13 @@
 //! What the proxy needs of a pool: a slot for a request, or a reason why not.
 
+use std::collections::BTreeMap;
+use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use hyper::HeaderMap;
+use hyper::header::HeaderName;
+use hyper::{HeaderMap, StatusCode};
 use opentelemetry::trace::SpanContext;
 
 use crate::upstream::Upstream;
@@ -76,53 +79,97 @@ pub enum Refusal {
     },
 }
 
+/// How a pool treats requests, all of them alike.
+#[derive(Debug, Clone, Default)]
+pub struct Manners {
+    /// The header by which requests belong together.
+    pub affinity: Option<HeaderName>,
+    /// Whether a request that no replica began to answer may be tried once elsewhere.
+    pub retries: bool,
+    /// How long a replica may take from the beginning of a request to the head of its answer; without it as long as that
+    /// takes.
+    pub patience: Option<Duration>,
+}
+
+/// What becomes of a request that wants a slot.
+pub enum Turn {
+    /// It has one.
+    Now(Slot),
+    /// It is held. Dropping the future gives the wait up.
+    Held(Pin<Box<dyn Future<Output = Result<Slot, Refusal>> + Send>>),
+    /// It gets none.
+    Refused(Refusal),
+}
+
+impl Turn {
+    /// Waits where that is necessary.
+    ///
+    /// # Errors
+    /// Why there is no slot.
+    pub async fn slot(self) -> Result<Slot, Refusal> {
+        match self {
+            Turn::Now(slot) => Ok(slot),
+            Turn::Held(held) => held.await,
+            Turn::Refused(refusal) => Err(refusal),
+        }
+    }
+}
+
 /// One pool.
-#[async_trait::async_trait]
 pub trait Desk: Send + Sync + 'static {
     /// Its name.
     fn name(&self) -> &str;
 
-    /// The header by which requests belong together.
-    fn affinity(&self) -> Option<String>;
+    /// How it treats requests from now on.
+    fn manners(&self) -> Arc<Manners>;
 
-    /// Whether a request that no replica began to answer may be tried once elsewhere.
-    fn retries(&self) -> bool;
-
-    /// How long a replica may take from the beginning of a request to the head of its answer; without it as long as that
-    /// takes.
-    fn patience(&self) -> Option<Duration>;
-
-    /// A slot, now or after a while. Dropping the future gives the wait up.
-    ///
-    /// # Errors
-    /// Why there is none.
-    async fn slot(&self, want: Want) -> Result<Slot, Refusal>;
+    /// A slot, now or after a while, or a reason why there is none.
+    fn slot(&self, want: &Want) -> Turn;
 
     /// When a refused client should come again.
     fn retry_after(&self) -> Duration;
 
-    /// A request was answered with this status, by a replica or by the gateway.
-    fn answered(&self, status: u16);
-
-    /// A request that no replica began to answer is tried again.
-    fn retried(&self);
-
-    /// Bytes of bodies that went through.
-    fn traffic(&self) -> Arc<Traffic>;
+    /// What goes through.
+    fn traffic(&self) -> &Arc<Traffic>;
 }
 
-/// Bytes of bodies.
-#[derive(Debug, Default)]
+/// What has gone through a pool, counted by whoever carries it and without anybody's lock. It only grows.
+#[derive(Debug)]
 pub struct Traffic {
-    /// From clients.
+    /// Bytes of bodies from clients.
     pub requests: AtomicU64,
-    /// To clients.
+    /// Bytes of bodies to clients.
     pub responses: AtomicU64,
+    /// Requests that no replica began to answer and that were tried again.
+    pub retried: AtomicU64,
+    /// Answers, of a replica or of the gateway, by status.
+    statuses: Box<[AtomicU64]>,
+}
+
+/// The least status that an answer can have, and the first that it cannot.
+const STATUSES: std::ops::Range<u16> = 100..1000;
+
+impl Default for Traffic {
+    fn default() -> Self {
+        let [requests, responses, retried] = [0; 3].map(AtomicU64::new);
+        Self { requests, responses, retried, statuses: STATUSES.map(|_| AtomicU64::new(0)).collect() }
+    }
 }
 
 impl Traffic {
-    pub(crate) fn add(to: &AtomicU64, bytes: usize) {
-        to.fetch_add(bytes as u64, Ordering::Relaxed);
+    /// Answers by their status; those that there were.
+    #[must_use]
+    pub fn by_status(&self) -> BTreeMap<u16, u64> {
+        let counts = self.statuses.iter().map(|count| count.load(Ordering::Relaxed));
+        STATUSES.zip(counts).filter(|(_, count)| *count > 0).collect()
+    }
+
+    pub(crate) fn answered(&self, status: StatusCode) {
+        Self::add(&self.statuses[usize::from(status.as_u16() - STATUSES.start)], 1);
+    }
+
+    pub(crate) fn add(to: &AtomicU64, count: usize) {
+        to.fetch_add(count as u64, Ordering::Relaxed);
     }
 }
 

@@ -5,12 +5,14 @@
 //! with the head of a request is cut off, and one that is silent in the middle of a body; one that waits for an answer is not.
 
 use std::convert::Infallible;
+use std::future::poll_fn;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use bytes::Bytes;
 use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
@@ -54,11 +56,17 @@ pub struct Limits {
     pub body_max: Option<u64>,
 }
 
-/// One address, with what may be changed while it serves.
+/// What may be changed while an address serves.
+pub(crate) struct Rules {
+    pub(crate) router: Arc<dyn Router>,
+    pub(crate) limits: Limits,
+    tls: Option<TlsAcceptor>,
+}
+
+/// One address.
 pub struct Front {
-    router: RwLock<Arc<dyn Router>>,
-    limits: RwLock<Limits>,
-    tls: RwLock<Option<TlsAcceptor>>,
+    /// Read for each request, by all lanes, and hardly ever changed.
+    rules: ArcSwap<Rules>,
     lanes: Arc<Lanes>,
     places: Arc<Semaphore>,
     tracer: Option<SdkTracer>,
@@ -81,9 +89,7 @@ impl Front {
         tracer: Option<SdkTracer>,
     ) -> Arc<Self> {
         Arc::new(Self {
-            router: RwLock::new(router),
-            limits: RwLock::new(limits),
-            tls: RwLock::new(tls),
+            rules: ArcSwap::from_pointee(Rules { router, limits, tls }),
             lanes,
             places,
             tracer,
@@ -94,9 +100,7 @@ impl Front {
 
     /// Changes what holds for requests that come from now on, and for connections where TLS is concerned.
     pub fn change(&self, router: Arc<dyn Router>, limits: Limits, tls: Option<TlsAcceptor>) {
-        *self.router.write().unwrap_or_else(PoisonError::into_inner) = router;
-        *self.limits.write().unwrap_or_else(PoisonError::into_inner) = limits;
-        *self.tls.write().unwrap_or_else(PoisonError::into_inner) = tls;
+        self.rules.store(Arc::new(Rules { router, limits, tls }));
     }
 
     /// Takes no further connection. Those that are open end when their requests are answered.
@@ -109,12 +113,8 @@ impl Front {
         self.open.closed().await;
     }
 
-    pub(crate) fn router(&self) -> Arc<dyn Router> {
-        self.router.read().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub(crate) fn limits(&self) -> Limits {
-        *self.limits.read().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn rules(&self) -> arc_swap::Guard<Arc<Rules>> {
+        self.rules.load()
     }
 
     pub(crate) fn tracer(&self) -> Option<&SdkTracer> {
@@ -164,9 +164,9 @@ impl Front {
         let stream = TcpStream::from_std(stream)?;
         // Tokens are small and wait for each other.
         stream.set_nodelay(true)?;
-        let patience = self.limits().header_timeout;
-        let tls = self.tls.read().unwrap_or_else(PoisonError::into_inner).clone();
-        match tls {
+        let rules = self.rules.load_full();
+        let patience = rules.limits.header_timeout;
+        match &rules.tls {
             None => {
                 let stream = tokio::time::timeout(patience, Rewound::read_preface(stream)).await??;
                 let two = stream.begins_with_preface();
@@ -188,28 +188,34 @@ impl Front {
     where
         S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let mut closing = self.closing.subscribe();
-        let patience = self.limits().header_timeout;
-        let front = self.clone();
+        let (mut closing, change) = (self.closing.subscribe(), self.closing.subscribe());
+        let patience = self.rules.load().limits.header_timeout;
         let service = service_fn(move |request| {
-            let front = front.clone();
-            async move { Ok::<_, Infallible>(proxy::answer(request, &front).await) }
+            let answer = proxy::answer(request, &self);
+            async move { Ok::<_, Infallible>(answer.await) }
         });
         // Both kinds of connections have the same methods and no common trait.
         macro_rules! until_closing {
             ($connection:expr) => {{
                 let mut connection = std::pin::pin!($connection);
-                let ended = tokio::select! {
-                    ended = connection.as_mut() => Some(ended),
-                    () = closed(&mut closing) => None,
-                };
-                match ended {
-                    Some(ended) => ended?,
-                    None => {
-                        connection.as_mut().graceful_shutdown();
-                        connection.await?;
+                let mut closing = std::pin::pin!(closed(&mut closing));
+                // This comes by at each step of each request, and a connection is one task to its end: once it listens, it is
+                // enough to see that nothing has changed.
+                let (mut listens, mut closed) = (false, false);
+                poll_fn(|context| {
+                    let ended = connection.as_mut().poll(context);
+                    if ended.is_ready() || closed || (listens && !change.has_changed().unwrap_or(true)) {
+                        return ended;
                     }
-                }
+                    listens = true;
+                    if closing.as_mut().poll(context).is_pending() {
+                        return Poll::Pending;
+                    }
+                    closed = true;
+                    connection.as_mut().graceful_shutdown();
+                    connection.as_mut().poll(context)
+                })
+                .await?;
             }};
         }
         if two {
@@ -227,6 +233,8 @@ impl Front {
         } else {
             let mut builder = http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(patience).max_buf_size(HEAD_BYTES_MAX);
+            // A head and a small body in one buffer: to copy them costs less than to hand the kernel a list.
+            builder.writev(false);
             until_closing!(builder.serve_connection(TokioIo::new(stream), service).with_upgrades());
         }
         Ok(())

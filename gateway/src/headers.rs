@@ -191,7 +191,7 @@ pub(crate) fn request_id(headers: &HeaderMap) -> Option<HeaderValue> {
 pub(crate) fn for_client(
     headers: &mut HeaderMap,
     request_id: Option<HeaderValue>,
-    replica: Option<HeaderValue>,
+    replica: Option<&HeaderValue>,
     held: Option<Duration>,
 ) {
     let seen = Seen::among(headers);
@@ -205,7 +205,7 @@ pub(crate) fn for_client(
         headers.entry(REQUEST_ID).or_insert(id);
     }
     if let Some(name) = replica {
-        headers.insert(REPLICA, name);
+        headers.insert(REPLICA, name.clone());
     }
     if let Some(held) = held {
         headers.insert(HELD, HeaderValue::from(u64::try_from(held.as_millis()).unwrap_or(u64::MAX)));
@@ -324,7 +324,7 @@ mod tests {
             .header("set-cookie", "b");
         let mut headers = response.body(()).expect("good").into_parts().0.headers;
         let id = Some(HeaderValue::from_static("ours"));
-        for_client(&mut headers, id, Some(HeaderValue::from_static("one")), Some(Duration::from_millis(7)));
+        for_client(&mut headers, id, Some(&HeaderValue::from_static("one")), Some(Duration::from_millis(7)));
         let mut seen: Vec<(&str, &str)> =
             headers.iter().map(|(name, value)| (name.as_str(), value.to_str().expect("text"))).collect();
         seen.sort_unstable();

@@ -21,7 +21,7 @@ mod trace;
 pub mod upstream;
 mod websocket;
 
-pub use desk::{Asked, Choice, Desk, Lease, Refusal, Router, Slot, Want};
+pub use desk::{Asked, Choice, Desk, Lease, Manners, Refusal, Router, Slot, Traffic, Turn, Want};
 pub use front::{Front, Limits};
 pub use lanes::Lanes;
 pub use upstream::{Dial, Protocol, Upstream};

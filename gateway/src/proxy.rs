@@ -4,10 +4,11 @@
 //! is. What was sent and not answered is sent at most once more, and only if its method promises that twice is as good
 //! as once and it has no body.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http_body::Body as _;
+use futures::future::BoxFuture;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use hyper::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
@@ -16,8 +17,8 @@ use hyper::upgrade::OnUpgrade;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 
-use crate::body::{Answer, Arriving, Broken, Fault, Outgoing};
-use crate::desk::{Asked, Choice, Desk, Refusal, Slot, Traffic, Want};
+use crate::body::{Answer, Arriving, Broken, Fault, Outgoing, Upload};
+use crate::desk::{Asked, Choice, Desk, Manners, Refusal, Slot, Traffic, Want};
 use crate::front::{Front, Limits};
 use crate::headers;
 use crate::model::{LOOKED_AT_BYTES, model};
@@ -29,60 +30,97 @@ use crate::websocket::{self, Handshake};
 const UNSENT_MAX: u32 = 3;
 
 /// Answers a request, by a replica or, where that is not possible, with a reason.
-pub(crate) async fn answer(mut request: Request<Incoming>, front: &Front) -> Response<Answer> {
+///
+/// What can be known at once is done before there is a future: it is then small, and it is moved for each request.
+pub(crate) fn answer(
+    mut request: Request<Incoming>,
+    front: &Arc<Front>,
+) -> impl Future<Output = Response<Answer>> + Send + use<> {
     let client = hyper::upgrade::on(&mut request);
     let (mut parts, body) = request.into_parts();
-    let mut span = front.tracer().and_then(|tracer| RequestSpan::begin(tracer, &mut parts));
-    let mut response = answer_within(parts, body, client, front, &mut span).await;
+    let span = front.tracer().and_then(|tracer| RequestSpan::begin(tracer, &mut parts));
+    let begun = begin(parts, body, client, span, front);
+    async move {
+        match begun {
+            Begun::Errand(errand) => errand.run().await,
+            Begun::Looking(looking) => match looking.await {
+                Ok(errand) => errand.run().await,
+                Err(response) => response,
+            },
+            Begun::Refused(response) => *response,
+        }
+    }
+}
+
+/// How a request goes on.
+enum Begun {
+    Errand(Box<Errand>),
+    /// Its model is looked for first.
+    Looking(BoxFuture<'static, Result<Box<Errand>, Response<Answer>>>),
+    Refused(Box<Response<Answer>>),
+}
+
+fn begin(
+    parts: Parts,
+    body: Incoming,
+    client: OnUpgrade,
+    span: Option<Box<RequestSpan>>,
+    front: &Arc<Front>,
+) -> Begun {
+    let refused = |response, span| Begun::Refused(Box::new(spanned(response, span)));
+    if let Err(rejected) = headers::check(&parts) {
+        return refused(own(rejected.status, "bad_request", rejected.why), span);
+    }
+    let rules = front.rules();
+    let Limits { body_max: max, body_timeout, .. } = rules.limits;
+    if let Some(max) = max.filter(|max| announced(&parts).is_some_and(|bytes| bytes > *max)) {
+        let why = format!("the body is longer than {max} bytes");
+        return refused(own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", &why), span);
+    }
+    let body = Arriving::new(body, body_timeout);
+    match rules.router.choose(&asked(&parts)) {
+        Choice::Desk(desk) => {
+            let body = Outgoing::new(None, Some(body), max, desk.traffic());
+            Begun::Errand(Errand::new(parts, body, client, desk, span))
+        }
+        Choice::Nobody => refused(no_pool(), span),
+        Choice::ByModel => {
+            let router = rules.router.clone();
+            Begun::Looking(Box::pin(async move {
+                let (first, body, model) = match look_for_model(body).await {
+                    Ok(found) => found,
+                    Err(broken) => return Err(spanned(without_model(&broken), span)),
+                };
+                match router.choose_by_model(&asked(&parts), model.as_deref()) {
+                    Some(desk) => {
+                        let body = Outgoing::new(Some(first), body, max, desk.traffic());
+                        Ok(Errand::new(parts, body, client, desk, span))
+                    }
+                    None => Err(spanned(no_pool(), span)),
+                }
+            }))
+        }
+    }
+}
+
+fn no_pool() -> Response<Answer> {
+    own(StatusCode::NOT_FOUND, "no_pool", "no pool takes this request")
+}
+
+fn without_model(broken: &Broken) -> Response<Answer> {
+    match broken {
+        Broken::Silent { .. } => own(StatusCode::REQUEST_TIMEOUT, "body_late", &broken.to_string()),
+        // The client is gone in the middle of its body.
+        _ => own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off"),
+    }
+}
+
+/// The span of a request goes on to the last byte of its answer.
+fn spanned(mut response: Response<Answer>, span: Option<Box<RequestSpan>>) -> Response<Answer> {
     if let Some(mut span) = span {
         span.answered(response.status());
         response.body_mut().keep(span);
     }
-    response
-}
-
-/// As [`answer`]. A span that is taken belongs to what outlives the answer.
-async fn answer_within(
-    mut parts: Parts,
-    body: Incoming,
-    client: OnUpgrade,
-    front: &Front,
-    span: &mut Option<Box<RequestSpan>>,
-) -> Response<Answer> {
-    if let Err(rejected) = headers::check(&parts) {
-        return own(rejected.status, "bad_request", rejected.why);
-    }
-    let Limits { body_max: max, body_timeout, .. } = front.limits();
-    if let Some(max) = max.filter(|max| announced(&parts).is_some_and(|bytes| bytes > *max)) {
-        let why = format!("the body is longer than {max} bytes");
-        return own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", &why);
-    }
-    let router = front.router();
-    let asked = asked(&parts);
-    let body = Arriving::new(body, body_timeout);
-    let (desk, first, body) = match router.choose(&asked) {
-        Choice::Desk(desk) => (Some(desk), None, Some(body)),
-        Choice::Nobody => (None, None, None),
-        Choice::ByModel => match look_for_model(body).await {
-            Ok((first, body, model)) => (router.choose_by_model(&asked, model.as_deref()), Some(first), body),
-            Err(silent @ Broken::Silent { .. }) => {
-                return own(StatusCode::REQUEST_TIMEOUT, "body_late", &silent.to_string());
-            }
-            // The client is gone in the middle of its body.
-            Err(_) => return own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off"),
-        },
-    };
-    let Some(desk) = desk else {
-        return own(StatusCode::NOT_FOUND, "no_pool", "no pool takes this request");
-    };
-    if let Some(span) = span {
-        span.for_pool(desk.name());
-    }
-    let handshake = websocket::is_asked_for(&parts).then(|| Handshake::begin(&mut parts));
-    let upgrade = headers::upgrade(&parts.headers).map(|_| Leaving { client, handshake });
-    let body = Outgoing::new(first, body, max, desk.traffic());
-    let response = carry(parts, body, upgrade, &*desk, span).await;
-    desk.answered(response.status().as_u16());
     response
 }
 
@@ -139,9 +177,9 @@ async fn look_for_model(mut body: Arriving) -> Result<(Bytes, Option<Arriving>, 
 /// Why a try with one slot gave no answer.
 enum Failed {
     /// Not a byte of it was sent: it may be tried elsewhere whatever it is.
-    Unsent(Box<(Parts, Outgoing)>, String),
+    Unsent(String),
     /// It can be repeated safely.
-    Again(Box<(Parts, Outgoing)>, String),
+    Again(String),
     /// The replica has been waited for long enough.
     Late(Duration),
     /// The client has not sent its body for that long.
@@ -151,158 +189,213 @@ enum Failed {
     Not(String),
 }
 
-async fn carry(
-    mut parts: Parts,
-    mut body: Outgoing,
+/// A request that a pool takes. It is made once, in a box, and stays there: handed on by value it would need room in each
+/// future that it passes.
+struct Errand {
+    /// Away while it is with a replica, and back where it was not sent, or may be sent again.
+    request: Option<Request<Outgoing>>,
+    upload: Option<Arc<Upload>>,
     upgrade: Option<Leaving>,
-    desk: &dyn Desk,
-    span: &mut Option<Box<RequestSpan>>,
-) -> Response<Answer> {
-    let session =
-        desk.affinity().and_then(|name| parts.headers.get(name)).map(|value| value.as_bytes().to_vec());
-    headers::for_replica(&mut parts);
-    let id = headers::request_id(&parts.headers);
-    if let Some(span) = span {
-        span.hand_on(&mut parts.headers);
-    }
-    let trace = span.as_ref().map(|span| span.context());
-    let mut want = Want { session, again: false, trace };
-    let mut unsent = 0;
-    loop {
-        let slot = match desk.slot(want.clone()).await {
-            Ok(slot) => slot,
-            Err(refusal) => return refused(&refusal, desk.retry_after()),
-        };
-        let (upstream, held) = (slot.upstream.clone(), slot.held);
-        let name = upstream.name();
-        if let Some(span) = span {
-            span.for_replica(name, held);
+    /// Its id, as its replica is told it.
+    id: Option<HeaderValue>,
+    want: Want,
+    desk: Arc<dyn Desk>,
+    manners: Arc<Manners>,
+    span: Option<Box<RequestSpan>>,
+}
+
+impl Errand {
+    /// Makes the head of a request that of one to a replica.
+    fn new(
+        mut parts: Parts,
+        body: Outgoing,
+        client: OnUpgrade,
+        desk: Arc<dyn Desk>,
+        mut span: Option<Box<RequestSpan>>,
+    ) -> Box<Self> {
+        if let Some(span) = &mut span {
+            span.for_pool(desk.name());
         }
-        let upload = body.upload();
-        // In a box, since requests are held by the thousand and none of them needs room for this until its turn comes.
-        match Box::pin(try_once(parts, body, slot, desk.patience())).await {
-            Ok((mut response, slot, connection)) => {
-                let handshake = upgrade.as_ref().and_then(|leaving| leaving.handshake.as_ref());
-                if let Some(Err(why)) = handshake.map(|handshake| handshake.check(&response)) {
-                    let why = format!("replica {name} was asked for WebSocket: {why}");
-                    return own(StatusCode::BAD_GATEWAY, "no_websocket", &why);
+        let handshake = websocket::is_asked_for(&parts).then(|| Handshake::begin(&mut parts));
+        let upgrade = headers::upgrade(&parts.headers).map(|_| Leaving { client, handshake });
+        let manners = desk.manners();
+        let session = manners.affinity.as_ref().and_then(|name| parts.headers.get(name));
+        let session = session.map(|value| value.as_bytes().to_vec());
+        headers::for_replica(&mut parts);
+        let id = headers::request_id(&parts.headers);
+        if let Some(span) = &span {
+            span.hand_on(&mut parts.headers);
+        }
+        let want = Want { session, again: false, trace: span.as_ref().map(|span| span.context()) };
+        let (upload, request) = (body.upload(), Some(Request::from_parts(parts, body)));
+        Box::new(Self { request, upload, upgrade, id, want, desk, manners, span })
+    }
+
+    async fn run(mut self: Box<Self>) -> Response<Answer> {
+        let response = self.carry().await;
+        self.desk.traffic().answered(response.status());
+        spanned(response, self.span.take())
+    }
+
+    async fn carry(&mut self) -> Response<Answer> {
+        let mut unsent = 0;
+        loop {
+            let mut slot = match self.desk.slot(&self.want).slot().await {
+                Ok(slot) => slot,
+                Err(refusal) => return refused(&refusal, self.desk.retry_after()),
+            };
+            if let Some(span) = &mut self.span {
+                span.for_replica(slot.upstream.name(), slot.held);
+            }
+            let failed = match self.try_once(&mut slot).await {
+                Ok((response, connection)) => return self.answered(response, slot, connection),
+                Err(failed) => failed,
+            };
+            let again = match failed {
+                Failed::Unsent(_) if unsent < UNSENT_MAX => {
+                    unsent += 1;
+                    true
                 }
-                headers::for_client(response.headers_mut(), id, upstream.header(), held);
-                return match (response.status(), upgrade) {
-                    (StatusCode::SWITCHING_PROTOCOLS, Some(Leaving { client, handshake })) => {
-                        let server = hyper::upgrade::on(&mut response);
-                        if handshake.is_some() {
-                            Handshake::end(&mut response);
-                        }
-                        let mut span = span.take();
-                        if let Some(span) = &mut span {
-                            span.answered(response.status());
-                        }
-                        tokio::spawn(tunnel(client, server, slot, desk.traffic(), span));
-                        response.map(|_| Answer::own(None))
+                Failed::Again(_) => self.manners.retries && !self.want.again,
+                _ => false,
+            };
+            if !again {
+                return gave_up(slot.upstream.name(), &failed);
+            }
+            Traffic::add(&self.desk.traffic().retried, 1);
+            self.want.again = true;
+        }
+    }
+
+    /// Sends the request to the slot's replica. A kept connection that turns out to be closed is replaced, which the server
+    /// has never seen and no try.
+    async fn try_once(&mut self, slot: &mut Slot) -> Result<(Response<Incoming>, Connection), Failed> {
+        let mut request = self.request.take().expect("it is not with another replica");
+        let repeatable =
+            request.method().is_safe() && *request.method() != Method::CONNECT && self.upload.is_none();
+        loop {
+            let mut connection = match slot.upstream.connection().await {
+                Ok(connection) => connection,
+                Err(error) => {
+                    slot.lease.unreachable(&error.to_string());
+                    self.request = Some(request);
+                    return Err(Failed::Unsent(error.to_string()));
+                }
+            };
+            if repeatable {
+                self.request = Some(copy(&request));
+            }
+            let asked = Box::pin(connection.ask(request));
+            let answered = match self.manners.patience {
+                Some(patience) => tokio::time::timeout(patience, asked).await.map_err(|_| patience),
+                None => Ok(asked.await),
+            };
+            let upload = self.upload.as_deref();
+            let answered = answered.map_err(|patience| {
+                if upload.is_some_and(Upload::is_awaited) {
+                    return Failed::Slow(patience);
+                }
+                slot.lease.broken(&format!("there was no answer within {} ms", patience.as_millis()));
+                Failed::Late(patience)
+            })?;
+            match answered {
+                Ok(response) => {
+                    if let Some(upload) = upload {
+                        upload.answer_begins();
                     }
-                    _ => {
-                        response.map(|inner| Answer::carried(inner, slot, connection, desk.traffic(), upload))
-                    }
-                };
+                    return Ok((response, connection));
+                }
+                Err(Unanswered::Unsent(again)) if connection.kept => {
+                    // What else is kept is as old.
+                    slot.upstream.hang_up();
+                    request = *again;
+                }
+                Err(Unanswered::Unsent(again)) => {
+                    let why = "it closed a new connection";
+                    slot.lease.broken(why);
+                    self.request = Some(*again);
+                    return Err(Failed::Again(why.to_owned()));
+                }
+                Err(Unanswered::Lost(_)) if let Some(fault) = upload.and_then(Upload::fault) => {
+                    return Err(Failed::Client(fault));
+                }
+                Err(Unanswered::Lost(error)) => {
+                    let why = chain(&error);
+                    slot.lease.broken(&why);
+                    return Err(if repeatable { Failed::Again(why) } else { Failed::Not(why) });
+                }
             }
-            Err(Failed::Unsent(request, _)) if unsent < UNSENT_MAX => {
-                unsent += 1;
-                desk.retried();
-                (parts, body) = *request;
-                want.again = true;
+        }
+    }
+
+    /// A replica has begun its answer.
+    fn answered(
+        &mut self,
+        mut response: Response<Incoming>,
+        slot: Slot,
+        connection: Connection,
+    ) -> Response<Answer> {
+        let upgrade = self.upgrade.take();
+        let handshake = upgrade.as_ref().and_then(|leaving| leaving.handshake.as_ref());
+        if let Some(Err(why)) = handshake.map(|handshake| handshake.check(&response)) {
+            let why = format!("replica {} was asked for WebSocket: {why}", slot.upstream.name());
+            return own(StatusCode::BAD_GATEWAY, "no_websocket", &why);
+        }
+        headers::for_client(response.headers_mut(), self.id.take(), slot.upstream.header(), slot.held);
+        let traffic = self.desk.traffic().clone();
+        match (response.status(), upgrade) {
+            (StatusCode::SWITCHING_PROTOCOLS, Some(Leaving { client, handshake })) => {
+                let server = hyper::upgrade::on(&mut response);
+                if handshake.is_some() {
+                    Handshake::end(&mut response);
+                }
+                let mut span = self.span.take();
+                if let Some(span) = &mut span {
+                    span.answered(response.status());
+                }
+                tokio::spawn(tunnel(client, server, slot, traffic, span));
+                response.map(|_| Answer::own(None))
             }
-            Err(Failed::Again(request, _)) if desk.retries() && !want.again => {
-                desk.retried();
-                (parts, body) = *request;
-                want.again = true;
-            }
-            Err(Failed::Late(after)) => {
-                let why = format!("replica {name} did not answer within {} ms", after.as_millis());
-                return own(StatusCode::GATEWAY_TIMEOUT, "replica_late", &why);
-            }
-            Err(Failed::Slow(after)) => {
-                let why = format!("the body of the request did not arrive within {} ms", after.as_millis());
-                return own(StatusCode::REQUEST_TIMEOUT, "body_late", &why);
-            }
-            Err(Failed::Client(Fault::TooLong)) => {
-                return own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is longer than it may be");
-            }
-            Err(Failed::Client(Fault::Silent(after))) => {
-                let why = Broken::Silent { after }.to_string();
-                return own(StatusCode::REQUEST_TIMEOUT, "body_late", &why);
-            }
-            Err(Failed::Client(Fault::BrokenOff)) => {
-                return own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off");
-            }
-            Err(Failed::Unsent(_, why) | Failed::Again(_, why) | Failed::Not(why)) => {
-                let why = format!("replica {name} did not answer: {why}");
-                return own(StatusCode::BAD_GATEWAY, "replica_lost", &why);
+            _ => {
+                let upload = self.upload.take();
+                response.map(|inner| Answer::carried(inner, slot, connection, traffic, upload))
             }
         }
     }
 }
 
-/// Sends a request to the slot's replica. A kept connection that turns out to be closed is replaced, which the server has
-/// never seen and no try.
-async fn try_once(
-    parts: Parts,
-    body: Outgoing,
-    mut slot: Slot,
-    patience: Option<Duration>,
-) -> Result<(Response<Incoming>, Slot, Connection), Failed> {
-    let upload = body.upload();
-    let repeatable = parts.method.is_safe() && parts.method != Method::CONNECT && body.is_end_stream();
-    let copy = repeatable.then(|| (parts.clone(), body.copy_of_nothing()));
-    let mut request = Request::from_parts(parts, body);
-    loop {
-        let mut connection = match slot.upstream.connection().await {
-            Ok(connection) => connection,
-            Err(error) => {
-                slot.lease.unreachable(&error.to_string());
-                return Err(Failed::Unsent(Box::new(request.into_parts()), error.to_string()));
-            }
-        };
-        let asked = connection.ask(request);
-        let answered = match patience {
-            Some(patience) => tokio::time::timeout(patience, asked).await.map_err(|_| patience),
-            None => Ok(asked.await),
-        };
-        let answered = answered.map_err(|patience| {
-            if upload.is_awaited() {
-                return Failed::Slow(patience);
-            }
-            slot.lease.broken(&format!("there was no answer within {} ms", patience.as_millis()));
-            Failed::Late(patience)
-        })?;
-        match answered {
-            Ok(response) => {
-                upload.answer_begins();
-                return Ok((response, slot, connection));
-            }
-            Err(Unanswered::Unsent(again)) if connection.kept => {
-                // What else is kept is as old.
-                slot.upstream.hang_up();
-                request = *again;
-            }
-            Err(Unanswered::Unsent(again)) => {
-                slot.lease.broken("it closed a new connection");
-                return Err(Failed::Again(
-                    Box::new(again.into_parts()),
-                    "it closed a new connection".to_owned(),
-                ));
-            }
-            Err(Unanswered::Lost(_)) if let Some(fault) = upload.fault() => {
-                return Err(Failed::Client(fault));
-            }
-            Err(Unanswered::Lost(error)) => {
-                let why = chain(&error);
-                slot.lease.broken(&why);
-                return Err(match copy {
-                    Some(copy) => Failed::Again(Box::new(copy), why),
-                    None => Failed::Not(why),
-                });
-            }
+/// Another request like one that has no body.
+fn copy(request: &Request<Outgoing>) -> Request<Outgoing> {
+    let mut copy = Request::new(Outgoing::default());
+    *copy.method_mut() = request.method().clone();
+    *copy.uri_mut() = request.uri().clone();
+    *copy.version_mut() = request.version();
+    *copy.headers_mut() = request.headers().clone();
+    copy
+}
+
+/// What a client is told whose request is not tried any more.
+fn gave_up(replica: &str, failed: &Failed) -> Response<Answer> {
+    match failed {
+        Failed::Late(after) => {
+            let why = format!("replica {replica} did not answer within {} ms", after.as_millis());
+            own(StatusCode::GATEWAY_TIMEOUT, "replica_late", &why)
+        }
+        Failed::Slow(after) => {
+            let why = format!("the body of the request did not arrive within {} ms", after.as_millis());
+            own(StatusCode::REQUEST_TIMEOUT, "body_late", &why)
+        }
+        Failed::Client(Fault::TooLong) => {
+            own(StatusCode::PAYLOAD_TOO_LARGE, "too_large", "the body is longer than it may be")
+        }
+        Failed::Client(Fault::Silent(after)) => {
+            let why = Broken::Silent { after: *after }.to_string();
+            own(StatusCode::REQUEST_TIMEOUT, "body_late", &why)
+        }
+        Failed::Client(Fault::BrokenOff) => own(StatusCode::BAD_REQUEST, "bad_request", "the body broke off"),
+        Failed::Unsent(why) | Failed::Again(why) | Failed::Not(why) => {
+            let why = format!("replica {replica} did not answer: {why}");
+            own(StatusCode::BAD_GATEWAY, "replica_lost", &why)
         }
     }
 }
@@ -322,7 +415,7 @@ async fn tunnel(
     client: OnUpgrade,
     server: OnUpgrade,
     slot: Slot,
-    traffic: std::sync::Arc<Traffic>,
+    traffic: Arc<Traffic>,
     span: Option<Box<RequestSpan>>,
 ) {
     if let (Ok(client), Ok(server)) = tokio::join!(client, server)

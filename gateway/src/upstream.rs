@@ -119,8 +119,8 @@ impl Upstream {
     }
 
     /// Its name as a header, if it can be one.
-    pub(crate) fn header(&self) -> Option<HeaderValue> {
-        self.header.clone()
+    pub(crate) fn header(&self) -> Option<&HeaderValue> {
+        self.header.as_ref()
     }
 
     /// Closes all connections that carry nothing, as a replica needs it that is to be paused.
@@ -132,11 +132,15 @@ impl Upstream {
     pub(crate) async fn connection(&self) -> io::Result<Connection> {
         loop {
             let kept = self.kept();
-            let Some(Idle { mut sender, lane }) = kept else { return self.connect().await };
+            // What is rare is in boxes, so that no request has to have room for it.
+            let Some(Idle { mut sender, lane }) = kept else { return Box::pin(self.connect()).await };
             // Most are ready, and a clock is only for those that are not.
             let settled = match sender.ready().now_or_never() {
                 Some(settled) => settled.is_ok(),
-                None => matches!(tokio::time::timeout(SETTLE, sender.ready()).await, Ok(Ok(()))),
+                None => {
+                    let settled = Box::pin(tokio::time::timeout(SETTLE, sender.ready()));
+                    matches!(settled.await, Ok(Ok(())))
+                }
             };
             if settled {
                 return Ok(Connection { sender, lane, kept: true });
@@ -167,7 +171,8 @@ impl Upstream {
         let sender = match self.protocol {
             Protocol::Http1 => {
                 let mut builder = http1::Builder::new();
-                builder.max_buf_size(HEAD_BYTES_MAX);
+                // As for clients: one buffer, no list.
+                builder.max_buf_size(HEAD_BYTES_MAX).writev(false);
                 let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
                 tokio::spawn(connection.with_upgrades());
                 Sender::One(sender)

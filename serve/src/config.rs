@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use axum::http::HeaderName;
 use rewarm_autoscaler::config::PolicySpec;
 use rewarm_gateway::Protocol;
 use toml::{Table, Value};
@@ -121,7 +122,7 @@ pub struct PoolConfig {
     /// Which of several replicas with a free slot gets a request.
     pub routing: Routing,
     /// Requests with the same value of this header go to the same replica, as long as it has a free slot.
-    pub affinity: Option<String>,
+    pub affinity: Option<HeaderName>,
     /// Whether a request that no replica began to answer may be tried once elsewhere.
     pub retry: bool,
     /// How long a replica may take from the beginning of a request to the head of its answer; without it as long as that takes.
@@ -395,7 +396,7 @@ fn pool(mut from: Reader) -> Result<PoolConfig> {
                 _ => None,
             })?
             .unwrap_or(Routing::Busiest),
-        affinity: from.string("affinity")?,
+        affinity: from.get("affinity", "the name of a header", |value| text(value)?.parse().ok())?,
         retry: from.flag("retry")?.unwrap_or(true),
         answer_timeout: from.time("answer_timeout")?,
         drain: from.time("drain")?,

@@ -472,38 +472,28 @@ impl Router for Table {
 
 #[cfg(test)]
 mod tests {
-    use rewarm_gateway::desk::Traffic;
-    use rewarm_gateway::{Refusal, Slot, Want};
+    use rewarm_gateway::{Manners, Refusal, Traffic, Turn, Want};
 
     use super::*;
 
     /// A pool of which only the name is asked.
-    struct Named(&'static str);
+    struct Named(&'static str, Arc<Traffic>);
 
-    #[async_trait::async_trait]
     impl Desk for Named {
         fn name(&self) -> &str {
             self.0
         }
-        fn affinity(&self) -> Option<String> {
-            None
+        fn manners(&self) -> Arc<Manners> {
+            Arc::default()
         }
-        fn retries(&self) -> bool {
-            false
-        }
-        fn patience(&self) -> Option<Duration> {
-            None
-        }
-        async fn slot(&self, _want: Want) -> Result<Slot, Refusal> {
-            Err(Refusal::Closed { why: "it has none".to_owned() })
+        fn slot(&self, _want: &Want) -> Turn {
+            Turn::Refused(Refusal::Closed { why: "it has none".to_owned() })
         }
         fn retry_after(&self) -> Duration {
             Duration::ZERO
         }
-        fn answered(&self, _status: u16) {}
-        fn retried(&self) {}
-        fn traffic(&self) -> Arc<Traffic> {
-            Arc::default()
+        fn traffic(&self) -> &Arc<Traffic> {
+            &self.1
         }
     }
 
@@ -525,7 +515,7 @@ mod tests {
             .concat();
         let config = Config::parse(&text, std::path::Path::new("pool.toml")).expect("good");
         let names = ["rest", "host", "header", "both", "path", "model"];
-        let desks = names.map(|name| Arc::new(Named(name)) as Arc<dyn Desk>);
+        let desks = names.map(|name| Arc::new(Named(name, Arc::default())) as Arc<dyn Desk>);
         let table = Table(config.pools.iter().map(|pool| pool.matching.clone()).zip(desks).collect());
         let found = |host, path, team: &'static str, model: Option<&str>| {
             let mut headers = hyper::HeaderMap::new();

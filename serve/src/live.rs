@@ -18,6 +18,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use arc_swap::ArcSwap;
 use opentelemetry_sdk::trace::SdkTracer;
 use rewarm_autoscaler::ledger::{Ledger, Memory};
 use rewarm_autoscaler::moment::Moment;
@@ -25,7 +26,7 @@ use rewarm_autoscaler::policy::{Event, StartSeconds};
 use rewarm_autoscaler::pool::{Pool, Shape};
 use rewarm_autoscaler::queue::{Queue, QueueLimits};
 use rewarm_autoscaler::start_times::StartTimes;
-use rewarm_gateway::desk::Traffic;
+use rewarm_gateway::desk::{Manners, Traffic};
 use tokio::sync::{Notify, broadcast};
 
 use self::capture::Capture;
@@ -74,6 +75,8 @@ pub(crate) struct Live {
     name: String,
     shared: Shared,
     traffic: Arc<Traffic>,
+    /// Asked for at each request, so not behind the lock.
+    manners: ArcSwap<Manners>,
     /// Something may have to happen earlier than [`Live::run`] thinks.
     sooner: Notify,
     inner: Mutex<Inner>,
@@ -101,6 +104,11 @@ fn queue_limits(config: &PoolConfig) -> QueueLimits {
     QueueLimits { max: config.queue.max, deadline: config.queue.deadline }
 }
 
+fn manners(config: &PoolConfig) -> Manners {
+    let affinity = config.affinity.clone();
+    Manners { affinity, retries: config.retry, patience: config.answer_timeout }
+}
+
 impl Live {
     pub(crate) fn new(config: PoolConfig, shared: Shared) -> Arc<Self> {
         let limits = inner::limits(&config);
@@ -108,6 +116,7 @@ impl Live {
         let host = config.replica_memory.unwrap_or(0);
         let memory = Memory { host, device: 0 };
         let name = config.name.clone();
+        let manners = ArcSwap::from_pointee(manners(&config));
         Arc::new_cyclic(|me| {
             shared.room.enter(me.clone());
             let inner = Inner {
@@ -142,7 +151,8 @@ impl Live {
                 shared: shared.clone(),
                 config,
             };
-            Self { name, shared, traffic: Arc::default(), sooner: Notify::new(), inner: Mutex::new(inner) }
+            let (traffic, sooner) = (Arc::default(), Notify::new());
+            Self { name, shared, traffic, manners, sooner, inner: Mutex::new(inner) }
         })
     }
 
@@ -226,6 +236,7 @@ impl Live {
 
     /// Changes what holds from now on.
     pub(crate) fn change(&self, config: PoolConfig) {
+        self.manners.store(Arc::new(manners(&config)));
         self.with(|inner| inner.change(config));
     }
 

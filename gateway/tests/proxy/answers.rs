@@ -199,12 +199,12 @@ async fn a_request_that_is_lost_is_tried_once_more_only_if_it_can_be_repeated() 
     }
     let answer = client.hear("}}").await;
     assert!(answer.starts_with("HTTP/1.1 502 ") && answer.contains("replica_lost"), "{answer}");
-    assert_eq!(gateway.pool.retried.load(Ordering::SeqCst), 1);
+    assert_eq!(gateway.pool.traffic.retried.load(Ordering::SeqCst), 1);
     client.say("POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\nz").await;
     server.accept().await.head().await;
     let answer = client.hear("}}").await;
     assert!(answer.starts_with("HTTP/1.1 502 "), "{answer}");
-    assert_eq!(gateway.pool.retried.load(Ordering::SeqCst), 1);
+    assert_eq!(gateway.pool.traffic.retried.load(Ordering::SeqCst), 1);
     gateway.await_taken(0).await;
 }
 
@@ -343,7 +343,7 @@ async fn a_replica_that_never_answers_is_waited_for_as_long_as_was_set() {
     let answer = client.hear("}}").await.to_lowercase();
     assert!(answer.starts_with("http/1.1 504 ") && answer.contains("within 100 ms"), "{answer}");
     assert_eq!(gateway.pool.broken.load(Ordering::SeqCst), 1);
-    assert_eq!(gateway.pool.retried.load(Ordering::SeqCst), 0);
+    assert_eq!(gateway.pool.traffic.retried.load(Ordering::SeqCst), 0);
     assert_eq!(replica.rest().await, "", "the connection to the replica is closed");
     gateway.await_taken(0).await;
 }

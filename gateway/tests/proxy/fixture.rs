@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicI64, AtomicU32, Ordering};
 use std::time::Duration;
 
 use opentelemetry_sdk::trace::SdkTracer;
-use rewarm_gateway::desk::Traffic;
 use rewarm_gateway::{
-    Asked, Choice, Desk, Dial, Front, Lanes, Lease, Limits, Protocol, Refusal, Router, Slot, Upstream, Want,
+    Asked, Choice, Desk, Dial, Front, Lanes, Lease, Limits, Manners, Protocol, Refusal, Router, Slot,
+    Traffic, Turn, Upstream, Want,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
@@ -27,12 +27,11 @@ pub(crate) struct Pool {
     pub(crate) upstream: Arc<Upstream>,
     slots: Arc<Semaphore>,
     /// Requests that wait for a slot.
-    pub(crate) waiting: AtomicI64,
+    pub(crate) waiting: Arc<AtomicI64>,
     /// Slots that are taken.
     pub(crate) taken: Arc<AtomicI64>,
     pub(crate) broken: Arc<AtomicU32>,
-    pub(crate) retried: AtomicU32,
-    traffic: Arc<Traffic>,
+    pub(crate) traffic: Arc<Traffic>,
     refusal: Option<Refusal>,
     patience: Option<Duration>,
 }
@@ -76,48 +75,36 @@ impl Drop for Count<'_> {
     }
 }
 
-#[async_trait::async_trait]
 impl Desk for Pool {
     fn name(&self) -> &str {
         "pool"
     }
 
-    fn affinity(&self) -> Option<String> {
-        None
+    fn manners(&self) -> Arc<Manners> {
+        Arc::new(Manners { affinity: None, retries: true, patience: self.patience })
     }
 
-    fn retries(&self) -> bool {
-        true
-    }
-
-    fn patience(&self) -> Option<Duration> {
-        self.patience
-    }
-
-    async fn slot(&self, _want: Want) -> Result<Slot, Refusal> {
+    fn slot(&self, _want: &Want) -> Turn {
         if let Some(refusal) = &self.refusal {
-            return Err(refusal.clone());
+            return Turn::Refused(refusal.clone());
         }
-        self.waiting.fetch_add(1, Ordering::SeqCst);
-        let _count = Count(&self.waiting);
-        let permit = self.slots.clone().acquire_owned().await.expect("never closed");
-        self.taken.fetch_add(1, Ordering::SeqCst);
-        let lease = Taken { _permit: permit, taken: self.taken.clone(), broken: self.broken.clone() };
-        Ok(Slot { upstream: self.upstream.clone(), held: None, lease: Box::new(lease) })
+        let (slots, waiting, upstream) = (self.slots.clone(), self.waiting.clone(), self.upstream.clone());
+        let (taken, broken) = (self.taken.clone(), self.broken.clone());
+        Turn::Held(Box::pin(async move {
+            waiting.fetch_add(1, Ordering::SeqCst);
+            let _count = Count(&waiting);
+            let permit = slots.acquire_owned().await.expect("never closed");
+            taken.fetch_add(1, Ordering::SeqCst);
+            Ok(Slot { upstream, held: None, lease: Box::new(Taken { _permit: permit, taken, broken }) })
+        }))
     }
 
     fn retry_after(&self) -> Duration {
         Duration::from_millis(1500)
     }
 
-    fn answered(&self, _status: u16) {}
-
-    fn retried(&self) {
-        self.retried.fetch_add(1, Ordering::SeqCst);
-    }
-
-    fn traffic(&self) -> Arc<Traffic> {
-        self.traffic.clone()
+    fn traffic(&self) -> &Arc<Traffic> {
+        &self.traffic
     }
 }
 
@@ -193,10 +180,9 @@ impl Setup {
             Arc::new(Pool {
                 upstream: upstream.clone(),
                 slots: Arc::new(Semaphore::new(slots)),
-                waiting: AtomicI64::new(0),
+                waiting: Arc::default(),
                 taken: Arc::default(),
                 broken: Arc::default(),
-                retried: AtomicU32::new(0),
                 traffic: Arc::default(),
                 refusal: self.refusal.clone(),
                 patience: self.patience,

@@ -105,6 +105,10 @@ fn mistakes_name_what_is_nearest_or_expected() {
             "target_wait of configuration pool.toml, pool llama is 1, expected a time with its unit, such as \"500ms\" or \"30s\"",
         ),
         (
+            format!("{POOL}affinity = 'my session'"),
+            "affinity of configuration pool.toml, pool llama is my session, expected the name of a header",
+        ),
+        (
             "[[pool]]\nname = 'a'\nlisten = '0.0.0.0:1'".to_owned(),
             "snapshot of configuration pool.toml, pool a is missing, expected a snapshot such as \"s3://models/llama@prod\"",
         ),

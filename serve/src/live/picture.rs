@@ -83,6 +83,8 @@ impl Inner {
             decisions: self.decisions.iter().cloned().collect(),
             starts: self.starts.iter().cloned().collect(),
             totals: Totals {
+                responses: traffic.by_status(),
+                retried: traffic.retried.load(Ordering::Relaxed),
                 request_bytes: traffic.requests.load(Ordering::Relaxed),
                 response_bytes: traffic.responses.load(Ordering::Relaxed),
                 ..self.totals.clone()

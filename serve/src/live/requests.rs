@@ -11,7 +11,7 @@ use rewarm_autoscaler::moment::Moment;
 use rewarm_autoscaler::policy::Event;
 use rewarm_autoscaler::pool::{ReplicaId, State, Tier};
 use rewarm_autoscaler::queue::Ticket;
-use rewarm_gateway::desk::{Desk, Lease, Refusal, Slot, Traffic, Want};
+use rewarm_gateway::desk::{Desk, Lease, Manners, Refusal, Slot, Traffic, Turn, Want};
 use tokio::sync::oneshot;
 
 use super::Live;
@@ -131,59 +131,51 @@ enum Arrived {
     Held(Ticket, oneshot::Receiver<Result<Granted, Refusal>>),
 }
 
-#[async_trait::async_trait]
+impl Granted {
+    /// The slot, of which its holder has to know that it was held.
+    fn into_slot(mut self, held: Option<Duration>) -> Slot {
+        let live = self.live.take().expect("it was just given out");
+        let lease = Taken { live, id: self.id, began: self.began, early: self.early, broken: false };
+        Slot { upstream: self.upstream.clone(), held, lease: Box::new(lease) }
+    }
+}
+
 impl Desk for LiveDesk {
     fn name(&self) -> &str {
         self.0.name()
     }
 
-    fn affinity(&self) -> Option<String> {
-        self.0.look(|inner| inner.config.affinity.clone())
+    fn manners(&self) -> Arc<Manners> {
+        self.0.manners.load_full()
     }
 
-    fn retries(&self) -> bool {
-        self.0.look(|inner| inner.config.retry)
-    }
-
-    fn patience(&self) -> Option<Duration> {
-        self.0.look(|inner| inner.config.answer_timeout)
-    }
-
-    async fn slot(&self, want: Want) -> Result<Slot, Refusal> {
+    fn slot(&self, want: &Want) -> Turn {
         let live = &self.0;
-        let arrived = live.with(|inner| inner.arrive(want))?;
-        let (mut granted, held) = match arrived {
-            Arrived::Slot(granted) => (granted, None),
-            Arrived::Held(ticket, answer) => {
-                let granted = Waiting { live: live.clone(), ticket, answer, over: false }.await?;
-                let held = granted.waited;
-                (granted, Some(held))
+        match live.with(|inner| inner.arrive(want)) {
+            Ok(Arrived::Slot(granted)) => Turn::Now(granted.into_slot(None)),
+            Ok(Arrived::Held(ticket, answer)) => {
+                let waiting = Waiting { live: live.clone(), ticket, answer, over: false };
+                Turn::Held(Box::pin(async move {
+                    let granted = waiting.await?;
+                    let held = granted.waited;
+                    Ok(granted.into_slot(Some(held)))
+                }))
             }
-        };
-        let live = granted.live.take().expect("it was just given out");
-        let lease = Taken { live, id: granted.id, began: granted.began, early: granted.early, broken: false };
-        Ok(Slot { upstream: granted.upstream.clone(), held, lease: Box::new(lease) })
+            Err(refusal) => Turn::Refused(refusal),
+        }
     }
 
     fn retry_after(&self) -> Duration {
         self.0.look(|inner| Duration::from_secs_f64(inner.times.expected().restore.clamp(1.0, 60.0)))
     }
 
-    fn answered(&self, status: u16) {
-        self.0.look(|inner| *inner.totals.responses.entry(status).or_default() += 1);
-    }
-
-    fn retried(&self) {
-        self.0.look(|inner| inner.totals.retried += 1);
-    }
-
-    fn traffic(&self) -> Arc<Traffic> {
-        self.0.traffic.clone()
+    fn traffic(&self) -> &Arc<Traffic> {
+        &self.0.traffic
     }
 }
 
 impl Inner {
-    fn arrive(&mut self, want: Want) -> Result<Arrived, Refusal> {
+    fn arrive(&mut self, want: &Want) -> Result<Arrived, Refusal> {
         if !want.again {
             self.totals.requests += 1;
         }
@@ -200,10 +192,10 @@ impl Inner {
         arrived
     }
 
-    fn hold(&mut self, want: Want) -> Result<Arrived, Refusal> {
+    fn hold(&mut self, want: &Want) -> Result<Arrived, Refusal> {
         let (answer, hear) = oneshot::channel();
         let span = self.held_span(want.trace.as_ref());
-        match self.queue.hold(self.now, Waiter { answer, session: want.session, span }) {
+        match self.queue.hold(self.now, Waiter { answer, session: want.session.clone(), span }) {
             Ok(ticket) => {
                 self.totals.held += 1;
                 if self.queue.len() == 1 {

@@ -108,7 +108,7 @@ impl World {
     /// A request comes, and waits where it must.
     fn ask(&self, want: Want) -> JoinHandle<Result<Slot, Refusal>> {
         let desk = LiveDesk(self.live.clone());
-        tokio::spawn(async move { desk.slot(want).await })
+        tokio::spawn(async move { desk.slot(&want).slot().await })
     }
 
     /// A request comes and finds a slot at once.
