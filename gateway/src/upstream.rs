@@ -17,6 +17,8 @@ use tokio::net::TcpStream;
 use crate::body::Outgoing;
 use crate::lanes;
 
+/// So many requests borrow a connection of another lane before one of them gets its own in its place.
+const BORROWED_MAX: u32 = 32;
 /// How long a kept connection may take to be done with its last answer before another one is used.
 const SETTLE: Duration = Duration::from_millis(20);
 /// Header lines and values of a response, together, at most.
@@ -70,6 +72,15 @@ struct Idle {
     lane: usize,
 }
 
+/// Connections that are kept.
+#[derive(Default)]
+struct Kept {
+    /// Those of HTTP/1.1 that carry nothing, and that of HTTP/2 whatever it carries.
+    idle: Vec<Idle>,
+    /// Requests that took one of another lane since one was closed for that.
+    borrowed: u32,
+}
+
 /// A replica's server.
 pub struct Upstream {
     name: String,
@@ -77,8 +88,7 @@ pub struct Upstream {
     header: Option<HeaderValue>,
     dial: Arc<dyn Dial>,
     protocol: Protocol,
-    /// Those of HTTP/1.1 that carry nothing, and that of HTTP/2 whatever it carries.
-    idle: Mutex<Vec<Idle>>,
+    kept: Mutex<Kept>,
 }
 
 impl std::fmt::Debug for Upstream {
@@ -109,7 +119,7 @@ impl Upstream {
     pub fn new(name: impl Into<String>, dial: Arc<dyn Dial>, protocol: Protocol) -> Self {
         let name = name.into();
         let header = HeaderValue::from_str(&name).ok();
-        Self { name, header, dial, protocol, idle: Mutex::default() }
+        Self { name, header, dial, protocol, kept: Mutex::default() }
     }
 
     /// The replica's name.
@@ -125,7 +135,7 @@ impl Upstream {
 
     /// Closes all connections that carry nothing, as a replica needs it that is to be paused.
     pub fn hang_up(&self) {
-        self.lock().clear();
+        self.lock().idle.clear();
     }
 
     /// A connection that can take a request: a kept one, or a new one.
@@ -149,16 +159,25 @@ impl Upstream {
     }
 
     /// One of this lane, else one of another: a replica never has more connections than requests at once, and a server that
-    /// has a thread for each would not take more.
+    /// has a thread for each would not take more. To borrow wakes the other lane twice for each request, so a lane that does
+    /// it often makes a connection of its own, and one of the others is closed for that.
     fn kept(&self) -> Option<Idle> {
-        let (mut idle, here) = (self.lock(), lanes::here());
-        if let Some(Idle { sender: Sender::Two(sender), lane }) = idle.last()
+        let (mut kept, here) = (self.lock(), lanes::here());
+        if let Some(Idle { sender: Sender::Two(sender), lane }) = kept.idle.last()
             && !sender.is_closed()
         {
             return Some(Idle { sender: Sender::Two(sender.clone()), lane: *lane });
         }
-        let own = idle.iter().rposition(|kept| kept.lane == here);
-        own.map(|own| idle.swap_remove(own)).or_else(|| idle.pop())
+        if let Some(own) = kept.idle.iter().rposition(|idle| idle.lane == here) {
+            return Some(kept.idle.swap_remove(own));
+        }
+        let other = kept.idle.pop()?;
+        kept.borrowed += 1;
+        if kept.borrowed < BORROWED_MAX {
+            return Some(other);
+        }
+        kept.borrowed = 0;
+        None
     }
 
     async fn connect(&self) -> io::Result<Connection> {
@@ -185,7 +204,7 @@ impl Upstream {
                     .initial_connection_window_size(CONNECTION_BYTES);
                 let (sender, connection) = builder.handshake(stream).await.map_err(io::Error::other)?;
                 tokio::spawn(connection);
-                self.lock().push(Idle { sender: Sender::Two(sender.clone()), lane });
+                self.lock().idle.push(Idle { sender: Sender::Two(sender.clone()), lane });
                 Sender::Two(sender)
             }
         };
@@ -197,7 +216,7 @@ impl Upstream {
         match &connection.sender {
             Sender::One(sender) if !sender.is_closed() => {
                 let Connection { sender, lane, .. } = connection;
-                self.lock().push(Idle { sender, lane });
+                self.lock().idle.push(Idle { sender, lane });
             }
             // One of HTTP/2 was there all the time.
             Sender::One(_) | Sender::Two(_) => {}
@@ -205,8 +224,8 @@ impl Upstream {
     }
 
     /// No critical section can panic.
-    fn lock(&self) -> std::sync::MutexGuard<'_, Vec<Idle>> {
-        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> std::sync::MutexGuard<'_, Kept> {
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

@@ -30,6 +30,9 @@ pub(crate) const SOCKET_FD: i32 = 3;
 pub const USER: u32 = 60872;
 /// How many notices a reader may be behind.
 const NOTICES_MAX: usize = 1024;
+/// The gateway's nice value. Model servers keep all cores busy, and a request that comes or an answer that goes takes
+/// microseconds: it is not to wait for the end of their turn.
+const NICE: i32 = -5;
 /// How often is looked whether all is answered, before the end.
 const FINISH_POLL: Duration = Duration::from_millis(20);
 
@@ -51,6 +54,9 @@ pub fn main() -> u8 {
 
 fn run() -> io::Result<()> {
     let socket = UnixStream::from(rewarm_sys::process::take_inherited(SOCKET_FD)?);
+    if let Err(error) = rewarm_sys::priority::go_before(NICE) {
+        tracing::warn!(%error, "the gateway waits for its turn as others do: CAP_SYS_NICE would let it go before them");
+    }
     rewarm_sys::confine::confine(USER, USER, None)?;
     allow_many_files();
     let line = Line::new(socket);

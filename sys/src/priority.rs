@@ -38,10 +38,24 @@ pub fn set_this_thread(priority: Priority) -> io::Result<()> {
 /// # Errors
 /// What the kernel says.
 pub fn be_nicer(nice: libc::c_int) -> io::Result<()> {
+    if own_nice() >= nice { Ok(()) } else { set_nice(nice) }
+}
+
+/// Lets the calling thread, and those that it will start, go before others (-20 to -1): what it wakes up for does not wait until
+/// they have used up their turn. Where somebody has set a nice value for this program, that one holds.
+///
+/// # Errors
+/// `EACCES` without CAP_SYS_NICE and a limit (RLIMIT_NICE) that allows it.
+pub fn go_before(nice: libc::c_int) -> io::Result<()> {
+    if own_nice() != 0 { Ok(()) } else { set_nice(nice) }
+}
+
+fn own_nice() -> libc::c_int {
     // SAFETY: plain call that only reads. For the calling thread, which 0 means, it cannot fail.
-    if unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) } >= nice {
-        return Ok(());
-    }
+    unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) }
+}
+
+fn set_nice(nice: libc::c_int) -> io::Result<()> {
     // SAFETY: plain call. In Linux the nice value belongs to the thread; 0 means the calling one.
     let result = unsafe { libc::setpriority(libc::PRIO_PROCESS, 0, nice) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
@@ -96,15 +110,34 @@ mod tests {
 
     #[test]
     fn a_nice_thread_has_nice_children_and_leaves_the_others_alone() {
-        // SAFETY: plain call that only reads.
-        let own = || unsafe { libc::getpriority(libc::PRIO_PROCESS, 0) };
-        let before = own();
+        let before = own_nice();
         let seen = std::thread::spawn(move || {
             be_nicer(17).expect("a thread may always be nicer");
             be_nicer(7).expect("it is already");
-            std::thread::spawn(own).join().expect("no panic")
+            std::thread::spawn(own_nice).join().expect("no panic")
         });
-        assert_eq!((seen.join().expect("no panic"), own()), (17, before));
+        assert_eq!((seen.join().expect("no panic"), own_nice()), (17, before));
+    }
+
+    #[test]
+    fn a_thread_goes_before_others_where_it_may_and_nobody_said_otherwise() {
+        let before = own_nice();
+        let seen = std::thread::spawn(move || {
+            let went = go_before(-1).map_err(|error| error.raw_os_error());
+            (went, own_nice())
+        });
+        let expected = match (before, seen.join().expect("no panic")) {
+            (0, (Err(error), nice)) => ((error, nice), (Some(libc::EACCES), 0)),
+            (0, (Ok(()), nice)) => ((None, nice), (None, -1)),
+            (set, (went, nice)) => ((went.err().flatten(), nice), (None, set)),
+        };
+        assert_eq!(expected.0, expected.1);
+        let nicer = std::thread::spawn(|| {
+            be_nicer(7).expect("a thread may always be nicer");
+            go_before(-1).expect("it stays");
+            own_nice()
+        });
+        assert_eq!((nicer.join().expect("no panic"), own_nice()), (before.max(7), before));
     }
 
     #[test]

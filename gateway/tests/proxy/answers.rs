@@ -64,6 +64,39 @@ async fn a_replica_has_as_many_connections_as_requests_at_once_whichever_thread_
     gateway.await_taken(2).await;
 }
 
+/// As before, but the second goes on: in the end it has a connection of its own thread, and the replica as many as before.
+#[tokio::test]
+async fn a_thread_that_often_borrows_a_connection_gets_one_of_its_own_in_its_place() {
+    let server = Server::start().await;
+    let gateway = Setup::default().before(server.address).await;
+    let (mut first, mut second) = (gateway.client().await, gateway.client().await);
+    first.say(GET).await;
+    let mut replica = server.accept().await;
+    replica.head().await;
+    replica.say(OK).await;
+    first.hear("ok").await;
+    gateway.await_taken(0).await;
+    for _ in 1..32 {
+        second.say(GET).await;
+        replica.head().await;
+        replica.say(OK).await;
+        second.hear("ok").await;
+        gateway.await_taken(0).await;
+    }
+    second.say(GET).await;
+    let mut own = server.accept().await;
+    own.head().await;
+    assert_eq!(replica.rest().await, "", "the borrowed one is closed");
+    for _ in 0..40 {
+        own.say(OK).await;
+        second.hear("ok").await;
+        gateway.await_taken(0).await;
+        second.say(GET).await;
+        own.head().await;
+    }
+    gateway.await_taken(1).await;
+}
+
 #[tokio::test]
 async fn a_stream_arrives_piece_by_piece_and_holds_its_slot_to_the_last() {
     let server = Server::start().await;
