@@ -15,6 +15,9 @@ pub(crate) const GHOST_BYTES_MAX: u64 = 1 << 30;
 /// How the paths of GPU devices begin.
 const DEVICES: &str = "/dev/nvidia";
 
+/// How `/proc/PID/stat` calls the state of a process that a signal has stopped.
+const STOPPED: char = 'T';
+
 /// One thing that cannot be dumped, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum Obstacle {
@@ -27,6 +30,14 @@ pub enum Obstacle {
         pid: i32,
         /// Which descriptor.
         fd: i32,
+    },
+    /// A process was stopped (SIGSTOP): CRIU would wait for it, with the whole server frozen.
+    #[error(
+        "process {pid} is stopped by a signal, and a dump would wait for it; let it go on first: kill -CONT {pid}"
+    )]
+    Stopped {
+        /// Which process.
+        pid: i32,
     },
     /// A GPU device is open in a process that the CUDA driver knows nothing of.
     #[error("process {pid} holds {path} but has no CUDA driver loaded that could let go of it")]
@@ -135,6 +146,9 @@ pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Ve
     let mut sockets: BTreeMap<u64, i32> = BTreeMap::new();
     for task in &tasks {
         findings.memory_bytes += task_bytes(task);
+        if task.stat().is_ok_and(|stat| stat.state == STOPPED) {
+            obstacles.push(Obstacle::Stopped { pid: task.pid() });
+        }
         descriptors(task, &mut sockets, &mut obstacles);
         mapped_devices(task.pid(), &mut obstacles);
         for (name, limit) in rewarm_sys::process::hard_limits(task.pid()).unwrap_or_default() {
@@ -344,6 +358,30 @@ mod tests {
             examine(pid, pid, Rules { tcp_close: false, private_net: false }).expect("nothing in the way");
         assert!(findings.memory_bytes > 0);
         assert_eq!(findings.close, [] as [u64; 0]);
+    }
+
+    #[test]
+    fn a_stopped_process_is_refused_until_it_goes_on() {
+        // The others look at all children of this process.
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut child = std::process::Command::new("sleep").arg("1000").spawn().expect("a process");
+        let pid = i32::try_from(child.id()).expect("a pid");
+        let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("sent");
+        let state = || Process::new(pid).and_then(|process| process.stat()).expect("it lives").state;
+        let found = || examine(pid, pid, Rules { tcp_close: false, private_net: false }).err();
+        signal(nix::sys::signal::Signal::SIGSTOP);
+        while state() != STOPPED {
+            std::thread::yield_now();
+        }
+        let stopped = found();
+        signal(nix::sys::signal::Signal::SIGCONT);
+        while state() == STOPPED {
+            std::thread::yield_now();
+        }
+        let goes_on = found();
+        child.kill().expect("its end");
+        child.wait().expect("its end");
+        assert_eq!((stopped, goes_on), (Some(vec![Obstacle::Stopped { pid }]), None));
     }
 
     #[test]
