@@ -1,9 +1,10 @@
 //! The admin API over scripted pools, asked as a program would.
 
 use std::collections::BTreeSet;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::Duration;
 
 use http_body_util::{BodyExt, Full};
@@ -34,7 +35,10 @@ struct Served {
 }
 
 async fn served(pools: Arc<Scripted>, token: Option<&str>) -> Served {
-    let listener = TcpListener::bind("127.0.0.1:0").await.expect("bound");
+    // An address of its own: beside other tests a port of a common one is taken again as soon as it is free.
+    static SERVED: AtomicU8 = AtomicU8::new(1);
+    let own = Ipv4Addr::new(127, 0, 1, SERVED.fetch_add(1, Ordering::Relaxed));
+    let listener = TcpListener::bind((own, 0)).await.expect("bound");
     let address = listener.local_addr().expect("an address");
     let (stop, stopped) = oneshot::channel::<()>();
     let access = Access::new(token.map(str::to_owned));

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 
 use rewarm_gateway::{Limits, Refusal};
 
-use crate::fixture::{LIMITS, Server, Setup, until};
+use crate::fixture::{Gateway, LIMITS, Server, Setup, Talk, until};
 
 const GET: &str = "GET /a?b=c HTTP/1.1\r\nhost: x.example\r\n\r\n";
 const OK: &str = "HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
@@ -36,6 +36,20 @@ async fn a_request_and_its_answer_over_kept_connections() {
     gateway.await_taken(0).await;
 }
 
+/// A request of a client and its answer, over a connection to the replica that is there already.
+async fn carried(gateway: &Gateway, client: &mut Talk, replica: &mut Talk) {
+    client.say(GET).await;
+    replica.head().await;
+    answered(gateway, client, replica).await;
+}
+
+/// The answer to a request that the replica has read.
+async fn answered(gateway: &Gateway, client: &mut Talk, replica: &mut Talk) {
+    replica.say(OK).await;
+    client.hear("ok").await;
+    gateway.await_taken(0).await;
+}
+
 /// Two clients are carried by two threads: what one has left is used by the other, as servers with a thread for each connection
 /// need it.
 #[tokio::test]
@@ -45,18 +59,13 @@ async fn a_replica_has_as_many_connections_as_requests_at_once_whichever_thread_
     let (mut first, mut second) = (gateway.client().await, gateway.client().await);
     first.say(GET).await;
     let mut replica = server.accept().await;
+    replica.head().await;
+    answered(&gateway, &mut first, &mut replica).await;
     for _ in 0..3 {
-        replica.head().await;
-        replica.say(OK).await;
-        first.hear("ok").await;
-        gateway.await_taken(0).await;
-        second.say(GET).await;
-        replica.head().await;
-        replica.say(OK).await;
-        second.hear("ok").await;
-        gateway.await_taken(0).await;
-        first.say(GET).await;
+        carried(&gateway, &mut second, &mut replica).await;
+        carried(&gateway, &mut first, &mut replica).await;
     }
+    first.say(GET).await;
     replica.head().await;
     second.say(GET).await;
     let mut another = server.accept().await;
@@ -73,28 +82,18 @@ async fn a_thread_that_often_borrows_a_connection_gets_one_of_its_own_in_its_pla
     first.say(GET).await;
     let mut replica = server.accept().await;
     replica.head().await;
-    replica.say(OK).await;
-    first.hear("ok").await;
-    gateway.await_taken(0).await;
+    answered(&gateway, &mut first, &mut replica).await;
     for _ in 1..32 {
-        second.say(GET).await;
-        replica.head().await;
-        replica.say(OK).await;
-        second.hear("ok").await;
-        gateway.await_taken(0).await;
+        carried(&gateway, &mut second, &mut replica).await;
     }
     second.say(GET).await;
     let mut own = server.accept().await;
     own.head().await;
     assert_eq!(replica.rest().await, "", "the borrowed one is closed");
+    answered(&gateway, &mut second, &mut own).await;
     for _ in 0..40 {
-        own.say(OK).await;
-        second.hear("ok").await;
-        gateway.await_taken(0).await;
-        second.say(GET).await;
-        own.head().await;
+        carried(&gateway, &mut second, &mut own).await;
     }
-    gateway.await_taken(1).await;
 }
 
 #[tokio::test]

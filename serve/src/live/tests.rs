@@ -116,6 +116,14 @@ impl World {
         self.ask(Want::default()).await.expect("no panic").expect("a slot")
     }
 
+    /// A request comes to a pool without replicas, and has a slot of the one that is started for it: what that is called.
+    async fn first_slot(&self) -> (String, Slot) {
+        let asked = self.ask(Want::default());
+        let (name, _) = self.start().await;
+        self.serves(&name, Vec::new());
+        (name, asked.await.expect("no panic").expect("a slot"))
+    }
+
     async fn await_held(&self, count: u32) {
         let began = Instant::now();
         while self.live.status().held != count {

@@ -95,20 +95,14 @@ async fn a_replica_that_goes_in_order_after_an_answer_has_worked() {
 #[tokio::test]
 async fn what_a_replica_still_answers_is_not_cut_off_because_it_refuses_others() {
     let world = World::new("", None);
-    let asked = world.ask(Want::default());
-    let (name, _) = world.start().await;
-    world.serves(&name, Vec::new());
-    let streaming = asked.await.expect("no panic").expect("a slot");
+    let (name, streaming) = world.first_slot().await;
     let mut refused = world.slot().await;
     refused.lease.unreachable("connection refused");
     drop(refused);
     let status = world.live.status();
     assert_eq!((status.in_flight, status.totals.cut_off), (1, 0));
     // It gets no further request, though it has free slots.
-    let next = world.ask(Want::default());
-    let (second, _) = world.start().await;
-    world.serves(&second, Vec::new());
-    let next = next.await.expect("no panic").expect("a slot");
+    let (second, next) = world.first_slot().await;
     assert_eq!(next.upstream.name(), second);
     drop(streaming);
     assert!(matches!(world.told().await, ToParent::Stop { name: stopped, .. } if stopped == name));
@@ -118,10 +112,7 @@ async fn what_a_replica_still_answers_is_not_cut_off_because_it_refuses_others()
 #[tokio::test]
 async fn a_drain_waits_until_its_limit_and_what_it_cuts_off_then_is_counted() {
     let world = World::new("drain = '1h'\n", None);
-    let asked = world.ask(Want::default());
-    let (name, _) = world.start().await;
-    world.serves(&name, Vec::new());
-    let slot = asked.await.expect("no panic").expect("a slot");
+    let (name, slot) = world.first_slot().await;
     world.live.command(&Command::Drain { pool: "p".to_owned(), replica: name.clone() }).expect("it is there");
     let (before, after) = (Duration::from_secs(3_590), Duration::from_secs(3_610));
     for (passed, in_flight, killed) in [(before, 1, 0), (after, 0, 1)] {

@@ -77,10 +77,7 @@ async fn what_waits_is_given_up_when_that_is_enough_and_not_before() {
     let q = World::within(100 << 20, "q", WAITS, None);
     let (p, r) = (q.another("p", "replica_memory = '60MiB'\n"), q.another("r", "replica_memory = '45MiB'\n"));
     let warm = q.with_warm().await;
-    let serving = r.ask(Want::default());
-    let (busy, _) = r.start().await;
-    r.serves(&busy, Vec::new());
-    let serving = serving.await.expect("no panic").expect("a slot");
+    let (busy, serving) = r.first_slot().await;
     let asked = p.ask(Want::default());
     p.await_held(1).await;
     p.look_for_room();

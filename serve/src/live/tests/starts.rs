@@ -75,10 +75,7 @@ async fn once_enough_starts_are_known_a_start_may_take_three_times_as_long_as_th
 #[tokio::test]
 async fn a_replica_that_is_let_go_is_taken_back_while_it_is_there() {
     let world = World::new("concurrency = 2\n", None);
-    let asked = world.ask(Want::default());
-    let (name, _) = world.start().await;
-    world.serves(&name, Vec::new());
-    let busy = asked.await.expect("no panic").expect("a slot");
+    let (name, busy) = world.first_slot().await;
     world.live.command(&scale(0)).expect("it can");
     let states = || world.live.status().replicas.iter().map(|replica| replica.state).collect::<Vec<_>>();
     assert_eq!(states(), [State::Draining]);
@@ -94,10 +91,7 @@ async fn a_replica_that_is_let_go_is_taken_back_while_it_is_there() {
 #[tokio::test]
 async fn a_paused_pool_answers_what_it_has_refuses_the_rest_and_goes_on_when_it_is_told_to() {
     let world = World::new("concurrency = 1\nmax_replicas = 1\n", None);
-    let asked = world.ask(Want::default());
-    let (name, _) = world.start().await;
-    world.serves(&name, Vec::new());
-    let busy = asked.await.expect("no panic").expect("a slot");
+    let (name, busy) = world.first_slot().await;
     let held = world.ask(Want::default());
     world.await_held(1).await;
     world.live.command(&Command::Pause { pool: "p".to_owned() }).expect("it can");
@@ -108,10 +102,8 @@ async fn a_paused_pool_answers_what_it_has_refuses_the_rest_and_goes_on_when_it_
     drop(busy);
     world.stops(&name, "it is not needed").await;
     world.live.command(&Command::Resume { pool: "p".to_owned() }).expect("it can");
-    let asked = world.ask(Want::default());
-    let (name, _) = world.start().await;
-    world.serves(&name, Vec::new());
-    assert_eq!(asked.await.expect("no panic").expect("a slot").upstream.name(), name);
+    let (name, slot) = world.first_slot().await;
+    assert_eq!(slot.upstream.name(), name);
 }
 
 #[tokio::test]
