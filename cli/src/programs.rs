@@ -30,18 +30,22 @@ pub(crate) fn fit_for_containers() -> Result<(), Cause> {
 
 /// Finds both.
 pub(crate) async fn find(global: &Global) -> Result<Programs, Cause> {
-    let explicit = global.criu.clone();
+    let (criu, runc_version) = tokio::join!(criu(global), runc_version());
+    Ok(Programs { criu: criu?, runc_version: runc_version? })
+}
+
+/// Finds CRIU. What it said of its version is remembered in the folder of replicas, which lasts as long as the boot.
+pub(crate) async fn criu(global: &Global) -> Result<Binary, Cause> {
+    let (explicit, known) = (global.criu.clone(), global.state.join("criu-version"));
     let criu = tokio::task::spawn_blocking(move || {
-        let binary = Binary::find(explicit.as_deref(), criu_cache().as_deref())?;
+        let binary = Binary::find_known(explicit.as_deref(), criu_cache().as_deref(), &known)?;
         // Once for each boot: without it every dump and restore spends some 45 ms asking the kernel what it can do.
         if let Err(error) = rewarm_criu::kdat::ensure(&binary) {
             tracing::debug!(%error, "CRIU's cache of kernel features could not be made; it only gets slower");
         }
         Ok::<_, rewarm_criu::Error>(binary)
     });
-    let runc_version = runc_version().await?;
-    let criu = criu.await.expect("looking for a program does not panic")?;
-    Ok(Programs { criu, runc_version })
+    Ok(criu.await.expect("looking for a program does not panic")?)
 }
 
 pub(crate) async fn runc_version() -> Result<String, Cause> {

@@ -3,11 +3,11 @@
 use std::ffi::OsStr;
 use std::fmt;
 use std::io;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use crate::Error;
+use crate::{Error, kdat};
 
 /// Where distributions put it, looked at after the `PATH` (which often lacks the folders of administration).
 const USUAL: &[&str] = &["/usr/local/sbin", "/usr/sbin", "/sbin", "/usr/local/bin", "/usr/bin"];
@@ -109,6 +109,35 @@ impl Binary {
         Err(refused.unwrap_or_else(|| Error::Missing { searched: candidates.to_vec() }))
     }
 
+    /// As [`Binary::find`], without starting a program whose version is written in the file `known`: of the same file, on the
+    /// same kernel. Starting it takes 5 to 8 ms, which every restore would wait for. What is found is written there.
+    ///
+    /// # Errors
+    /// Those of [`Binary::find`]. A file that cannot be read or written costs time only.
+    pub fn find_known(explicit: Option<&Path>, cache: Option<&Path>, known: &Path) -> crate::Result<Self> {
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let candidates = candidates(explicit, cache, &path);
+        let first =
+            candidates.iter().find(|path| is_program(path)).and_then(|path| std::path::absolute(path).ok());
+        let Some((path, identity)) = first.and_then(|path| Some((path.clone(), identity(&path)?))) else {
+            return Self::find_in(&candidates);
+        };
+        let text = std::fs::read_to_string(known).unwrap_or_default();
+        if let Some((version, of)) = text.split_once('\n')
+            && of == identity
+            && let Some(version) = Version::parse(version)
+        {
+            return Ok(Self { path, version });
+        }
+        let found = Self::find_in(&candidates)?;
+        if found.path == path
+            && let Err(error) = kdat::replace(known, format!("{}\n{identity}", found.version).as_bytes())
+        {
+            tracing::debug!(%error, "CRIU's version is not remembered; it is asked each time");
+        }
+        Ok(found)
+    }
+
     /// The program at a path, asked for its version.
     ///
     /// # Errors
@@ -137,6 +166,14 @@ impl Binary {
             command.arg("check").stdin(Stdio::null()).output().map_err(Error::io("run", &self.path))?;
         if output.status.success() { Ok(()) } else { Err(failed(&command, &output)) }
     }
+}
+
+/// What tells one build of a program at a path from another, and the kernel that it was found good for.
+fn identity(path: &Path) -> Option<String> {
+    let file = std::fs::metadata(path).ok()?;
+    let changed = file.ctime() * 1_000_000_000 + file.ctime_nsec();
+    let ((major, minor), path) = (kernel(), path.display());
+    Some(format!("{}:{} {} {changed} linux {major}.{minor} {path}\n", file.dev(), file.ino(), file.size()))
 }
 
 /// Why a version does not work on a kernel: the oldest that does, and what goes wrong.
@@ -249,6 +286,31 @@ mod tests {
         let new = program(&folder.path().join("new"), "echo Version: 4.2.1; echo GitID: 0");
         let found = Binary::find_in(&[folder.path().join("none"), old, new.clone()]).expect("found");
         assert_eq!(found, Binary { path: new, version: Version { major: 4, minor: 2, patch: 1 } });
+    }
+
+    #[test]
+    fn a_known_one_is_not_started_until_it_changes() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let known = folder.path().join("known");
+        let starts = || fs::read_to_string(folder.path().join("starts")).unwrap_or_default().len();
+        let says =
+            |version| format!("printf x >>{}/starts; echo Version: {version}", folder.path().display());
+        let find = |path: &Path| {
+            // See above: a program that was just written may be busy for a moment.
+            let tried = std::iter::repeat_with(|| Binary::find_known(Some(path), None, &known)).take(1000);
+            let found = tried.filter_map(Result::ok).next().expect("found");
+            found.version.to_string()
+        };
+        let path = program(folder.path(), &says("4.2.1"));
+        assert_eq!((find(&path), starts()), ("4.2.1".into(), 1));
+        assert_eq!((find(&path), starts()), ("4.2.1".into(), 1));
+        fs::remove_file(&path).expect("there");
+        let path = program(folder.path(), &says("4.3"));
+        assert_eq!((find(&path), starts()), ("4.3".into(), 2));
+        fs::write(&known, "nonsense").expect("written");
+        assert_eq!((find(&path), starts()), ("4.3".into(), 3));
+        let other = program(&folder.path().join("other"), &says("4.2.2"));
+        assert_eq!((find(&other), starts()), ("4.2.2".into(), 4));
     }
 
     #[test]

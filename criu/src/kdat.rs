@@ -107,7 +107,7 @@ fn remove(path: &Path) -> crate::Result<()> {
 }
 
 /// Writes under another name first: a CRIU that starts meanwhile must not load half of it.
-fn replace(path: &Path, bytes: &[u8]) -> crate::Result<()> {
+pub(crate) fn replace(path: &Path, bytes: &[u8]) -> crate::Result<()> {
     static WRITES: AtomicU32 = AtomicU32::new(0);
     let write = WRITES.fetch_add(1, Ordering::Relaxed);
     let new = PathBuf::from(format!("{}.{}.{write}", path.display(), std::process::id()));

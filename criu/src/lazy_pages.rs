@@ -88,11 +88,12 @@ pub enum Fault {
     },
 }
 
-/// A socket at which CRIU finds the peer that fills memory. Dropping it removes the socket's name.
+/// A socket at which CRIU finds the peer that fills memory. Who bound it removes its name in dropping it.
 #[derive(Debug)]
 pub struct Listener {
     socket: UnixListener,
     path: PathBuf,
+    bound: bool,
 }
 
 impl Listener {
@@ -112,7 +113,13 @@ impl Listener {
         let directory = File::open(work).map_err(Error::io("open", work))?;
         let short = format!("/proc/self/fd/{}/{SOCKET}", directory.as_raw_fd());
         let socket = UnixListener::bind(short).map_err(Error::io("bind", &path))?;
-        Ok(Self { socket, path })
+        Ok(Self { socket, path, bound: true })
+    }
+
+    /// One that another process has bound in CRIU's work directory `work`, and removes.
+    #[must_use]
+    pub fn given(socket: OwnedFd, work: &Path) -> Self {
+        Self { socket: socket.into(), path: work.join(SOCKET), bound: false }
     }
 
     /// Waits for CRIU, for ever; poll the descriptor for a deadline.
@@ -141,8 +148,10 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        // The directory may be gone already, with the replica that it belonged to.
-        let _ = fs::remove_file(&self.path);
+        if self.bound {
+            // The directory may be gone already, with the replica that it belonged to.
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 

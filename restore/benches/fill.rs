@@ -29,6 +29,7 @@ use rewarm_restore::pager::{
 };
 use rewarm_store::Digest;
 use rewarm_sys::fdpass;
+use rewarm_sys::procmem;
 use rewarm_sys::trial::Area;
 use rewarm_sys::uffd::Uffd;
 
@@ -37,8 +38,9 @@ const START: u64 = 0x1000_0000_0000;
 const WARM: u64 = 0x2000_0000_0000;
 const MADV_HUGEPAGE: i32 = 14;
 const MADV_NOHUGEPAGE: i32 = 15;
-/// A chunk, as the store cuts large uniform regions.
+/// Bytes of one read, and of one digest.
 const CHUNK: usize = 1 << 20;
+const HUGE: usize = 2 << 20;
 const FINISHED: i32 = 0x5253_5446;
 const LONG: Duration = Duration::from_secs(120);
 
@@ -52,7 +54,7 @@ fn main() {
     let rounds = numbers.get(2).copied().unwrap_or(5);
     let content: Arc<Vec<u8>> = Arc::new((0..mib << 20).map(|at| (at / 8 % 251) as u8 + 1).collect());
     let file = stored(&content);
-    let arms: [(&str, &dyn Fn() -> Duration); 11] = [
+    let arms: [(&str, &dyn Fn() -> Duration); 13] = [
         ("read from the page cache", &|| read(&file, content.len(), threads, |_| ())),
         ("verify (BLAKE3)", &|| verify(&content, threads)),
         ("read and verify, chunk by chunk", &|| read(&file, content.len(), threads, hash)),
@@ -61,7 +63,9 @@ fn main() {
         ("bare UFFDIO_COPY, 1 MiB steps", &|| bare(&content, threads, 1 << 20)),
         ("pager lazily, chunks of 1 MiB", &|| paged(&content, threads, Mode::Lazy, 1 << 20, false)),
         ("pager lazily, chunks of 256 KiB", &|| paged(&content, threads, Mode::Lazy, 256 << 10, false)),
-        ("pager, device memory", &|| device(&content, threads)),
+        ("write into huge pages, nothing else", &|| written(&content, threads)),
+        ("pager, device memory, chunks of 1 MiB", &|| device(&content, threads, 1 << 20)),
+        ("pager, device memory, chunks of 512 KiB", &|| device(&content, threads, 512 << 10)),
         ("pager eagerly, huge pages", &|| paged(&content, threads, Mode::Eager, 1 << 20, true)),
         ("pager eagerly, small pages", &|| paged(&content, threads, Mode::Eager, 1 << 20, false)),
     ];
@@ -78,7 +82,7 @@ fn main() {
         let (median, best) = (times[times.len() / 2], times[0]);
         let rate = |time: Duration| (mib << 20) as f64 / time.as_secs_f64() / 1e9;
         println!(
-            "{name:34} median {median:>9.1?} {:5.2} GB/s   best {best:>9.1?} {:5.2} GB/s",
+            "{name:40} median {median:>9.1?} {:5.2} GB/s   best {best:>9.1?} {:5.2} GB/s",
             rate(median),
             rate(best)
         );
@@ -224,6 +228,34 @@ fn bare(content: &[u8], threads: usize, step: usize) -> Duration {
     time
 }
 
+/// process_vm_writev into the untouched huge pages of another process, each thread its own half: what no fill of a stopped task
+/// does without.
+fn written(content: &[u8], threads: usize) -> Duration {
+    let work = tempfile::tempdir().expect("a folder");
+    let listener = Listener::bind(work.path()).expect("bound");
+    let subject = start(content, true, work.path());
+    let pid = i32::try_from(subject.id()).expect("pids are int");
+    let mut connection = listener.accept().expect("connected");
+    let Message::Task { uffd, .. } = connection.message().expect("a task") else { panic!("no task") };
+    let Message::Finished = connection.message().expect("the end") else { panic!("not finished") };
+    Uffd::from(uffd).unregister(START, content.len() as u64).expect("given back");
+    let (begin, share) = (Instant::now(), content.len().div_ceil(threads).next_multiple_of(HUGE));
+    std::thread::scope(|scope| {
+        for (index, part) in content.chunks(share).enumerate() {
+            scope.spawn(move || {
+                for (number, bytes) in part.chunks(HUGE).enumerate() {
+                    let target = START + (index * share + number * HUGE) as u64;
+                    let written = procmem::write(pid, &[procmem::Piece { target, bytes }]).expect("written");
+                    assert_eq!(written, bytes.len() as u64, "at {target:#x}");
+                }
+            });
+        }
+    });
+    let time = begin.elapsed();
+    check(subject);
+    time
+}
+
 struct Memory {
     content: Arc<Vec<u8>>,
     chunk: u64,
@@ -251,8 +283,8 @@ fn paged(content: &Arc<Vec<u8>>, threads: usize, mode: Mode, chunk: u64, huge: b
 }
 
 /// The driver's copies of device memory: taken out of the userfaultfd, then written while the tasks are stopped.
-fn device(content: &Arc<Vec<u8>>, threads: usize) -> Duration {
-    Duration::from_micros(filled(content, threads, Mode::Lazy, 1 << 20, true, true).device_us)
+fn device(content: &Arc<Vec<u8>>, threads: usize, chunk: u64) -> Duration {
+    Duration::from_micros(filled(content, threads, Mode::Lazy, chunk, true, true).device_us)
 }
 
 fn filled(

@@ -12,6 +12,7 @@ use rewarm_container::shim::{Client, DeviceRequest, Prepare, ResidentRequest, Re
 use rewarm_container::{Memory, Name, Net, Origin, Record, Spec, Status};
 use rewarm_criu::admission::check_bundle;
 use rewarm_criu::config::Config;
+use rewarm_criu::lazy_pages::Listener;
 use rewarm_criu::patch;
 use rewarm_probe::{Engine, Hook, Ready, Recorded, engine, wait_ready};
 use rewarm_store::Facts;
@@ -101,7 +102,9 @@ impl Replica {
         let lease = lazy.lease()?;
         let (recorder, line) = Recorder::new()?;
         let mut files = lazy.files().to_vec();
-        files.extend([lease.as_fd(), line.as_fd()]);
+        // Bound here: CRIU finds the socket however long the pager takes to start beside it.
+        let listener = Listener::bind(&self.client.paths().work())?;
+        files.extend([lease.as_fd(), line.as_fd(), listener.as_fd()]);
         let feeding = feed.map(Feed::begin).transpose()?;
         files.extend(feeding.iter().map(|feeding| feeding.socket.as_fd()));
         let pid = self.client.restore(request, &files).map_err(|error| {
@@ -141,7 +144,7 @@ impl Replica {
             name: "pager".to_owned(),
             program: None,
             args,
-            fds: 5,
+            fds: 6,
             ready_timeout_ms: 10_000,
         })
     }

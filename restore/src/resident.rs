@@ -131,7 +131,7 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
         criu_within: CRIU_WITHIN,
         chunk_within: BLOCK_WITHIN,
     };
-    let listener = Listener::bind(work).map_err(io::Error::other)?;
+    let listener = Listener::given(Control::given(5)?, work);
     let (shim_end, pager_end) = UnixStream::pair()?;
     let (devices, shared) = (!orders.devices.is_empty(), !orders.shared.is_empty());
     let named = |device: TaskOrders| TaskOrders { pid: device.pid | DEVICE_STREAM, ..device };

@@ -109,11 +109,11 @@ pub(crate) async fn context(
     bound_bytes: Option<u64>,
 ) -> Result<Context, Cause> {
     let state = replicas::open(global)?;
-    let programs = programs::find(global).await?;
+    let criu = programs::criu(global).await?;
     Ok(Context {
         state,
-        criu: programs.criu.path,
-        criu_version: programs.criu.version.to_string(),
+        criu: criu.path,
+        criu_version: criu.version.to_string(),
         program: replicas::program(),
         cdi: env::cdi(),
         fetcher: Fetcher::new(Settings { bound_bytes, ..settings(global)? }),

@@ -88,7 +88,7 @@ pub struct RestoreRequest {
     pub lazy_pages: bool,
     /// The first descriptor of this request is a detached mount that holds the images.
     pub images_attached: bool,
-    /// Children of the shim that the replica cannot do without, started before CRIU.
+    /// Children of the shim that the replica cannot do without, started beside runc: what CRIU connects to must be bound already.
     pub residents: Vec<ResidentRequest>,
     /// Give up after this time, in milliseconds.
     pub timeout_ms: u64,

@@ -1,7 +1,7 @@
 //! Children of the shim without which the replica must not live: the pager.
 //!
-//! The shim starts a resident before CRIU. It finds a control socket as descriptor [`CONTROL_FD`] and the descriptors that
-//! the client gave from [`FIRST_FD`] up. Over the control socket it sends [`ToShim`] messages: `ready` (CRIU may start),
+//! The shim starts a resident beside runc, before CRIU can ask for it. It finds a control socket as descriptor [`CONTROL_FD`] and the descriptors that
+//! the client gave from [`FIRST_FD`] up. Over the control socket it sends [`ToShim`] messages: `ready` (it serves CRIU; a restore without that word fails),
 //! `hold` with descriptors (the shim keeps duplicates until `done`, so that a dead pager leaves its server stopped and not
 //! reading zeros), `may_run` (what must be there before the server runs is), `done` (the replica no longer needs it), `failed` with a reason. The shim sends [`FromShim::Restored`]
 //! with a pidfd of the server's init, by which a resident kills the server where the shim itself dies (end of file).

@@ -18,7 +18,7 @@ use crate::rootfs;
 use crate::shim::children::{Outcome, descendants, hung_up, signal};
 use crate::shim::device::Tasks;
 use crate::shim::logs::Pump;
-use crate::shim::protocol::{DeviceRequest, RestoreRequest};
+use crate::shim::protocol::{DeviceRequest, ResidentRequest, RestoreRequest};
 use crate::shim::replica::{Asker, Inner, Parts, Replica};
 use crate::shim::start::read_pid;
 use crate::shim::supervise::Resident;
@@ -95,8 +95,7 @@ impl Replica {
                 return Err(missing(wanted.fds - own.len()));
             }
             let resident = Resident::start(self, wanted, own)?;
-            self.change(|inner| inner.residents.push(resident.clone()));
-            resident.wait_ready(Duration::from_millis(wanted.ready_timeout_ms), || self.doomed())?;
+            self.change(|inner| inner.residents.push(resident));
         }
         let pid_file = self.paths.dir().join("init.pid");
         let mut command = parts.runc.restore(request, &self.paths, &pid_file);
@@ -106,6 +105,11 @@ impl Replica {
         let pause = self.children.pause();
         let mut child = self.children.spawn(&mut command).context("start", "runc")?;
         drop(command);
+        // They start while runc and CRIU do, which is 30 ms before CRIU speaks to one, through a socket that exists.
+        if let Err(error) = self.wait_residents(&request.residents) {
+            self.kill_all(&mut child)?;
+            return Err(error);
+        }
         let outcome = self
             .children
             .wait(&mut child, asker.socket, deadline, || self.lock().doomed)
@@ -145,6 +149,13 @@ impl Replica {
             self.begin_devices(parts, device, socket.map(|socket| Stream::new(socket, left)))?;
         }
         Ok(pid)
+    }
+
+    fn wait_residents(&self, wanted: &[ResidentRequest]) -> Result<(), Error> {
+        let residents = self.lock().residents.clone();
+        residents.iter().zip(wanted).try_for_each(|(resident, wanted)| {
+            resident.wait_ready(Duration::from_millis(wanted.ready_timeout_ms), || self.doomed())
+        })
     }
 
     /// Shared memory must be there before anything of the server runs. The driver pins its copies of device memory: all of them

@@ -21,6 +21,9 @@ use super::source::Source;
 use super::space::Space;
 use super::userfault::Userfault;
 
+/// Bytes of a huge page.
+const HUGE_PAGE: u64 = 2 << 20;
+
 /// A stopped task and what it lacks. Its ranges are not registered with a userfaultfd any more.
 #[derive(Debug)]
 pub struct Stopped {
@@ -80,7 +83,7 @@ pub(super) fn give_back<U: Userfault>(
 pub fn fill_stopped(tasks: &[Stopped], source: &dyn Source, threads: usize) -> Result<Written, Error> {
     let start = Instant::now();
     let pending: Vec<Pending> = tasks.iter().map(|task| Pending::new(task.pieces.iter().copied())).collect();
-    let chunks = chunks(tasks, &pending, source);
+    let lots = lots(tasks, &pending, source);
     // Of two address spaces that are filled from the same content neither knows what the other has read.
     let alone = |task: u32| tasks.iter().filter(|other| other.task == task).count() == 1;
     let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
@@ -89,17 +92,19 @@ pub fn fill_stopped(tasks: &[Stopped], source: &dyn Source, threads: usize) -> R
         for _ in 0..threads.max(1) {
             scope.spawn(|| {
                 while !failed.load(Ordering::Acquire)
-                    && let Some((index, chunk)) = chunks.get(next.fetch_add(1, Ordering::Relaxed))
+                    && let Some(lot) = lots.get(next.fetch_add(1, Ordering::Relaxed))
                 {
-                    let pieces = pending[*index].in_stream(chunk);
-                    let task = &tasks[*index];
-                    match write_chunk(task, source, chunk, &pieces) {
-                        Ok(()) if alone(task.task) => source.release(task.task, chunk.clone()),
-                        Ok(()) => {}
-                        Err(error) => {
-                            failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                            failed.store(true, Ordering::Release);
+                    let task = &tasks[lot.index];
+                    let written = lot.chunks.iter().try_for_each(|(chunk, pieces)| {
+                        write_chunk(task, source, chunk, pieces)?;
+                        if alone(task.task) {
+                            source.release(task.task, chunk.clone());
                         }
+                        Ok(())
+                    });
+                    if let Err(error) = written {
+                        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+                        failed.store(true, Ordering::Release);
                     }
                 }
             });
@@ -111,18 +116,34 @@ pub fn fill_stopped(tasks: &[Stopped], source: &dyn Source, threads: usize) -> R
     Ok(Written { bytes: pending.iter().map(Pending::bytes).sum(), time: start.elapsed() })
 }
 
-/// Every chunk that is wanted, task after task, in the order of the streams.
-fn chunks(tasks: &[Stopped], pending: &[Pending], source: &dyn Source) -> Vec<(usize, Range<u64>)> {
-    let mut chunks = Vec::new();
+/// What one thread writes at a time.
+struct Lot {
+    /// Of which task.
+    index: usize,
+    /// Chunks with the pieces in them, in the order of the stream.
+    chunks: Vec<(Range<u64>, Vec<Piece>)>,
+}
+
+/// Every chunk that is wanted, task after task, in the order of the streams. Chunks that begin in one huge page are one
+/// lot: of two threads that touch a fresh huge page at the same time each makes and clears one, and the kernel throws the
+/// second away.
+fn lots(tasks: &[Stopped], pending: &[Pending], source: &dyn Source) -> Vec<Lot> {
+    let mut lots: Vec<Lot> = Vec::new();
     for (index, (task, pending)) in tasks.iter().zip(pending).enumerate() {
-        let mut at = 0;
+        let (mut at, mut last) = (0, None);
         while let Some(next) = pending.next_in_stream(at) {
             let chunk = source.chunk(task.task, next);
             at = chunk.end;
-            chunks.push((index, chunk));
+            let pieces = pending.in_stream(&chunk);
+            let block = pieces.first().map(|piece| piece.vaddr / HUGE_PAGE);
+            match lots.last_mut() {
+                Some(lot) if lot.index == index && block == last => lot.chunks.push((chunk, pieces)),
+                _ => lots.push(Lot { index, chunks: vec![(chunk, pieces)] }),
+            }
+            last = block;
         }
     }
-    chunks
+    lots
 }
 
 fn write_chunk(
@@ -190,7 +211,41 @@ fn advance(rest: &mut Vec<procmem::Piece<'_>>, mut written: u64) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::source::SourceError;
     use super::*;
+
+    /// Content in chunks of 512 KiB that nobody reads.
+    struct Halves;
+
+    impl Source for Halves {
+        fn chunk(&self, _task: u32, offset: u64) -> Range<u64> {
+            let start = offset >> 19 << 19;
+            start..start + (512 << 10)
+        }
+
+        fn read(&self, _: u32, _: Range<u64>, _: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
+            unreachable!("lots are cut without reading")
+        }
+
+        fn is_near(&self, _task: u32, _offset: u64) -> bool {
+            true
+        }
+    }
+
+    #[test]
+    fn what_begins_in_one_huge_page_is_one_lot() {
+        let stopped = |task, pieces: &[Piece]| Stopped { pid: 1, task, pieces: pieces.to_vec() };
+        let piece = |vaddr, offset, length| Piece { vaddr, offset, length };
+        // Six chunks; the first begins 1 MiB into a huge page. The next task is another's memory at the same place.
+        let tasks = [stopped(1, &[piece(5 << 20, 0, 3 << 20)]), stopped(2, &[piece(7 << 20, 0, 1 << 20)])];
+        let pending: Vec<Pending> =
+            tasks.iter().map(|task| Pending::new(task.pieces.iter().copied())).collect();
+        let lots = lots(&tasks, &pending, &Halves);
+        let seen: Vec<(usize, usize)> = lots.iter().map(|lot| (lot.index, lot.chunks.len())).collect();
+        assert_eq!(seen, [(0, 2), (0, 4), (1, 2)]);
+        let bytes = lots.iter().flat_map(|lot| &lot.chunks).flat_map(|(_, pieces)| pieces);
+        assert_eq!(bytes.map(|piece| piece.length).sum::<u64>(), 4 << 20);
+    }
 
     #[test]
     fn a_short_write_goes_on_where_it_stopped() {
