@@ -52,6 +52,9 @@ impl Runc {
             // runc up to 1.1 takes `--criu`, later ones look it up in PATH and accept the option without using it.
             command.arg("--criu").arg(criu);
             command.env("PATH", path_with(criu.parent()));
+            // A server stands still, or a request waits, for as long as runc takes: its garbage collector would take its part
+            // of cores that CRIU needs.
+            command.env("GOGC", "off");
         }
         command
     }
