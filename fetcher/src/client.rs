@@ -55,6 +55,8 @@ pub struct StreamStatus {
     pub arrived_bytes: u64,
     /// Bytes that were read from the store for it.
     pub read_bytes: u64,
+    /// Bytes of it that were hashed, and decoded where they were stored encoded.
+    pub checked_bytes: u64,
     /// Whether it is complete.
     pub complete: bool,
     /// Connections that hold it: commands and pagers.

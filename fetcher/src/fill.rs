@@ -10,7 +10,7 @@ use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use futures::{FutureExt, StreamExt};
 use rewarm_report::Class;
-use rewarm_store::{Boot, ChunkMap, Error, Fetched, Request, Room, Sink};
+use rewarm_store::{Boot, ChunkMap, Error, Fetched, Hedges, Request, Room, Sink};
 use rewarm_sys::shared::{self, Writer};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::UnboundedReceiver;
@@ -138,6 +138,7 @@ pub(crate) struct Fill {
     cores: Arc<Semaphore>,
     /// For what somebody waits for: it does not stand behind all that was asked for in advance.
     cores_wanted: Arc<Semaphore>,
+    hedges: Arc<Hedges>,
 }
 
 impl Fill {
@@ -163,8 +164,20 @@ impl Fill {
         }
         let (queue, wanted) = (VecDeque::new(), HashSet::new());
         let (cores, cores_wanted) = (Boot::cores(), Boot::cores());
-        let mut fill =
-            Self { boot, layout, writer, ahead, regions, queue, near, first: 0, wanted, cores, cores_wanted };
+        let mut fill = Self {
+            boot,
+            layout,
+            writer,
+            ahead,
+            regions,
+            queue,
+            near,
+            first: 0,
+            wanted,
+            cores,
+            cores_wanted,
+            hedges: Arc::default(),
+        };
         fill.plan(first).await?;
         Ok(fill)
     }
@@ -241,15 +254,15 @@ impl Fill {
         found
     }
 
-    /// Fetches all of it; gives the bytes that were read from the store. A store that fails is asked again until
-    /// nothing has arrived for `patience`.
+    /// Fetches all of it; tells what that took. A store that fails is asked again until nothing has arrived for `patience`; an
+    /// answer that is late is asked for once more.
     pub(crate) async fn run(
         mut self,
         mut words: UnboundedReceiver<Word>,
         patience: Duration,
-    ) -> Result<u64, Failure> {
+    ) -> Result<Fetched, Failure> {
         let mut running = Running::new();
-        let (mut read_bytes, mut arrived) = (0, Instant::now());
+        let (mut all, mut arrived) = (Fetched::default(), Instant::now());
         let mut one_more = false;
         loop {
             while running.len() < PARALLEL
@@ -262,7 +275,7 @@ impl Fill {
                 self.start(&mut running, ask, Duration::ZERO, &self.cores);
             }
             if running.is_empty() && self.queue.is_empty() {
-                return Ok(read_bytes);
+                return Ok(all);
             }
             let waits = !self.queue.is_empty() && self.is_ahead(running.len());
             tokio::select! {
@@ -278,7 +291,7 @@ impl Fill {
                 Some((ask, outcome)) = running.next() => match outcome {
                     Ok(fetched) => {
                         self.first -= usize::from(ask.first);
-                        read_bytes += fetched.read_bytes;
+                        all = all + fetched;
                         arrived = Instant::now();
                     }
                     Err(error) if may_pass(&error) && arrived.elapsed() < patience => {
@@ -300,7 +313,7 @@ impl Fill {
     fn start(&self, running: &mut Running, ask: Ask, wait: Duration, cores: &Arc<Semaphore>) {
         let sink = self.regions[ask.region].sink.clone();
         let there = ask.request.chunks().iter().all(|&chunk| sink.has(chunk));
-        let (boot, cores) = (self.boot.clone(), cores.clone());
+        let (boot, cores, hedges) = (self.boot.clone(), cores.clone(), self.hedges.clone());
         let work = async move {
             if there {
                 return (ask, Ok(Fetched::default()));
@@ -308,7 +321,7 @@ impl Fill {
             if !wait.is_zero() {
                 tokio::time::sleep(wait).await;
             }
-            let outcome = boot.fetch_one(ask.region, ask.request.clone(), sink, cores).await;
+            let outcome = boot.fetch_one(ask.region, ask.request.clone(), sink, cores, hedges).await;
             (ask, outcome)
         };
         running.push(tokio::spawn(work).map(|ended| ended.expect("fetching does not panic")).boxed());
@@ -349,6 +362,8 @@ fn may_pass(error: &Error) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use object_store::memory::InMemory;
+    use rewarm_store::fault::{Faults, FaultyStore, Wrong};
     use rewarm_store::{Facts, Name, Reference, RegionKind, SessionOptions, Store, StoreUrl, Target};
     use rewarm_sys::shared::Owner;
 
@@ -369,6 +384,21 @@ mod tests {
         let folder = tempfile::tempdir().expect("a folder");
         let url: StoreUrl = folder.path().to_str().expect("a plain path").parse().expect("a store");
         let store = Store::open(&url).await.expect("the folder is there");
+        let (boot, layout, owner, writer) = noisy_in(&store, url, length).await;
+        (folder, boot, layout, owner, writer)
+    }
+
+    /// The same in a store that does what `Faults` say.
+    async fn faulty(length: u64) -> (Arc<Faults>, Boot, Layout, Owner, Arc<Writer>) {
+        let faults = Arc::new(Faults::default());
+        let objects = FaultyStore::new(Arc::new(InMemory::new()), faults.clone());
+        let store = Store::from_objects(Arc::new(objects), "faulty");
+        let url = "unused".parse().expect("a store");
+        let (boot, layout, owner, writer) = noisy_in(&store, url, length).await;
+        (faults, boot, layout, owner, writer)
+    }
+
+    async fn noisy_in(store: &Store, url: StoreUrl, length: u64) -> (Boot, Layout, Owner, Arc<Writer>) {
         let session = store.begin(SessionOptions::default()).await.expect("it can be written");
         let mut region = session.region(RegionKind::Task { pid: 1 }).await.expect("a region");
         region.push(noise(length).into()).await.expect("room");
@@ -382,7 +412,52 @@ mod tests {
         let owner = Owner::create(layout.bytes(), BLOCK_BYTES, None).expect("memory");
         let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
         let writer = Writer::open(content, table, layout.regions(), false).expect("a stream");
-        (folder, boot, layout, owner, Arc::new(writer))
+        (boot, layout, owner, Arc::new(writer))
+    }
+
+    /// One request of the thirteen or so is lost on its way. Time passes only while everybody waits.
+    #[tokio::test]
+    async fn a_request_that_is_never_answered_holds_nobody_up() {
+        let length = 200 * BLOCK_BYTES;
+        let (faults, boot, layout, owner, writer) = faulty(length).await;
+        tokio::time::pause();
+        for silent in [0, 5, 12] {
+            let delay = Duration::from_millis(50);
+            faults.set(Wrong { silent: Some(("packs/", silent)), delay, ..Wrong::default() });
+            let (boot, layout) = (boot.clone(), layout.clone());
+            let owner = Owner::create(layout.bytes(), BLOCK_BYTES, None).expect("memory");
+            let [content, table] = owner.files().map(|file| file.try_clone_to_owned().expect("a descriptor"));
+            let writer = Writer::open(content, table, layout.regions(), false).expect("a stream");
+            let fill = Fill::new(boot, layout, Arc::new(writer), &[], None, false).await.expect("a plan");
+            let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
+            let begun = tokio::time::Instant::now();
+            let filled = tokio::time::timeout(Duration::from_secs(60), fill.run(hear, Duration::ZERO));
+            let filled = filled.await.expect("it is asked once more").expect("the store is there");
+            assert!(begun.elapsed() < Duration::from_secs(2), "number {silent}: {:?}", begun.elapsed());
+            assert_eq!((owner.arrived_bytes(), filled.hedges), (length, 1));
+            assert!(filled.read_bytes <= length + length / 10, "{} of {length}", filled.read_bytes);
+        }
+        drop((owner, writer));
+    }
+
+    /// A store that is slow altogether gets no more to do, and a folder is read once.
+    #[tokio::test]
+    async fn what_is_answered_as_soon_as_anything_is_asked_for_once() {
+        let length = 64 * BLOCK_BYTES;
+        let (faults, boot, layout, _owner, writer) = faulty(length).await;
+        tokio::time::pause();
+        faults.set(Wrong { delay: Duration::from_secs(20), bytes_per_second: 1 << 20, ..Wrong::default() });
+        let fill = Fill::new(boot, layout, writer, &[], None, false).await.expect("a plan");
+        let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
+        let filled = fill.run(hear, Duration::ZERO).await.expect("slow, but there");
+        assert_eq!((filled.read_bytes, filled.hedges), (length, 0));
+
+        let (_folder, boot, layout, _owner, writer) = noisy(length).await;
+        let fill = Fill::new(boot, layout, writer, &[], None, true).await.expect("a plan");
+        let (_words, hear) = tokio::sync::mpsc::unbounded_channel();
+        let filled = fill.run(hear, Duration::ZERO).await.expect("the store is there");
+        let Fetched { bytes, checked_bytes, read_bytes, hedges, .. } = filled;
+        assert_eq!((bytes, checked_bytes, read_bytes, hedges), (length, length, length, 0));
     }
 
     /// Whoever is done with nothing yet may be waiting for what was not fetched.

@@ -134,6 +134,8 @@ struct Filling {
     worker: Option<(Arc<Worker>, u64)>,
     /// Bytes read from the store for it.
     read_bytes: u64,
+    /// Bytes hashed, and decoded where they were encoded.
+    checked_bytes: u64,
 }
 
 impl Stream {
@@ -539,7 +541,7 @@ impl Keeper {
                 Err(error) => Some((FromWorker::Failed { id: 0, failure: system(&error) }, None)),
             };
             match answer {
-                Some((FromWorker::Filled { read_bytes, .. }, _)) => {
+                Some((FromWorker::Filled { read_bytes, checked_bytes, .. }, _)) => {
                     let bytes = stream.owner.arrived_bytes().saturating_sub(before);
                     let rate = bytes as f64 / began.elapsed().as_secs_f64().max(0.001);
                     if bytes >= RATED_BYTES {
@@ -549,6 +551,7 @@ impl Keeper {
                     state.complete = true;
                     state.worker = None;
                     state.read_bytes += read_bytes;
+                    state.checked_bytes += checked_bytes;
                     self.read_bytes.fetch_add(read_bytes, Ordering::Relaxed);
                     drop(state);
                     // All of it has just arrived, so that servers want the processors; nobody waits for this, and this thread
@@ -614,6 +617,7 @@ impl Keeper {
                 bytes: stream.owner.content_bytes(),
                 arrived_bytes: stream.owner.arrived_bytes(),
                 read_bytes: state.read_bytes,
+                checked_bytes: state.checked_bytes,
                 complete: state.complete,
                 holders: state.holders,
             }

@@ -18,7 +18,7 @@ use crate::client::Status;
 use crate::error::Failure;
 
 /// Version of the protocol between clients and keeper; both sides must have the same.
-pub(crate) const VERSION: u32 = 4;
+pub(crate) const VERSION: u32 = 5;
 /// Longest message in bytes: a working set of a hundred thousand extents, or the list of a folder with as many tags.
 const MESSAGE_BYTES_MAX: usize = 16 << 20;
 /// Most descriptors in one message.
@@ -153,6 +153,7 @@ pub(crate) enum FromWorker {
     Filled {
         id: u64,
         read_bytes: u64,
+        checked_bytes: u64,
     },
     Failed {
         id: u64,

@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use rewarm_report::Class;
-use rewarm_store::{Digest, Files, Found, Reference, Snapshot, Store, StoreUrl, Target};
+use rewarm_store::{Digest, Fetched, Files, Found, Reference, Snapshot, Store, StoreUrl, Target};
 use rewarm_sys::priority::Priority;
 use rewarm_sys::shared::Writer;
 use tokio::sync::OnceCell;
@@ -211,7 +211,9 @@ impl Worker {
                     lock(&worker.fills).remove(&id);
                     let kept = filled.as_ref().ok().filter(|_| ahead.is_none());
                     let kept = kept.map(|(_, writer)| writer.clone());
-                    let filled = filled.map(|(read_bytes, _)| (FromWorker::Filled { id, read_bytes }, None));
+                    let filled = filled.map(|(Fetched { read_bytes, checked_bytes, .. }, _)| {
+                        (FromWorker::Filled { id, read_bytes, checked_bytes }, None)
+                    });
                     worker.answer(id, filled);
                     kept.into_iter().for_each(join_pages);
                 });
@@ -305,7 +307,7 @@ impl Worker {
         (first, ahead): (Vec<Extent>, Option<u64>),
         hear: UnboundedReceiver<Word>,
         patience: Duration,
-    ) -> Result<(u64, Arc<Writer>), Failure> {
+    ) -> Result<(Fetched, Arc<Writer>), Failure> {
         let system = |error: io::Error| Failure::of(&error, Class::Failed);
         let snapshot = self.snapshot(digest, fds.first()).await?;
         let boot =

@@ -39,6 +39,8 @@ pub struct Wrong {
     pub bytes_per_second: u64,
     /// Credentials are good for so many requests more, counted from [`Faults::set`].
     pub allowed: Option<u64>,
+    /// Of the next requests on objects whose path begins so the one with this number, from 0, is never answered.
+    pub silent: Option<(&'static str, u64)>,
 }
 
 /// A kind of request.
@@ -145,6 +147,9 @@ impl Faults {
                 source: "the credentials have expired".into(),
             });
         }
+        if self.is_silent(path) {
+            std::future::pending::<()>().await;
+        }
         if !wrong.delay.is_zero() {
             tokio::time::sleep(wrong.delay).await;
         }
@@ -168,6 +173,22 @@ impl Faults {
                 true
             }
         }
+    }
+
+    /// Whether this is the request that is never answered.
+    fn is_silent(&self, path: &Path) -> bool {
+        let silent = &mut self.lock().silent;
+        match silent {
+            Some((begins, left)) if path.as_ref().starts_with(*begins) => match left.checked_sub(1) {
+                Some(less) => *left = less,
+                None => {
+                    *silent = None;
+                    return true;
+                }
+            },
+            _ => {}
+        }
+        false
     }
 
     /// Waits as long as a slow network takes for so many bytes.

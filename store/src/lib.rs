@@ -45,8 +45,8 @@ pub use format::{FORMAT, FORMAT_NEWEST};
 pub use keys::{KeyError, KeyFolder, ListedKey};
 pub use limits::{PAGE_BYTES, SKELETON_FILE_BYTES_LIMIT};
 pub use reader::{
-    Boot, Chunk, ChunkMap, Chunks, Comparison, Fetched, Found, Region, RegionComparison, RegionSide, Request,
-    Room, Sink, Snapshot, Verified, compare,
+    Boot, Chunk, ChunkMap, Chunks, Comparison, Fetched, Found, Hedges, Region, RegionComparison, RegionSide,
+    Request, Room, Sink, Snapshot, Verified, compare,
 };
 pub use remove::Removed;
 pub use signature::{KeySyntax, Mistrust, PublicKey, SigningKey, Trust};

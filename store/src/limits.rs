@@ -102,6 +102,18 @@ pub(crate) const GAP_BYTES: u64 = 512 * KIB;
 pub(crate) const REQUEST_BYTES: u64 = 8 * MIB;
 /// Content that is verified, decoded and put in one go by a worker.
 pub(crate) const DECODE_BYTES: u64 = 2 * MIB;
+/// A request is asked a second time when it takes so many times as long as the slow ones of those that were answered.
+pub(crate) const HEDGE_FACTOR: u32 = 3;
+/// And not before this: a round trip over any network fits in, with a lost packet sent again.
+pub(crate) const HEDGE_WAIT_MIN: Duration = Duration::from_millis(500);
+/// So many answers of about its length must have come: nothing else tells a lost request from a slow store.
+pub(crate) const HEDGE_ANSWERS_MIN: usize = 3;
+/// So many answers are remembered, the last ones.
+pub(crate) const HEDGE_ANSWERS: usize = 64;
+/// One part of so many may be asked for twice: a store that is overloaded must not get more to do.
+pub(crate) const HEDGE_BUDGET_PARTS: u64 = 20;
+/// How often a request that is under way looks whether it is late.
+pub(crate) const HEDGE_LOOK: Duration = Duration::from_millis(100);
 
 // Requests.
 

@@ -6,6 +6,7 @@
 mod chunks;
 mod compare;
 mod fetch;
+mod hedge;
 mod verify;
 
 use std::collections::BTreeMap;
@@ -29,6 +30,7 @@ use crate::url::Reference;
 pub use chunks::{Chunk, ChunkMap};
 pub use compare::{Chunks, Comparison, RegionComparison, RegionSide, compare};
 pub use fetch::{Fetched, Request, Room, Sink};
+pub use hedge::Hedges;
 pub use verify::Verified;
 pub(crate) use verify::Wanted;
 

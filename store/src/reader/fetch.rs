@@ -16,6 +16,7 @@ use crate::error::{Damage, Error, Result};
 use crate::format::index::ChunkRef;
 use crate::format::pack_path;
 use crate::limits::{DECODE_BYTES, GAP_BYTES, REQUEST_BYTES};
+use crate::reader::hedge::{Answer, Hedges};
 use crate::reader::{Boot, BootInner, Chunk, ChunkMap};
 
 /// Receives the content of a region.
@@ -52,10 +53,29 @@ pub trait Room {
 pub struct Fetched {
     /// Bytes given to the sink.
     pub bytes: u64,
-    /// Bytes read from the store, gaps included; not those of a copy nearby.
+    /// Bytes that were hashed, and decoded where they are stored encoded: a chunk that stands at several places counts once for a
+    /// request.
+    pub checked_bytes: u64,
+    /// Bytes read from the store, gaps included; not those of a copy nearby. What was asked for twice counts twice.
     pub read_bytes: u64,
     /// Requests made for them.
     pub requests: u64,
+    /// Second requests among them, for an answer that was late.
+    pub hedges: u64,
+}
+
+impl std::ops::Add for Fetched {
+    type Output = Self;
+
+    fn add(self, other: Self) -> Self {
+        Self {
+            bytes: self.bytes + other.bytes,
+            checked_bytes: self.checked_bytes + other.checked_bytes,
+            read_bytes: self.read_bytes + other.read_bytes,
+            requests: self.requests + other.requests,
+            hedges: self.hedges + other.hedges,
+        }
+    }
 }
 
 /// One request: a stretch of a pack and the chunks of a region that are wanted from it.
@@ -107,17 +127,11 @@ impl Boot {
         let chosen =
             (0..map.len()).filter(|&n| wanted(map.get(n).expect("it is below the length"))).collect();
         let requests = self.requests(region, chosen).await?;
-        let cores = Self::cores();
+        let (cores, hedges) = (Self::cores(), Arc::new(Hedges::default()));
         let fetched = stream::iter(requests)
-            .map(|request| self.fetch_one(region, request, sink.clone(), cores.clone()))
+            .map(|request| self.fetch_one(region, request, sink.clone(), cores.clone(), hedges.clone()))
             .buffer_unordered(parallel.max(1))
-            .try_fold(Fetched::default(), |sum, one| async move {
-                Ok(Fetched {
-                    bytes: sum.bytes + one.bytes,
-                    read_bytes: sum.read_bytes + one.read_bytes,
-                    requests: sum.requests + one.requests,
-                })
-            })
+            .try_fold(Fetched::default(), |sum, one| async move { Ok(sum + one) })
             .await?;
         Ok(fetched)
     }
@@ -139,7 +153,8 @@ impl Boot {
         Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)))
     }
 
-    /// Makes one request of a region and gives what it brings to `sink`.
+    /// Makes one request of a region and gives what it brings to `sink`. Where the store is late, compared with the other
+    /// requests that share `hedges`, it is asked once more.
     ///
     /// # Errors
     /// As [`Boot::fetch`]. Chunks may have been put by then.
@@ -149,9 +164,11 @@ impl Boot {
         request: Request,
         sink: Arc<dyn Sink>,
         cores: Arc<Semaphore>,
+        hedges: Arc<Hedges>,
     ) -> Result<Fetched> {
         let map = self.chunks(region).await?;
-        run(Arc::new(Job { boot: self.inner.clone(), map, region, sink }), cores, request).await
+        let job = Job { boot: self.inner.clone(), map, region, sink };
+        run(Arc::new(job), cores, &hedges, request).await
     }
 
     /// Fetches chunk number `n` of a region alone.
@@ -216,13 +233,13 @@ enum Source {
     File(Arc<File>),
 }
 
-async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<Fetched> {
+async fn run(job: Arc<Job>, cores: Arc<Semaphore>, hedges: &Hedges, request: Request) -> Result<Fetched> {
     let (pack, length) = job.boot.packs[request.pack as usize];
     let path = pack_path(pack);
     let asked = request.range.end - request.range.start;
     if let Some(file) = job.boot.objects.open(&path) {
-        let bytes = put_all(&job, &cores, &request, Source::File(Arc::new(file?))).await?;
-        return Ok(Fetched { bytes, read_bytes: asked, requests: 1 });
+        let put = put_all(&job, &cores, &request, Source::File(Arc::new(file?))).await?;
+        return Ok(Fetched { read_bytes: asked, requests: 1, ..put });
     }
     let cache = job.boot.objects.cache().cloned();
     if let Some(cache) = cache.clone() {
@@ -231,27 +248,33 @@ async fn run(job: Arc<Job>, cores: Arc<Semaphore>, request: Request) -> Result<F
         if let Some(near) = read.await.expect("reading a copy does not panic") {
             let source = Source::Answer(near.into(), request.range.start);
             match put_all(&job, &cores, &request, source).await {
-                Ok(bytes) => return Ok(Fetched { bytes, read_bytes: 0, requests: 0 }),
+                Ok(put) => return Ok(put),
                 // The store has it whole, unless that says otherwise.
                 Err(error @ Error::Damaged { .. }) => tracing::info!(%error, "a copy nearby is damaged"),
                 Err(error) => return Err(error),
             }
         }
     }
-    let content = job.boot.objects.get_range(&path, request.range.clone()).await?;
-    let read_bytes = content.len() as u64;
+    let Answer { content, hedged } = hedges.get(&job.boot.objects, &path, request.range.clone()).await?;
+    let requests = 1 + u64::from(hedged);
+    let read_bytes = content.len() as u64 * requests;
     let source = Source::Answer(content.clone(), request.range.start);
-    let bytes = put_all(&job, &cores, &request, source).await?;
+    let put = put_all(&job, &cores, &request, source).await?;
     if let Some(cache) = cache {
         let offset = request.range.start;
         let keep = tokio::task::spawn_blocking(move || cache.keep(pack, length, offset, &content));
         keep.await.expect("keeping a copy does not panic");
     }
-    Ok(Fetched { bytes, read_bytes, requests: 1 })
+    Ok(Fetched { read_bytes, requests, hedges: u64::from(hedged), ..put })
 }
 
-/// Checks, decodes and puts the chunks of a request. Returns the bytes of content.
-async fn put_all(job: &Arc<Job>, cores: &Arc<Semaphore>, request: &Request, source: Source) -> Result<u64> {
+/// Checks, decodes and puts the chunks of a request. Returns the bytes of content, and those that were checked for it.
+async fn put_all(
+    job: &Arc<Job>,
+    cores: &Arc<Semaphore>,
+    request: &Request,
+    source: Source,
+) -> Result<Fetched> {
     let (pack, _) = job.boot.packs[request.pack as usize];
     let parts = batches(&job.map, &request.chunks);
     let works = parts.into_iter().map(|chunks| {
@@ -266,8 +289,8 @@ async fn put_all(job: &Arc<Job>, cores: &Arc<Semaphore>, request: &Request, sour
             work.await.expect("decoding does not panic")
         }
     });
-    let done: Vec<u64> = futures::future::try_join_all(works).await?;
-    Ok(done.iter().sum())
+    let done: Vec<Fetched> = futures::future::try_join_all(works).await?;
+    Ok(done.into_iter().fold(Fetched::default(), std::ops::Add::add))
 }
 
 thread_local! {
@@ -305,10 +328,10 @@ fn batches(map: &ChunkMap, chunks: &[usize]) -> Vec<Vec<usize>> {
 
 impl Job {
     /// Checks, decodes and puts chunks of one pack.
-    fn put(&self, pack: Uuid, source: &Source, chunks: &[usize], buffers: &mut Buffers) -> Result<u64> {
+    fn put(&self, pack: Uuid, source: &Source, chunks: &[usize], buffers: &mut Buffers) -> Result<Fetched> {
         let path = pack_path(pack);
         let mut held: Option<ChunkRef> = None;
-        let mut done = 0;
+        let mut done = Fetched::default();
         for (index, &n) in chunks.iter().enumerate() {
             let chunk = self.map.refs()[n];
             let length = chunk.stored as usize;
@@ -319,7 +342,8 @@ impl Job {
                 && !again
                 && self.read_in_place(pack, file, n)?
             {
-                done += u64::from(chunk.raw);
+                done.bytes += u64::from(chunk.raw);
+                done.checked_bytes += u64::from(chunk.raw);
                 continue;
             }
             let stored = match source {
@@ -335,11 +359,12 @@ impl Job {
             if fresh {
                 self.boot.check(pack, &chunk, stored, &mut buffers.raw)?;
                 held = Some(chunk);
+                done.checked_bytes += u64::from(chunk.raw);
             }
             let content = if chunk.codec == Codec::None { stored } else { &buffers.raw[..] };
             let (offset, bytes) = (self.map.offset(n), content.len());
             self.sink.put(offset, content).map_err(|source| self.refused(offset, bytes, source))?;
-            done += bytes as u64;
+            done.bytes += bytes as u64;
         }
         Ok(done)
     }
