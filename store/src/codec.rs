@@ -233,3 +233,70 @@ pub(crate) fn decode(codec: Codec, stored: &[u8], raw: &mut [u8]) -> Result<(), 
     };
     if length == raw.len() { Ok(()) } else { Err(None) }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MIB: usize = 1 << 20;
+
+    fn noise(bytes: usize) -> Vec<u8> {
+        let mut noise = vec![0; bytes];
+        blake3::Hasher::new().update(b"noise").finalize_xof().fill(&mut noise);
+        noise
+    }
+
+    /// Normally distributed weights in bf16, as of a layer: the high bytes lie close together over noise.
+    fn weights(bytes: usize) -> Vec<u8> {
+        let unit = |bytes: &[u8]| f32::from(u16::from_le_bytes([bytes[0], bytes[1]])) / 65_536.0 - 0.5;
+        let of = |dice: &[u8]| dice.chunks_exact(2).map(unit).sum::<f32>() * 0.02;
+        let weight = |dice: &[u8]| ((of(dice).to_bits() >> 16) as u16).to_le_bytes();
+        noise(bytes * 12).chunks_exact(24).flat_map(weight).collect()
+    }
+
+    /// Objects of an interpreter: counts, pointers into one arena, short texts.
+    fn heap(bytes: usize) -> Vec<u8> {
+        let object = |dice: &[u8]| {
+            let place = u64::from(u16::from_le_bytes([dice[0], dice[1]]));
+            let (count, kind) =
+                (u64::from(dice[2] % 4) + 1, 0x5581_2233_4400 + u64::from(dice[3] % 8) * 0x1a0);
+            [count, kind, 0x7f12_3400_0000 + place * 16, u64::from(dice[2] >> 4)]
+        };
+        let objects = noise(bytes / 8);
+        objects.chunks_exact(4).flat_map(|dice| object(dice).map(u64::to_le_bytes).concat()).collect()
+    }
+
+    fn chosen(content: Vec<u8>, rate: u64) -> Codec {
+        let bytes = Bytes::from(content);
+        let (codec, stored) = encode(Compression::Auto, rate, std::slice::from_ref(&bytes));
+        assert_eq!(codec == Codec::None, stored.is_none(), "{codec:?}");
+        codec
+    }
+
+    #[test]
+    fn what_a_codec_saves_is_weighed_against_the_rate_of_the_store() {
+        const SLOW: u64 = 100_000_000;
+        for (rate, of_weights, of_heap) in [
+            (FOLDER_RATE, Codec::None, Codec::Lz4),
+            (BUCKET_RATE, Codec::Planes, Codec::Lz4),
+            (SLOW, Codec::Planes, Codec::Zstd),
+        ] {
+            assert_eq!(chosen(weights(MIB), rate), of_weights, "weights at {rate}");
+            assert_eq!(chosen(heap(MIB), rate), of_heap, "a heap at {rate}");
+            assert_eq!(chosen(noise(MIB), rate), Codec::None, "noise at {rate}");
+        }
+    }
+
+    #[test]
+    fn what_was_asked_for_is_done_where_it_saves_anything() {
+        for (asked, codec) in [
+            (Compression::None, Codec::None),
+            (Compression::Planes, Codec::Planes),
+            (Compression::Zstd(3), Codec::Zstd),
+        ] {
+            let weights = Bytes::from(weights(MIB));
+            assert_eq!(encode(asked, FOLDER_RATE, &[weights]).0, codec);
+            assert_eq!(encode(asked, FOLDER_RATE, &[noise(MIB).into()]).0, Codec::None, "{asked}");
+        }
+    }
+}

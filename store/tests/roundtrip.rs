@@ -137,3 +137,20 @@ async fn what_has_not_changed_is_not_written_again() {
     assert!(new_bytes < 128 * MIB as u64 / 20, "{new_bytes} bytes are new");
     check(&store, "after", std::slice::from_ref(&after)).await;
 }
+
+/// Two processes of a tree that share what they hold, and one that holds it twice: stored once, and read back everywhere.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_several_processes_hold_is_stored_once() {
+    let store = Store::from_objects(Arc::new(InMemory::new()), "memory");
+    let shared = content::random(8 * MIB, 1);
+    let own = content::random(MIB, 2);
+    let twice = Bytes::from([&shared[..], &own[..], &shared[..]].concat());
+    let regions = [shared.clone(), shared.clone(), twice];
+    let new_bytes = write(&store, "tree", &regions, MIB, Compression::None).await;
+    let once = (shared.len() + own.len()) as u64;
+    assert!(
+        (once..once + once / 20).contains(&new_bytes),
+        "{new_bytes} bytes are new, of {once} that differ"
+    );
+    check(&store, "tree", &regions).await;
+}
