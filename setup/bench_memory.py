@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 
-from bench import PAUSE, PORT, Figures, Server, machine
+from bench import PAUSE, PORT, REQUESTS_BETWEEN, Figures, Server, machine
 from demo import Failed, Rewarm, find, mib
 from stock import Stock, run
 
@@ -44,11 +44,11 @@ class State:
         self.rewarm = Rewarm(options.rewarm, options.work / name)
         self.names = []
 
-    def start(self, server):
+    def start(self, server, *flags):
         """Starts a server cold and gives its port on the machine."""
         ready = f"http://127.0.0.1:{PORT}/healthz"
         publish = ("--port", PORT, "--publish", f"127.0.0.1:0:{PORT}")
-        output, _ = self.rewarm("run", server.name, *publish, "--ready", ready, "--", *server.command)
+        output, _ = self.rewarm("run", server.name, *publish, *flags, "--ready", ready, "--", *server.command)
         self.names.append(server.name)
         return find(output, "host_port")
 
@@ -426,7 +426,51 @@ class Snapshot(Part):
         ]
 
 
-PARTS = {"fixed": Fixed, "eight": Eight, "kinds": Kinds, "sparse": Sparse, "snapshot": Snapshot}
+class Again(Part):
+    """What a snapshot adds to a store that has one of the same server: later, and of another start."""
+
+    def make(self):
+        example = self.options.examples / "embedding"
+        command = (self.options.python, example / "server.py", "--port", PORT)
+        self.server = Server("embedding", command, "/embed", {"texts": ["hello world"]}, None)
+
+    def start(self):
+        port = self.source.start(self.server, "--deterministic")
+        self.server.ask(local(port))
+        return port
+
+    def add(self, store, tag):
+        """Snapshots into a store, in the codec that it chooses itself."""
+        return self.source.rewarm("snapshot", self.server.name, f"{self.reference(self.server, store)}@{tag}")[0]
+
+    def round(self):
+        for store in ("starts", "requests"):
+            shutil.rmtree(self.options.work / store, ignore_errors=True)
+        self.start()
+        self.figures.add("again first", self.add("starts", "first")["stored_bytes"])
+        self.source.remove()
+        port = self.start()
+        self.figures.add("again start", self.add("starts", "second")["new_bytes"])
+        self.add("requests", "first")
+        for _ in range(REQUESTS_BETWEEN):
+            self.server.ask(local(port))
+        self.figures.add("again requests", self.add("requests", "second")["new_bytes"])
+        self.source.remove()
+
+    def rows(self):
+        def row(what, name, goal):
+            values = self.figures.values[name]
+            new = f"{mib(self.median(name))} ({mib(min(values))} to {mib(max(values))})"
+            share = f"{self.median(name) / self.median('again first') * 100:.1f} % of the first"
+            return (f"embedding server: new in a second snapshot {what}", new, f"first: {mib(self.median('again first'))}", share, goal)
+
+        return [
+            row(f"after {REQUESTS_BETWEEN} requests", "again requests", "5 %"),
+            row("of a second `--deterministic` start", "again start", "15 %"),
+        ]
+
+
+PARTS = {"fixed": Fixed, "eight": Eight, "kinds": Kinds, "sparse": Sparse, "snapshot": Snapshot, "again": Again}
 
 
 def measure(options, name, figures):
