@@ -88,8 +88,10 @@ impl Hedges {
         let mut first = pin!(objects.get_range(path, range.clone()));
         loop {
             if let Ok(answer) = timeout(HEDGE_LOOK, &mut first).await {
+                // What failed says nothing of how long content takes.
+                let content = answer?;
                 self.lock().answered(bytes, begun.elapsed());
-                return Ok(Answer { content: answer?, hedged: false });
+                return Ok(Answer { content, hedged: false });
             }
             let mut seen = self.lock();
             if seen.late_after(bytes).is_some_and(|late| begun.elapsed() >= late) && seen.take(bytes) {
