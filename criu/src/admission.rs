@@ -145,6 +145,9 @@ pub fn check(directory: &Path, allowed: &Allowed) -> crate::Result<Vec<Violation
         }
         let leader = core::read(directory, task.pid)?;
         thread(task.pid, &leader, &filters, allowed, &mut found);
+        if leader.is_ended() {
+            continue;
+        }
         for tid in task.threads.iter().filter(|tid| **tid != task.pid) {
             let mut other = core::read(directory, *tid)?;
             inherit_filter(&mut other, &leader, &filters);

@@ -92,6 +92,9 @@ pub fn processes(boot: &Boot) -> Result<Vec<Process>, Cause> {
     }
     let mut processes = Vec::new();
     for task in pstree::read(directory)? {
+        if core::read(directory, task.pid)?.is_ended() {
+            continue;
+        }
         let space = mm::read(directory, task.pid)?;
         let layout = blueprint.objects.iter().find(|one| one.object == Object::Task { pid: task.pid });
         let mut mappings: Vec<Mapping> = space.vmas.iter().map(|vma| mapping(vma, &names)).collect();
@@ -116,6 +119,9 @@ pub fn check_parts(boot: &Boot) -> Result<(), Cause> {
     files::read(folder.path())?;
     let tasks = pstree::read(folder.path())?;
     for task in &tasks {
+        if core::read(folder.path(), task.pid)?.is_ended() {
+            continue;
+        }
         mm::read(folder.path(), task.pid)?;
         for thread in &task.threads {
             core::read(folder.path(), *thread)?;

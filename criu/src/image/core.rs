@@ -9,6 +9,9 @@ use prost::Message;
 use super::{Kind, read_one};
 use crate::{Error, Fault};
 
+/// CRIU's state of a task that it restores as a zombie.
+const DEAD: u32 = 2;
+
 /// How system calls are filtered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum SeccompMode {
@@ -75,6 +78,15 @@ pub struct Thread {
     pub policy: u32,
     /// Nice value, -20 to 19.
     pub nice: i32,
+}
+
+impl Thread {
+    /// Whether it is the main thread of a task that had ended and that nobody had waited for: there is its exit status, and
+    /// no memory, namespace or thread. CRIU writes any number for the threads of such a task and reads none of them.
+    #[must_use]
+    pub fn is_ended(&self) -> bool {
+        self.task.as_ref().is_some_and(|task| task.state == DEAD)
+    }
 }
 
 /// Numbers of namespaces and of what a task may share with others, as CRIU counts them. 0 where there is none.
