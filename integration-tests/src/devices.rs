@@ -185,6 +185,7 @@ impl Devices {
                 Question::post("/generate", &serde_json::json!("a prompt")),
                 Question::get("/check").except(&["/churned"]),
             ],
+            probe: None,
         }
     }
 

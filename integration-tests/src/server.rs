@@ -36,6 +36,8 @@ pub struct Server {
     pub needs: Vec<Need>,
     /// What it is asked, with the answers that must not change.
     pub questions: Vec<Question>,
+    /// The probe file that it comes with, and the number of requests in it.
+    pub probe: Option<(PathBuf, usize)>,
 }
 
 /// One request whose answer must be the same before and after.
@@ -84,6 +86,7 @@ impl Server {
             mounts: vec![format!("{}:{FIXTURES}:ro", fixtures().display())],
             needs: Vec::new(),
             questions: vec![Question::get("/check").except(&["/seen"])],
+            probe: None,
         }
     }
 
@@ -112,7 +115,7 @@ impl Server {
         Self::python("tree", "tree.py", &[])
     }
 
-    /// An event loop with timers on the monotonic clock, and a periodic timerfd.
+    /// An event loop and threads with timers on the monotonic clock.
     #[must_use]
     pub fn clock() -> Self {
         Self::python("clock", "clock.py", &[]).asking(Question::get("/sleep?ms=100").except(&["/took_ms"]))
@@ -192,6 +195,12 @@ impl Server {
         Self::python("ghost", "ghost.py", flags)
     }
 
+    /// A server with children that have ended and that nobody has waited for.
+    #[must_use]
+    pub fn unreaped() -> Self {
+        Self::python("unreaped", "unreaped.py", &[])
+    }
+
     /// A server that wants io_uring.
     #[must_use]
     pub fn uring() -> Self {
@@ -261,6 +270,7 @@ impl Server {
         let mut server = Self::fixture("embedding", &[&python.to_string_lossy(), &program.to_string_lossy()]);
         server.mounts.clear();
         server.questions.clear();
+        server.probe = Some((examples().join("embedding/probe.toml"), 12));
         let texts = json!({ "texts": ["hello", "The quick brown fox jumps over the lazy dog.", ""] });
         server.needing(Need::Torch).asking(Question::post("/embed", &texts))
     }
@@ -275,6 +285,7 @@ impl Server {
             Self::fixture("transformer", &[&python, &program, "--weights", &weights.to_string_lossy()]);
         server.mounts.clear();
         server.questions.clear();
+        server.probe = Some((examples().join("transformer/probe.toml"), 4));
         server
             .needing(Need::Torch)
             .asking(Question::post("/generate", &json!({ "prompt": "A snapshot is", "max_tokens": 4 })))

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before, store_verifies};
 use rewarm_integration_tests::server::{Server, examples};
-use rewarm_integration_tests::{World, needs};
+use rewarm_integration_tests::{Replica, World, needs};
 
 use crate::world_for;
 
@@ -14,18 +14,20 @@ use crate::world_for;
 fn whole_life(world: World, server: &Server, count: usize) {
     let source = world.start(server.name, server);
     let before = answers(&source, server);
-    let report = world.snapshot(&source, "v1", &[]);
+    let probe = server.probe.as_ref().map(|(file, _)| file.to_string_lossy().into_owned());
+    let flags: Vec<&str> = probe.iter().flat_map(|file| ["--probe", file.as_str()]).collect();
+    let report = world.snapshot(&source, "v1", &flags);
     assert_eq!(report["digest"].as_str().map(|digest| digest.starts_with("blake3:")), Some(true), "{report}");
     server_answers_as_before(&source, server, &before);
     source.remove();
 
-    let alone = world.restore(server.name, "v1", server.port, &[]);
+    let alone = restored(&world, server, &[]);
     assert_eq!(alone.len(), 1);
     assert_eq!(alone[0].name(), world.name(server.name), "the default name is the snapshot's");
     server_answers_as_before(&alone[0], server, &before);
     alone[0].remove();
 
-    let clones = world.restore(server.name, "v1", server.port, &["--count", &count.to_string()]);
+    let clones = restored(&world, server, &["--count", &count.to_string()]);
     let names: Vec<String> = clones.iter().map(|clone| clone.name().to_owned()).collect();
     let expected: Vec<String> =
         (1..=count).map(|number| format!("{}-{number}", world.name(server.name))).collect();
@@ -40,6 +42,17 @@ fn whole_life(world: World, server: &Server, count: usize) {
     }
     store_verifies(&world);
     world.finish();
+}
+
+/// Clones of `server`, each handed out after it has answered the whole probe of its snapshot as its source did.
+fn restored<'w>(world: &'w World, server: &Server, flags: &[&str]) -> Vec<Replica<'w>> {
+    let output = world.restore_call(server.name, "v1", server.port, flags).ok();
+    let questions = server.probe.as_ref().map_or(0, |(_, count)| *count);
+    let report = output.json();
+    for clone in report["replicas"].as_array().unwrap_or_else(|| panic!("no replicas in {report}")) {
+        assert_eq!(clone["answers_equal"], questions, "{report}");
+    }
+    Replica::of_restore(world, server.port, &output)
 }
 
 /// Runs the test body for a server whose needs are met.
@@ -73,6 +86,20 @@ fn an_event_loop_with_timers() {
 #[test]
 fn a_server_with_a_connection_to_its_own_helper() {
     light(&Server::helper());
+}
+
+/// Of a child that nobody has waited for there is an exit status and nothing else: no memory, no threads.
+#[test]
+fn children_that_have_ended_keep_their_exit_status() {
+    let server = Server::unreaped();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start(server.name, &server);
+    world.snapshot(&source, "v1", &[]);
+    let reference = world.reference(server.name, "v1");
+    world.rewarm().args(["verify", &reference]).ok();
+    world.rewarm().args(["inspect", "--mappings", &reference]).ok();
+    source.remove();
+    whole_life(world, &server, 2);
 }
 
 #[test]
@@ -144,7 +171,7 @@ fn timers_go_on_under_a_monotonic_clock_with_another_offset() {
             .under("unshare", &["--time", "--monotonic", &offset, "--boottime", &offset, "--fork", "--"])
             .timeout(Duration::from_secs(60))
             .ok();
-        let clones = rewarm_integration_tests::Replica::of_restore(&world, server.port, &output);
+        let clones = Replica::of_restore(&world, server.port, &output);
         server_answers_as_before(&clones[0], &server, &before);
         clones[0].remove();
     }
