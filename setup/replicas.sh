@@ -1,7 +1,7 @@
 # Sourced by scripts that start replicas. Needs $rewarm and $work, whose folder `state` holds the replicas.
 
 # Nothing is left running: the fetcher, too, goes soon after the last restore.
-export REWARM_FETCHER_IDLE=15s
+export REWARM_FETCHER_IDLE=${REWARM_FETCHER_IDLE:-15s}
 
 # Stops every replica: they hold connections and mounts below the folder.
 end_replicas() {

@@ -37,6 +37,12 @@ impl Rewarm {
         Self { command, input: Vec::new(), timeout: TIMEOUT, shown: "rewarm".to_owned(), pause: None }
     }
 
+    /// A call of another program, such as a script that calls `rewarm`.
+    pub(crate) fn script(program: &Path) -> Self {
+        let shown = program.display().to_string();
+        Self { command: Command::new(program), shown, ..Self::new(program) }
+    }
+
     /// Adds one argument.
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<std::ffi::OsStr>) -> Self {

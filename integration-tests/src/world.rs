@@ -268,6 +268,19 @@ impl World {
         call.arg("--state").arg(self.state())
     }
 
+    /// A call of the script `setup/NAME`: the program that it starts is the one under test, and what it leaves is found.
+    #[must_use]
+    pub fn setup(&self, name: &str) -> Rewarm {
+        Rewarm::script(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../setup").join(name))
+            .env(MARK, &self.id)
+            .env("REWARM", &self.program)
+            .env("TMPDIR", self.root().join("tmp"))
+            .env("REWARM_FETCHER_IDLE", FETCHER_IDLE)
+            .env("REWARM_CACHE_DISK", "0")
+            .env_remove("REWARM_STATE")
+            .env_remove("RUST_LOG")
+    }
+
     /// A call with `--json`.
     #[must_use]
     pub fn rewarm_json(&self) -> Rewarm {

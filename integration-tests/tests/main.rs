@@ -8,6 +8,7 @@ mod devices;
 mod faults;
 mod lifecycle;
 mod serve;
+mod setup;
 
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Need, World};
