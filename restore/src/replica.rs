@@ -210,6 +210,7 @@ impl Replica {
 }
 
 /// The time that has passed since a moment, in milliseconds after 1970; `None` if this machine's clock is before it.
+#[expect(clippy::disallowed_methods, reason = "alarms are set to a time of day, on whichever machine")]
 fn since(moment_ms: u64) -> Option<Duration> {
     SystemTime::now().duration_since(UNIX_EPOCH + Duration::from_millis(moment_ms)).ok()
 }
