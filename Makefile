@@ -45,6 +45,7 @@ bench-serve: setup build ## pools from zero, waking, a burst, held requests, KED
 bench-s3: setup build ## `rewarm bench` with a bucket, beside what the S3 server gives at most
 	@setup/bench-s3
 
+# `make test` runs each of these for some seconds, but Ray Serve.
 soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours, and Ray Serve
 	@setup/ray
 	REWARM_FUZZ_SECONDS=$${REWARM_FUZZ_SECONDS:-900} cargo test -p rewarm-integration-tests --test 'fuzz-*'
@@ -52,7 +53,7 @@ soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours,
 	REWARM_SOAK_SCALINGS=$${REWARM_SOAK_SCALINGS:-1000} REWARM_SOAK_RESTARTS=$${REWARM_SOAK_RESTARTS:-1000} \
 		REWARM_SOAK_AWAY_SECONDS=$${REWARM_SOAK_AWAY_SECONDS:-300} \
 		cargo test -p rewarm-integration-tests --test main -- serve::scaling serve::luck::programs_killed serve::luck::a_store_that_is_away
-	@setup/soak
+	@setup/soak --minutes $${REWARM_SOAK_MINUTES:-120} --record integration-tests/soak/$$(date +%F).json
 
 clean: ## remove what was built here; the cache folder stays
 	cargo clean

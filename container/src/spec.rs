@@ -347,6 +347,15 @@ mod tests {
     }
 
     #[test]
+    fn every_field_is_documented_as_a_part_of_a_snapshot() {
+        let document = include_str!("../../docs/snapshot-format.md");
+        let json = serde_json::to_value(Spec::default()).expect("json");
+        for name in json.as_object().expect("fields").keys() {
+            assert!(document.contains(&format!("`{name}`")), "{name} is not documented");
+        }
+    }
+
+    #[test]
     fn a_spec_without_fields_has_defaults_and_survives_json() {
         let spec: Spec = serde_json::from_str("{}").expect("all fields have defaults");
         assert_eq!(spec, Spec::default());

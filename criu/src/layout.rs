@@ -237,6 +237,23 @@ mod tests {
         assert_eq!(offsets, [0, 0, PAGE_BYTES]);
     }
 
+    /// The bytes stand in snapshots, and in their description.
+    #[test]
+    fn the_encoding_is_the_documented_one() {
+        const LINES: [&str; 3] = ["0a 04 80 08 00 02", "12 03 02 01 03", "1a 03 02 03 00"];
+        let document = include_str!("../../docs/snapshot-format.md");
+        let mut layout = Layout::new();
+        layout.push(run(0x400, 2, false, true));
+        layout.push(run(0x402, 1, true, true));
+        layout.push(run(0x405, 3, false, false));
+        let bytes: Vec<String> = layout.encode().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(bytes.join(" "), LINES.join(" "));
+        for line in LINES {
+            assert!(document.contains(&format!("\n{line} ")), "{line} is not documented");
+        }
+        assert_eq!((layout.logical_bytes(), layout.stream_bytes()), (24 << 10, 20 << 10));
+    }
+
     #[test]
     fn an_empty_run_and_an_address_beyond_the_end_are_refused() {
         let empty = Encoded { gaps: vec![1], pages: vec![0], kinds: vec![0] }.encode_to_vec();

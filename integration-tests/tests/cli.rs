@@ -21,6 +21,8 @@ const VARYING: &[(&str, &str)] = &[
     (r"(127\.0\.0\.1|0\.0\.0\.0|localhost):\d{4,5}", "$1:[port]"),
     (r#"("?(?:pid|init|shim)"?[: ]+)\d+"#, "$1[pid]"),
     (r"\bport \d{4,5}\b", "port [port]"),
+    (r#"("host_port":)\d+"#, "$1[port]"),
+    (r#"("\w+_ms":)[0-9.e-]+"#, "$1[ms]"),
     (r"\b(ready|frozen|starting) +\d+ ", "$1  [pid] "),
     (r" +\n", "\n"),
     // Columns are as wide as their widest cell.

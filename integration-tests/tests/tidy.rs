@@ -198,6 +198,36 @@ fn files_have_names_that_say_something() {
     assert_none("a name that says nothing", &wrong);
 }
 
+/// What the system says and not we.
+const SYSTEM_SAYS: &[&str] = &["Address already in use", "No space left on device"];
+
+/// A person looks for the text that stands on the screen, so a symptom is quoted as the program says it.
+#[test]
+fn symptoms_are_quoted_as_the_program_says_them() {
+    let is_test = |path: &&PathBuf| {
+        path.starts_with("integration-tests") || path.components().any(|part| part.as_os_str() == "tests")
+    };
+    let sources: Vec<String> =
+        with_extension("rs").iter().filter(|path| !is_test(path)).map(|path| text(path)).collect();
+    let document = text(Path::new("docs/operating.md"));
+    let table = document.split("## What CRIU says").next().expect("a first part");
+    let (mut looked, mut wrong) = (0, Vec::new());
+    for symptom in table.lines().filter_map(|line| line.strip_prefix("| ")?.split(" | ").next()) {
+        // Between every second pair of quotation marks.
+        for quoted in symptom.split('"').skip(1).step_by(2) {
+            for part in quoted.split("...").map(|part| part.trim_matches([' ', ':', ';'])) {
+                let said = SYSTEM_SAYS.contains(&part) || sources.iter().any(|source| source.contains(part));
+                looked += usize::from(part.len() > 1);
+                if !said {
+                    wrong.push(format!("{part:?} of {symptom}"));
+                }
+            }
+        }
+    }
+    assert!(looked > 30, "only {looked} texts were found in the table");
+    assert_none("docs/operating.md quotes what the program does not say", &wrong);
+}
+
 /// A file that no `mod` line names is not compiled, and its tests never run.
 #[test]
 fn no_source_file_is_forgotten() {

@@ -303,6 +303,41 @@ mod tests {
         }
     }
 
+    /// The bytes stand in snapshots, and in their description.
+    #[test]
+    fn the_encoding_is_the_documented_one() {
+        const LINES: [&str; 3] = [
+            "0a 09 10 01 18 ed 03 32 02 08 01",
+            "0a 2a 0a 03 6c 6f 67 10 02 18 a4 03 20 e8 07 28 e8 07 32 08 08 01 10 80 ca b5 ee 01 40 90 4e \
+             4a 03 10 80 20 4a 06 08 80 40 10 90 0e",
+            "0a 0b 0a 03 6f 6c 64 10 07 32 02 08 02",
+        ];
+        let document = include_str!("../../../docs/snapshot-format.md");
+        let time = |seconds, nanoseconds| Some(Time { seconds, nanoseconds });
+        let tree = Tree {
+            entries: vec![
+                Entry { mode: 0o755, modified: time(1, 0), ..entry("", Kind::Directory) },
+                Entry {
+                    mode: 0o644,
+                    uid: 1000,
+                    gid: 1000,
+                    modified: time(1, 500_000_000),
+                    bytes: 10_000,
+                    extents: vec![Extent { offset: 0, bytes: 4096 }, Extent { offset: 8192, bytes: 1808 }],
+                    ..entry("log", Kind::File)
+                },
+                Entry { modified: time(2, 0), ..entry("old", Kind::Whiteout) },
+            ],
+        };
+        let bytes: Vec<String> = tree.encode().iter().map(|byte| format!("{byte:02x}")).collect();
+        assert_eq!(bytes.join(" "), LINES.join(" "));
+        for line in LINES {
+            assert!(document.contains(&format!("\n{line}\n")), "{line} is not documented");
+        }
+        assert_eq!(tree.stream_bytes(), 8192);
+        assert_eq!(Tree::decode(&tree.encode()).expect("good"), tree);
+    }
+
     #[test]
     fn paths_that_lead_out_are_refused() {
         for path in ["..", "../x", "/etc", "a/../b", "a//b", "./a", "a/", "a\0b"] {

@@ -62,6 +62,28 @@ fn the_life_of_a_replica_in_text() {
     world.finish();
 }
 
+/// Says something on both outputs, and ends with 7 when it is stopped.
+const TALKER: &str =
+    "trap 'exit 7' TERM; echo loading; echo careful >&2; touch /tmp/ready; while :; do sleep 0.05; done";
+
+/// What a script reads from the verbs that act on a replica.
+#[test]
+fn the_life_of_a_replica_in_json() {
+    let Some(world) = world(needs::REPLICA) else { return };
+    let name = world.name("talker");
+    let ready = "cmd:test -e /tmp/ready";
+    let run = world.rewarm_json().args(["run", &name, "--publish", "0:8000", "--ready", ready, "--"]);
+    assert_printed("run-json", &world, &run.args(["/bin/sh", "-c", TALKER]).ok());
+    let reference = world.reference("talker", "v1");
+    world.rewarm().args(["snapshot", &name, &reference]).ok();
+    assert_printed("logs-json", &world, &world.rewarm_json().args(["logs", &name]).ok());
+    assert_printed("stop-json", &world, &world.rewarm_json().args(["stop", &name]).ok());
+    // Its exit code is the server's.
+    assert_printed("wait-json", &world, &world.rewarm_json().args(["wait", &name]).fails(7));
+    assert_printed("rm-json", &world, &world.rewarm_json().args(["rm", &name, &reference]).ok());
+    world.finish();
+}
+
 /// The stages in `--json` are those of the pipelines, in order, each with its time.
 #[test]
 fn json_tells_the_stages() {

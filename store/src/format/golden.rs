@@ -16,7 +16,8 @@ use crate::format::boot::{self, Leaf, LeafPlace, Root, RootRegion};
 use crate::format::frame::{self, Magic};
 use crate::format::index::{ChunkRef, Location, decode_leaf, encode_leaf};
 use crate::format::manifest::{
-    self, BootRef, Cpu, Facts, HostFile, KeyInfo, Manifest, RegionKind, RegionTotals, Seal, Signature, Totals,
+    self, BootRef, Cpu, Facts, Hooks, HostFile, KeyInfo, Manifest, Memory, RegionKind, RegionTotals, Seal,
+    SharedMemory, Signature, TaskMemory, Totals,
 };
 use crate::format::pack::{self, TRAILER_BYTES};
 use crate::format::tag::{self, DecidingFacts, TagIndex, Variant};
@@ -128,6 +129,45 @@ fn manifest() -> (Manifest, Seal) {
     };
     let signature = Signature { algorithm: "ed25519".into(), key: "k1".into(), value: "00".repeat(64) };
     (manifest, Seal { signatures: vec![signature] })
+}
+
+/// What a second program would have to know: every field of the facts has its row in the description.
+#[test]
+fn every_fact_is_documented() {
+    let document = include_str!("../../../docs/snapshot-format.md");
+    let facts = Facts {
+        host_files: vec![HostFile { folder: true, ..HostFile::default() }],
+        memory: Memory {
+            tasks: vec![TaskMemory::default()],
+            shared: vec![SharedMemory::default()],
+            ..Memory::default()
+        },
+        hooks: Hooks { engine: Some(serde_json::Value::Null), ..Hooks::default() },
+        dumped_ms: Some(1),
+        limits: BTreeMap::from([("Max open files".to_owned(), 1)]),
+        ..manifest().0.facts
+    };
+    let mut facts = serde_json::to_value(facts).unwrap();
+    // Their fields are the user's, and of other crates.
+    for opaque in ["spec", "limits", "labels"] {
+        facts[opaque].take();
+    }
+    let mut waiting = vec![facts];
+    let mut seen = 0;
+    while let Some(value) = waiting.pop() {
+        match value {
+            serde_json::Value::Object(fields) => {
+                for (name, value) in fields {
+                    assert!(document.contains(&format!("`{name}`")), "{name} is not documented");
+                    seen += 1;
+                    waiting.push(value);
+                }
+            }
+            serde_json::Value::Array(values) => waiting.extend(values),
+            _ => {}
+        }
+    }
+    assert!(seen > 30, "{seen} fields were looked for");
 }
 
 #[test]
