@@ -1,8 +1,8 @@
 //! The command's side of a shim.
 //!
 //! All calls block; an async caller wraps them in `spawn_blocking`. Calls that belong to the lease (prepare, start,
-//! restore, commit, dump, freeze, thaw, stop, kill) use the client's own connection one after another; dial, exec, wait and
-//! status open a connection of their own and may be made at any time, also while a dump runs.
+//! restore, commit, dump, freeze, thaw, stop, kill) use the client's own connection one after another; dial, exec, wait, status and
+//! the giving up of a dump open a connection of their own and may be made at any time, also while a dump runs.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
@@ -173,6 +173,18 @@ impl Client {
     /// If CRIU fails, the deadline passes or the server ends. Unless the server ended it goes on.
     pub fn dump(&self, request: DumpRequest, socket: impl AsFd) -> Result<(), Error> {
         self.done("dump", &Request::Dump(request), &[socket.as_fd()])
+    }
+
+    /// Ends the dump that goes on, if there is one, as the end of this client would: its call fails soon, also where CRIU waits for
+    /// something that never comes. May be called from another thread while [`Client::dump`] waits.
+    ///
+    /// # Errors
+    /// If the shim is gone.
+    pub fn give_up_dump(&self) -> Result<(), Error> {
+        match self.ask(&self.another()?, "give up the dump", &Request::GiveUpDump, &[])?.0 {
+            Reply::Done => Ok(()),
+            other => Err(self.unexpected("give up the dump", &other)),
+        }
     }
 
     /// Whether the devices of a server could be suspended; touches nothing. Gives the bytes that it has on them, as far as

@@ -31,6 +31,7 @@ impl Replica {
         let (_busy, parts) = self.begin("dump", asker.id)?;
         self.make_room(asker.id)?;
         let result = self.dump_stopped(asker, parts, request, socket);
+        self.change(|inner| inner.dump_given_up = false);
         self.settle(parts)?;
         result
     }
@@ -58,7 +59,9 @@ impl Replica {
         let timeout = Duration::from_millis(request.timeout_ms);
         let outcome = self
             .children
-            .wait(&mut child, asker.socket, Instant::now() + timeout, || self.doomed())
+            .wait(&mut child, asker.socket, Instant::now() + timeout, || {
+                self.doomed() || self.lock().dump_given_up
+            })
             .context("wait for", "runc")?;
         let error = match outcome {
             Outcome::Ended(status) if status.success() => None,
@@ -67,6 +70,7 @@ impl Replica {
                 Some(parts.runc.failure("checkpoint", status, Some(log)))
             }
             Outcome::Lost => Some(Error::Abandoned { operation: "dump" }),
+            Outcome::Doomed if self.lock().dump_given_up => Some(Error::Abandoned { operation: "dump" }),
             Outcome::Late => Some(Error::Deadline { operation: "dump", seconds: timeout.as_secs() }),
             Outcome::Doomed => Some(self.out_of_order("dump", Status::Exited, "running until its end")),
         };
@@ -76,6 +80,12 @@ impl Replica {
             self.children.end(&mut child, GRACE).context("end", "runc")?;
         }
         error.map_or(Ok(()), Err)
+    }
+
+    /// Ends the dump that goes on. CRIU does not look at its socket while it waits for a process that does not stop, so hanging
+    /// up is not enough.
+    pub(super) fn give_up_dump(&self) {
+        self.change(|inner| inner.dump_given_up = inner.busy == Some("dump"));
     }
 
     /// A fresh tmpfs for images and logs: a dump must not wait for a disk.

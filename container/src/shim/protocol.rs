@@ -22,7 +22,7 @@ use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 4;
+pub const VERSION: u32 = 5;
 /// Longest message in bytes. The largest are the captured output of a hook and a specification with a long environment.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Most descriptors in one message.
@@ -205,6 +205,7 @@ pub enum Request {
     /// With a file where device memory goes past the processes.
     SuspendDevices,
     Dump(DumpRequest),
+    GiveUpDump,
     ReleaseDump,
     Freeze,
     Thaw,

@@ -84,6 +84,8 @@ pub(super) struct Inner {
     /// During a restore: what must be there before the server runs is, shared memory and device memory in host memory.
     pub(super) may_run: bool,
     pub(super) dumped_by: Option<ConnectionId>,
+    /// The dump that goes on is to end.
+    pub(super) dump_given_up: bool,
     /// Everything that had to be cleaned up is.
     pub(super) finished: bool,
     /// Connections that wait for an answer.

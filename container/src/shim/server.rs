@@ -188,6 +188,10 @@ fn carry_out(
                 expected: "the page server's socket",
             }),
         },
+        Request::GiveUpDump => {
+            replica.give_up_dump();
+            Ok(Reply::Done)
+        }
         Request::ReleaseDump => replica.release_dump().map(done),
         Request::Freeze => replica.freeze(asker).map(done),
         Request::Thaw => replica.thaw(asker).map(done),
