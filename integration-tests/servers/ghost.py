@@ -2,9 +2,12 @@
 
     --mib N      its size; --sparse makes it a hole of that size with a MiB at each end
     --dir DIR    where it was
+    --mapped     keeps no descriptor of it, only a mapping
 """
 
+import ctypes
 import hashlib
+import mmap
 import os
 import pathlib
 
@@ -16,6 +19,7 @@ def main():
     parser.add_argument("--mib", type=int, default=8)
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--dir", type=pathlib.Path, default=pathlib.Path("/tmp"))
+    parser.add_argument("--mapped", action="store_true")
     options = parser.parse_args()
 
     path = options.dir / "ghost"
@@ -29,15 +33,32 @@ def main():
     position = file.seek(size // 2)
     os.unlink(path)
 
+    if options.mapped:
+        # The module `mmap` keeps a descriptor of what it maps.
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.mmap.restype = ctypes.c_void_p
+        libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t] + [ctypes.c_int] * 3 + [ctypes.c_long]
+        at = libc.mmap(None, size, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, file.fileno(), 0)
+        expect("mapped", at != ctypes.c_void_p(-1).value, True)
+        file.close()
+
+    def read(index):
+        if options.mapped:
+            return ctypes.string_at(at + index * BLOCK, BLOCK)
+        return os.pread(file.fileno(), BLOCK, index * BLOCK)
+
     def digest():
         total = hashlib.sha256()
         for index in written:
-            total.update(os.pread(file.fileno(), BLOCK, index * BLOCK))
+            total.update(read(index))
         return total.hexdigest()
 
     expected = digest()
 
     def check():
+        if options.mapped:
+            expect("digest", digest(), expected)
+            return
         status = os.fstat(file.fileno())
         expect("links to the file", status.st_nlink, 0)
         expect("size", status.st_size, size)

@@ -41,8 +41,8 @@ pub async fn look(request: &Request, context: &Context) -> Result<Seen> {
     let (fetcher, reference, trust) =
         (context.fetcher.clone(), request.source.clone(), request.trust.clone());
     let variants = blocking(move || Ok(fetcher.find(&access, &reference, trust)?)).await.map_err(failed)?;
-    let machine =
-        here(&context.criu_version).map_err(|error| failed(Cause::io("look at this machine")(error)))?;
+    let machine = here(&context.criu_version.to_string())
+        .map_err(|error| failed(Cause::io("look at this machine")(error)))?;
     let mut newest = None;
     for found in variants {
         let manifest = found.snapshot.manifest();

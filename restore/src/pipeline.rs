@@ -78,7 +78,7 @@ pub struct Context {
     /// The CRIU program.
     pub criu: PathBuf,
     /// Its version.
-    pub criu_version: String,
+    pub criu_version: rewarm_criu::binary::Version,
     /// The program whose hidden verb `shim` owns a replica.
     pub program: PathBuf,
     /// Folders of CDI files, which say what a container needs to use GPUs.
@@ -413,8 +413,8 @@ async fn admit(
     let (fetcher, asked) = (context.fetcher.clone(), access.clone());
     let (reference, trust) = (request.source.clone(), request.trust.clone());
     let variants = blocking(move || Ok(fetcher.find(&asked, &reference, trust)?)).await.map_err(early)?;
-    let machine =
-        here(&context.criu_version).map_err(|error| early(Cause::io("look at this machine")(error)))?;
+    let machine = here(&context.criu_version.to_string())
+        .map_err(|error| early(Cause::io("look at this machine")(error)))?;
     let mut refusal = None;
     // The first variant that fits, the newest first; if none does, the newest says why.
     for found in variants {

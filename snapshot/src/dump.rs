@@ -27,6 +27,7 @@ use crate::budget::Budget;
 use crate::capture::{self, capture};
 use crate::direct;
 use crate::error::Cause;
+use crate::own::Pairs;
 use crate::pipeline::{Context, Replica, Request, blocking};
 use crate::preflight::Findings;
 use crate::receive::{AtVote, Intake, Receiver};
@@ -47,6 +48,8 @@ pub(crate) struct Dumped {
     pub(crate) received_bytes: u64,
     /// What the server wrote to its root file system.
     pub(crate) upper: Tree,
+    /// Rewarm's own connections to it.
+    pub(crate) own: Pairs,
     pub(crate) stats: DumpStats,
     /// When the server stood still, milliseconds since 1970.
     pub(crate) dumped_ms: u64,
@@ -59,7 +62,11 @@ pub(crate) struct Dumped {
 }
 
 /// What is copied inside the freeze, and when that was.
-type Copied = Option<(Tree, SystemTime)>;
+struct Copied {
+    upper: Tree,
+    own: Pairs,
+    at: SystemTime,
+}
 
 /// Dumps the replica. It goes on afterwards, or stays frozen if it was frozen before.
 pub(crate) async fn dump(
@@ -89,8 +96,8 @@ pub(crate) async fn dump(
     let device = blocking(move || client.suspend_devices(given.as_ref().map(AsFd::as_fd))).await?;
     let mut streamer = Streamer::start(stream, session, received, device.as_ref());
     let deadline = Instant::now() + request.freeze_timeout;
-    let copied = Arc::new(Mutex::new(Copied::default()));
-    let at_vote = copy_at_vote(replica, context, copied.clone());
+    let copied = Arc::new(Mutex::new(None));
+    let at_vote = copy_at_vote(replica, findings, context, copied.clone());
     let intake = Intake::new(arena, deadline, batches);
     let receiving = receive.run(move || {
         let mut receiver = Receiver::new(intake, at_vote);
@@ -118,12 +125,12 @@ pub(crate) async fn dump(
         return Err(streamer.failure(STORE_MARGIN).await.unwrap_or(own));
     }
     let copied = copied.lock().expect("no panic while copying").take();
-    let (upper, dumped_at) = copied.expect("CRIU succeeded, so it asked for the vote");
+    let Copied { upper, own, at: dumped_at } = copied.expect("CRIU succeeded, so it asked for the vote");
     let stats = stats::dump(&replica.client.inside().dump_work())?;
     let since_1970 = dumped_at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let dumped_ms = u64::try_from(since_1970.as_millis()).unwrap_or(u64::MAX);
     let (limits, kept) = (findings.limits.clone(), kept.map(File::from));
-    Ok(Dumped { streamer, received_bytes, upper, stats, dumped_ms, limits, device, kept })
+    Ok(Dumped { streamer, received_bytes, upper, own, stats, dumped_ms, limits, device, kept })
 }
 
 /// What CRIU may have sent before the receiver has taken it. These are pages of the server itself, not copies.
@@ -169,15 +176,26 @@ impl Drop for HangUp {
     }
 }
 
-/// The work of the vote: everything is frozen, so files have exactly the sizes that the images name.
-fn copy_at_vote(replica: &Replica, context: &Context, copied: Arc<Mutex<Copied>>) -> AtVote {
+/// The work of the vote: everything is frozen, so files have exactly the sizes that the images name, and connections are those
+/// of the images.
+fn copy_at_vote(
+    replica: &Replica,
+    findings: &Findings,
+    context: &Context,
+    copied: Arc<Mutex<Option<Copied>>>,
+) -> AtVote {
     let inside = replica.client.inside();
     let clock = context.clock.clone();
+    let (mut own, holders) = (findings.connections.clone(), findings.own.clone());
+    let init = replica.record.pid.unwrap_or_default().cast_signed();
     Box::new(move |intake| {
         clock.stage_blocking(Stage::Delta, || {
             let upper = capture("upper", &inside.upper(), intake)?;
             capture("shm", &inside.shm(), intake)?;
-            *copied.lock().expect("no panic while copying") = Some((upper, SystemTime::now()));
+            // Beside those that were there at the preflight: one of them may have been closed while the server was frozen.
+            own.extend(holders.iter().flat_map(|holders| holders.connections(init)));
+            *copied.lock().expect("no panic while copying") =
+                Some(Copied { upper, own, at: SystemTime::now() });
             Ok(())
         })
     })

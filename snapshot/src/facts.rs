@@ -37,7 +37,7 @@ pub(crate) async fn gather(
         kernel,
         architecture,
         cpu: Cpu { vendor: cpu.vendor, model: cpu.model, features: cpu.features.into_iter().collect() },
-        criu: context.criu_version.clone(),
+        criu: context.criu_version.to_string(),
         runc: context.runc_version.clone(),
         command: record.spec.command.clone(),
         spec,

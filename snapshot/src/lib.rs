@@ -11,6 +11,7 @@ mod direct;
 mod dump;
 mod error;
 mod facts;
+mod own;
 mod pipeline;
 mod preflight;
 mod receive;

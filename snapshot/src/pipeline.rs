@@ -20,6 +20,9 @@ use crate::{direct, dump, facts, skeleton};
 /// How long a failed snapshot waits for its uploads to be aborted, once the server goes on.
 const ABORT_TIMEOUT: Duration = Duration::from_secs(10);
 
+/// How long a dump that was given up may take to end until it is told so again.
+const GIVE_UP_AGAIN: Duration = Duration::from_secs(1);
+
 /// What a user asks for.
 #[derive(Debug, Clone)]
 pub struct Request {
@@ -64,7 +67,7 @@ pub struct Context {
     /// The CRIU program.
     pub criu: PathBuf,
     /// Its version.
-    pub criu_version: String,
+    pub criu_version: rewarm_criu::binary::Version,
     /// runc's version.
     pub runc_version: String,
     /// Measures the stages.
@@ -176,7 +179,11 @@ impl Attempt {
         let (Status::Ready, Some(pid)) = (record.status, record.pid) else {
             return Err(Cause::State { status: record.status.to_string() });
         };
-        let rules = Rules { tcp_close: self.request.tcp_close, private_net: record.spec.net == Net::Private };
+        let rules = Rules {
+            tcp_close: self.request.tcp_close,
+            private_net: record.spec.net == Net::Private,
+            criu: self.context.criu_version,
+        };
         let examined = tokio::task::spawn_blocking(move || {
             preflight::examine(signed(pid), signed(record.shim_pid), rules)
         });
@@ -254,7 +261,7 @@ impl Attempt {
     ) -> std::result::Result<rewarm_store::Facts, Cause> {
         let replica = self.replica.as_ref().expect("connected at the preflight");
         let session = self.session.as_ref().expect("begun at the preflight");
-        let closed = skeleton::store(session, replica, self.request.tcp_close).await?;
+        let closed = skeleton::store(session, replica, &dumped.own, self.request.tcp_close).await?;
         if closed > 0 {
             tracing::debug!(closed, "connections will come back closed");
         }
@@ -284,9 +291,7 @@ impl Attempt {
         let Some(replica) = &self.replica else { return Aftermath::Nothing };
         let suspended = matches!(self.stage, Stage::Dump);
         if (self.request.stop || suspended) && !succeeded {
-            let client = replica.client.clone();
-            // Not frozen by us is as good: what counts is the state that is read below.
-            let _ = blocking(move || client.thaw()).await;
+            thaw(&replica.client).await;
         }
         if !succeeded || !self.request.stop {
             self.post_hook().await;
@@ -343,6 +348,22 @@ impl Replica {
     /// The port that probes and hooks mean when they name none.
     pub(crate) fn port(&self) -> Option<u16> {
         self.record.spec.ports.first().copied()
+    }
+}
+
+/// Lets the server go on. A dump that still runs is given up, which its own call waits for.
+async fn thaw(client: &Arc<Client>) {
+    let thawing = client.clone();
+    let thawed = blocking(move || thawing.thaw());
+    tokio::pin!(thawed);
+    loop {
+        let asked = client.clone();
+        // Without a dump there is nothing to give up; what counts is the state that is read afterwards.
+        let _ = blocking(move || asked.give_up_dump()).await;
+        // Not frozen by us is as good. Again where it takes long: the dump may just have been asked for.
+        if tokio::time::timeout(GIVE_UP_AGAIN, &mut thawed).await.is_ok() {
+            return;
+        }
     }
 }
 

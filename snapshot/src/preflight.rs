@@ -8,6 +8,9 @@ use std::net::SocketAddr;
 
 use procfs::net::TcpState;
 use procfs::process::{FDTarget, Process};
+use rewarm_criu::binary::Version;
+
+use crate::own::{Own, Pairs, entries, plain};
 
 /// CRIU copies a deleted file that is still open into the image, up to this size (`ghost-limit`).
 pub(crate) const GHOST_BYTES_MAX: u64 = 1 << 30;
@@ -17,6 +20,9 @@ const DEVICES: &str = "/dev/nvidia";
 
 /// How `/proc/PID/stat` calls the state of a process that a signal has stopped.
 const STOPPED: char = 'T';
+
+/// How `/proc` ends the path of a file that has no name any more.
+const DELETED: &str = " (deleted)";
 
 /// One thing that cannot be dumped, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -47,7 +53,17 @@ pub enum Obstacle {
         /// The device file.
         path: String,
     },
-    /// A deleted file that is open is larger than CRIU may copy.
+    /// Memory that the kernel may drop, which this CRIU restores as something else: clones would share what libraries keep there.
+    #[error(
+        "process {pid} keeps the state of a random generator in memory that the kernel may drop (glibc 2.41 and newer do), which CRIU {criu} does not know: clones would draw the same numbers; take CRIU 4.2 or newer"
+    )]
+    Droppable {
+        /// Which process.
+        pid: i32,
+        /// Version of CRIU.
+        criu: Version,
+    },
+    /// A deleted file that is open or mapped is larger than CRIU may copy.
     #[error(
         "process {pid} holds the deleted file {path} of {bytes} bytes; at most {GHOST_BYTES_MAX} bytes are carried"
     )]
@@ -123,8 +139,10 @@ pub(crate) struct Findings {
     pub(crate) limits: BTreeMap<String, u64>,
     /// Bytes that CRIU will send, at most.
     pub(crate) memory_bytes: u64,
-    /// Inodes of sockets that must come back closed in a clone.
-    pub(crate) close: Vec<u64>,
+    /// The processes of Rewarm that may hold the other end of a connection; none where only they can.
+    pub(crate) own: Option<Own>,
+    /// Rewarm's own connections, as far as they were there.
+    pub(crate) connections: Pairs,
     /// Things a person should read.
     pub(crate) warnings: Vec<String>,
 }
@@ -136,6 +154,8 @@ pub(crate) struct Rules {
     pub(crate) tcp_close: bool,
     /// Every socket in the network namespace that is not the server's is Rewarm's own.
     pub(crate) private_net: bool,
+    /// The CRIU that will dump.
+    pub(crate) criu: Version,
 }
 
 /// Examines the task `init` and all its descendants.
@@ -150,7 +170,10 @@ pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Ve
             obstacles.push(Obstacle::Stopped { pid: task.pid() });
         }
         descriptors(task, &mut sockets, &mut obstacles);
-        mapped_devices(task.pid(), &mut obstacles);
+        mappings(task.pid(), &mut obstacles);
+        if !rules.criu.knows_droppable() && has_droppable(task.pid()) {
+            obstacles.push(Obstacle::Droppable { pid: task.pid(), criu: rules.criu });
+        }
         for (name, limit) in rewarm_sys::process::hard_limits(task.pid()).unwrap_or_default() {
             let highest = findings.limits.entry(name).or_default();
             *highest = limit.max(*highest);
@@ -163,7 +186,12 @@ pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Ve
         }
     }
     findings.warnings.extend(secrets(&tasks));
-    connections(init, shim, rules, &sockets, &mut findings, &mut obstacles);
+    if !rules.private_net {
+        let own = Own::find(shim);
+        findings.connections = own.connections(init);
+        findings.own = Some(own);
+        obstacles.extend(outside(init, rules, &sockets, &findings.connections));
+    }
     // The driver lets go of its devices before the dump; what is left then is refused then.
     obstacles.retain(|obstacle| {
         !matches!(obstacle, Obstacle::Device { pid, .. } if rewarm_gpu::ranges::loads_driver(*pid))
@@ -229,17 +257,56 @@ fn descriptors(task: &Process, sockets: &mut BTreeMap<u64, i32>, obstacles: &mut
     }
 }
 
-/// A driver may have mapped its device and closed it.
-fn mapped_devices(pid: i32, obstacles: &mut Vec<Obstacle>) {
+/// What is mapped needs no descriptor any more: a driver may have closed its device, a program its file.
+fn mappings(pid: i32, obstacles: &mut Vec<Obstacle>) {
     let maps = std::fs::read_to_string(format!("/proc/{pid}/maps")).unwrap_or_default();
-    let paths: BTreeSet<&str> =
-        maps.lines().filter_map(|line| line.find(DEVICES).map(|at| &line[at..])).collect();
-    for path in paths {
-        let seen = |obstacle: &Obstacle| matches!(obstacle, Obstacle::Device { pid: p, path: known } if *p == pid && known == path);
-        if !obstacles.iter().any(seen) {
-            obstacles.push(Obstacle::Device { pid, path: path.to_owned() });
+    // START-END PERMISSIONS OFFSET DEVICE INODE PATH, the path behind blanks.
+    let mapped = maps.lines().filter_map(|line| {
+        let mut words = line.splitn(6, ' ');
+        let range = words.next()?;
+        Some((range, words.nth(3)?, words.next()?.trim_start()))
+    });
+    let mut seen = BTreeSet::new();
+    for (range, _, path) in mapped.filter(|(_, inode, path)| seen.insert((*inode, *path))) {
+        let obstacle = if path.starts_with(DEVICES) {
+            Obstacle::Device { pid, path: path.to_owned() }
+        } else if let Some(path) = path.strip_suffix(DELETED)
+            && !is_memory(path)
+        {
+            match ghost(pid, path, &format!("map_files/{}", unpadded(range))) {
+                Some(ghost) => ghost,
+                None => continue,
+            }
+        } else {
+            continue;
+        };
+        if !obstacles.contains(&obstacle) {
+            obstacles.push(obstacle);
         }
     }
+}
+
+/// `maps` pads addresses to eight digits, `map_files` does not.
+fn unpadded(range: &str) -> String {
+    range.split('-').map(|address| address.trim_start_matches('0')).collect::<Vec<_>>().join("-")
+}
+
+/// Shared memory of several kinds is named like a deleted file and is carried as memory, whatever its size.
+fn is_memory(path: &str) -> bool {
+    path == "/dev/zero" || ["/memfd:", "/SYSV", "/anon_hugepage"].iter().any(|kind| path.starts_with(kind))
+}
+
+/// The obstacle that a deleted file is, if it is one; `link` leads to it from the folder of its process in `/proc`.
+fn ghost(pid: i32, path: &str, link: &str) -> Option<Obstacle> {
+    let bytes = std::fs::metadata(format!("/proc/{pid}/{link}")).map_or(0, |metadata| metadata.len());
+    (bytes > GHOST_BYTES_MAX).then(|| Obstacle::Ghost { pid, path: path.to_owned(), bytes })
+}
+
+/// Whether a process has memory that is `MAP_DROPPABLE`. Reading this takes the kernel long where there is much memory.
+fn has_droppable(pid: i32) -> bool {
+    let smaps = std::fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
+    let mut flags = smaps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    flags.any(|flags| flags.split_whitespace().any(|flag| flag == "dp"))
 }
 
 fn file(pid: i32, fd: i32, path: &str, mounts: &BTreeSet<String>, obstacles: &mut Vec<Obstacle>) {
@@ -247,14 +314,9 @@ fn file(pid: i32, fd: i32, path: &str, mounts: &BTreeSet<String>, obstacles: &mu
         obstacles.push(Obstacle::Device { pid, path: path.to_owned() });
         return;
     }
-    // A memfd is named like a deleted file and is carried as memory, whatever its size.
-    if path.starts_with("/memfd:") {
-        return;
-    }
-    if let Some(path) = path.strip_suffix(" (deleted)") {
-        let bytes = std::fs::metadata(format!("/proc/{pid}/fd/{fd}")).map(|m| m.len()).unwrap_or(0);
-        if bytes > GHOST_BYTES_MAX {
-            obstacles.push(Obstacle::Ghost { pid, path: path.to_owned(), bytes });
+    if let Some(path) = path.strip_suffix(DELETED) {
+        if !is_memory(path) {
+            obstacles.extend(ghost(pid, path, &format!("fd/{fd}")));
         }
         return;
     }
@@ -271,48 +333,33 @@ fn file(pid: i32, fd: i32, path: &str, mounts: &BTreeSet<String>, obstacles: &mu
     }
 }
 
-/// Sorts the established connections of the replica: inside (carried), Rewarm's own (closed in a clone), outside.
-fn connections(
-    init: i32,
-    shim: i32,
-    rules: Rules,
-    sockets: &BTreeMap<u64, i32>,
-    findings: &mut Findings,
-    obstacles: &mut Vec<Obstacle>,
-) {
-    let Ok(process) = Process::new(init) else { return };
-    let entries: Vec<_> = process
-        .tcp()
-        .into_iter()
-        .chain(process.tcp6())
-        .flatten()
-        .filter(|e| e.state != TcpState::Listen)
-        .collect();
-    let ours: BTreeSet<u64> = Process::new(shim)
-        .and_then(|process| process.fd())
-        .into_iter()
-        .flatten()
-        .flatten()
-        .filter_map(|fd| if let FDTarget::Socket(inode) = fd.target { Some(inode) } else { None })
-        .collect();
-    for entry in &entries {
-        let Some(pid) = sockets.get(&entry.inode) else { continue };
-        let peer = entries.iter().find(|other| {
-            other.local_address == entry.remote_address && other.remote_address == entry.local_address
-        });
-        match peer {
-            Some(peer) if sockets.contains_key(&peer.inode) => {}
-            Some(peer) if rules.private_net || ours.contains(&peer.inode) => findings.close.push(entry.inode),
-            // The other end is gone already: nobody can notice that it does not come back.
-            None if rules.private_net => findings.close.push(entry.inode),
-            _ if rules.tcp_close => findings.close.push(entry.inode),
-            _ => obstacles.push(Obstacle::Outside {
-                pid: *pid,
-                local: entry.local_address,
-                remote: entry.remote_address,
-            }),
-        }
+/// The connections of the replica to the outside: neither inside, where they survive, nor Rewarm's own, which a clone finds
+/// closed.
+fn outside(init: i32, rules: Rules, sockets: &BTreeMap<u64, i32>, own: &Pairs) -> Vec<Obstacle> {
+    if rules.tcp_close {
+        return Vec::new();
     }
+    let entries = entries(init);
+    let inside: Pairs = entries
+        .iter()
+        .filter(|entry| sockets.contains_key(&entry.inode))
+        .map(|entry| (plain(entry.local_address), plain(entry.remote_address)))
+        .collect();
+    let found = entries.iter().filter_map(|entry| {
+        let pid = *sockets.get(&entry.inode)?;
+        let (local, remote) = (plain(entry.local_address), plain(entry.remote_address));
+        let carried = inside.contains(&(remote, local)) || own.contains(&(local, remote));
+        (!carried && !is_harmless(&entry.state)).then_some(Obstacle::Outside { pid, local, remote })
+    });
+    found.collect()
+}
+
+/// No connection, or one that the other side has ended: nobody can notice that it does not come back.
+fn is_harmless(state: &TcpState) -> bool {
+    matches!(
+        state,
+        TcpState::Listen | TcpState::Close | TcpState::CloseWait | TcpState::LastAck | TcpState::Closing
+    )
 }
 
 /// Warns of environment variables whose names look like secrets: a snapshot carries their values.
@@ -344,7 +391,10 @@ mod tests {
 
     use super::*;
 
-    /// Both tests look at the connections of the process in which they run.
+    const RULES: Rules =
+        Rules { tcp_close: false, private_net: false, criu: Version { major: 4, minor: 2, patch: 0 } };
+
+    /// Several tests look at the connections of the process in which they run.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
     #[test]
@@ -354,10 +404,8 @@ mod tests {
         let _client = std::net::TcpStream::connect(listener.local_addr().expect("bound")).expect("connected");
         let _server = listener.accept().expect("accepted");
         let pid = i32::try_from(std::process::id()).expect("a pid");
-        let findings =
-            examine(pid, pid, Rules { tcp_close: false, private_net: false }).expect("nothing in the way");
+        let findings = examine(pid, pid, RULES).expect("nothing in the way");
         assert!(findings.memory_bytes > 0);
-        assert_eq!(findings.close, [] as [u64; 0]);
     }
 
     #[test]
@@ -368,7 +416,7 @@ mod tests {
         let pid = i32::try_from(child.id()).expect("a pid");
         let signal = |signal| nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("sent");
         let state = || Process::new(pid).and_then(|process| process.stat()).expect("it lives").state;
-        let found = || examine(pid, pid, Rules { tcp_close: false, private_net: false }).err();
+        let found = || examine(pid, pid, RULES).err();
         signal(nix::sys::signal::Signal::SIGSTOP);
         while state() != STOPPED {
             std::thread::yield_now();
@@ -401,18 +449,83 @@ mod tests {
             descriptors(&Process::myself().expect("proc"), &mut sockets, &mut Vec::new());
             sockets
         };
-        let rules = Rules { tcp_close: false, private_net: false };
-        let (mut findings, mut obstacles) = (Findings::default(), Vec::new());
-        connections(pid, pid, rules, &sockets, &mut findings, &mut obstacles);
+        let obstacles = outside(pid, RULES, &sockets, &Pairs::new());
         let seen = obstacles.iter().any(
             |o| matches!(o, Obstacle::Outside { local, remote: r, .. } if *local == address && *r == remote),
         );
-        let (mut closed, mut none) = (Findings::default(), Vec::new());
-        connections(pid, pid, Rules { tcp_close: true, ..rules }, &sockets, &mut closed, &mut none);
+        let own = outside(pid, RULES, &sockets, &Pairs::from([(address, remote)]));
+        let closed = outside(pid, Rules { tcp_close: true, ..RULES }, &sockets, &Pairs::new());
         peer.kill().expect("killed");
         peer.wait().expect("reaped");
         assert!(seen, "{obstacles:?}");
-        assert!(!closed.close.is_empty());
+        assert_eq!((own, closed), (Vec::new(), Vec::new()));
+    }
+
+    /// Runs a program of Python that prints a word, and looks at its process once it has.
+    fn of_python<T>(program: &str, look: impl FnOnce(i32, &str) -> T) -> T {
+        use std::io::BufRead;
+        let program =
+            format!("import ctypes, mmap, os, sys\n{program}\nsys.stdout.flush(); sys.stdin.read()");
+        let mut child = std::process::Command::new("python3")
+            .args(["-c", &program])
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("python3");
+        let mut word = String::new();
+        std::io::BufReader::new(child.stdout.take().expect("piped")).read_line(&mut word).expect("a word");
+        let seen = look(i32::try_from(child.id()).expect("a pid"), word.trim());
+        drop(child.stdin.take());
+        child.wait().expect("its end");
+        seen
+    }
+
+    #[expect(clippy::print_stdout, reason = "a test says why it is skipped")]
+    #[test]
+    fn memory_that_may_be_dropped_is_refused_where_criu_does_not_know_it() {
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        // MAP_DROPPABLE and MAP_ANONYMOUS, as glibc 2.41 asks for the state of the vDSO's generator.
+        let program = "libc = ctypes.CDLL(None, use_errno=True); libc.mmap.restype = ctypes.c_void_p\n\
+                       made = libc.mmap(None, 4096, 3, 0x28, -1, 0)\n\
+                       print('none' if made == ctypes.c_void_p(-1).value else 'made')";
+        of_python(program, |pid, word| {
+            if word != "made" {
+                println!("skipped: needs Linux 6.11");
+                return;
+            }
+            let old = Version { major: 4, minor: 1, patch: 1 };
+            let found = |criu| examine(pid, pid, Rules { criu, ..RULES }).err();
+            assert_eq!(found(old), Some(vec![Obstacle::Droppable { pid, criu: old }]));
+            assert_eq!(found(RULES.criu), None);
+        });
+        of_python("print('other')", |pid, _| {
+            let old = Rules { criu: Version { major: 4, minor: 1, patch: 1 }, ..RULES };
+            assert_eq!(examine(pid, pid, old).err(), None, "without such memory CRIU 4.1 will do");
+        });
+    }
+
+    #[test]
+    fn a_deleted_file_that_is_only_mapped_counts_and_memory_without_a_file_does_not() {
+        let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let path = std::env::temp_dir().join(format!("ghost with a blank {}", std::process::id()));
+        let program = format!(
+            "size = (1 << 30) + 4096\n\
+             file = os.open({path:?}, os.O_RDWR | os.O_CREAT); os.unlink({path:?}); os.truncate(file, size)\n\
+             one, two = mmap.mmap(file, 4096), mmap.mmap(file, 8192)\n\
+             os.close(file); shared = mmap.mmap(-1, size)\n\
+             memory = os.memfd_create('memory'); os.truncate(memory, size); third = mmap.mmap(memory, size)\n\
+             print('mapped')"
+        );
+        let found = of_python(&program, |pid, word| {
+            assert_eq!(word, "mapped");
+            let mut found = Vec::new();
+            mappings(pid, &mut found);
+            found.iter().map(ToString::to_string).collect::<Vec<_>>()
+        });
+        // Python keeps a descriptor of what it maps, which is not what is looked at here.
+        assert_eq!(found.len(), 1, "{found:?}");
+        let words = format!("the deleted file {} of {} bytes", path.display(), (1 << 30) + 4096);
+        assert!(found[0].contains(&words), "{found:?}");
     }
 
     #[test]

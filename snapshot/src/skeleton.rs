@@ -13,19 +13,26 @@ use rewarm_criu::patch;
 use rewarm_store::{PAGE_BYTES, RegionKind, SKELETON_FILE_BYTES_LIMIT, Session};
 
 use crate::error::Cause;
+use crate::own::{Pairs, plain};
 use crate::pipeline::Replica;
 
 /// Long images are pushed in pieces of this size.
 const PIECE_BYTES: usize = 4 << 20;
 
 /// Mends the images and stores them. Gives the number of connections that will come back closed.
-pub(crate) async fn store(session: &Session, replica: &Replica, tcp_close: bool) -> Result<usize, Cause> {
+pub(crate) async fn store(
+    session: &Session,
+    replica: &Replica,
+    own: &Pairs,
+    tcp_close: bool,
+) -> Result<usize, Cause> {
     let inside = replica.client.inside();
     let (directory, config) = (inside.dump_images(), inside.bundle().join("config.json"));
     let private_net = replica.record.spec.net == Net::Private;
+    let own = own.clone();
     let (mended, closed) = tokio::task::spawn_blocking(move || {
         patch::rearm_timerfds(&directory)?;
-        let closed = close_connections(&directory, private_net, tcp_close)?;
+        let closed = close_connections(&directory, private_net, &own, tcp_close)?;
         admissible(&directory, &config)?;
         Ok::<_, Cause>((images(&directory)?, closed))
     })
@@ -48,13 +55,23 @@ fn admissible(directory: &Path, config: &Path) -> Result<(), Cause> {
 
 /// Decides for each connection of the images what a clone finds. Judged here and not at the preflight, because this is
 /// what the server really had when it was frozen.
-fn close_connections(directory: &Path, private_net: bool, tcp_close: bool) -> Result<usize, Cause> {
+fn close_connections(
+    directory: &Path,
+    private_net: bool,
+    own: &Pairs,
+    tcp_close: bool,
+) -> Result<usize, Cause> {
     let mut close = Vec::new();
     for connection in admission::connections(directory)? {
         match connection.peer {
             Peer::Inside { .. } => {}
             // Nobody can be at the other end but Rewarm itself.
             _ if private_net => close.push(connection.id),
+            _ if own.contains(&(plain(connection.local), plain(connection.remote))) => {
+                close.push(connection.id)
+            }
+            // Nobody is at the other end any more who could notice.
+            _ if connection.state.is_ended_by_peer() => close.push(connection.id),
             // A connected UDP socket has no other side that could notice.
             _ if tcp_close || connection.protocol != Protocol::Tcp => close.push(connection.id),
             Peer::Unaccepted => close.push(connection.id),

@@ -113,7 +113,7 @@ pub(crate) async fn context(
     Ok(Context {
         state,
         criu: criu.path,
-        criu_version: criu.version.to_string(),
+        criu_version: criu.version,
         program: replicas::program(),
         cdi: env::cdi(),
         fetcher: Fetcher::new(Settings { bound_bytes, ..settings(global)? }),

@@ -105,7 +105,7 @@ async fn context(global: &Global, state: State, clock: Clock) -> Result<Context,
     Ok(Context {
         state,
         criu: programs.criu.path,
-        criu_version: programs.criu.version.to_string(),
+        criu_version: programs.criu.version,
         runc_version: programs.runc_version,
         clock,
     })

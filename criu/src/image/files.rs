@@ -167,6 +167,12 @@ impl SocketState {
     /// The kernel's number of [`SocketState::Closed`].
     pub(crate) const CLOSED: u32 = 7;
 
+    /// The other side has ended the connection: CLOSE_WAIT, LAST_ACK or CLOSING.
+    #[must_use]
+    pub fn is_ended_by_peer(self) -> bool {
+        matches!(self, Self::Closing(8 | 9 | 11))
+    }
+
     fn from_number(number: u32) -> Result<Self, Fault> {
         match number {
             1 => Ok(Self::Established),
