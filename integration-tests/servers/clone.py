@@ -2,6 +2,7 @@
 
     GET  /random      the next number of Python's generator, which every clone inherits in the same state
     GET  /identity    what stands in /run/rewarm/identity.json
+    GET  /identities  with --watch-identity, every uuid or error that was seen there, in order
     POST /reseed      the post hook: seeds the generator from the identity
     POST /drain       the pre hook
     GET  /hooks       how often each hook was called
@@ -33,6 +34,7 @@ def main():
     parser.add_argument("--never-ready", action="store_true")
     parser.add_argument("--exit-seconds", type=float)
     parser.add_argument("--exit-status", type=int, default=7)
+    parser.add_argument("--watch-identity", action="store_true")
     options = parser.parse_args()
 
     random.seed(options.seed)
@@ -50,6 +52,20 @@ def main():
 
     def identity():
         return json.loads(IDENTITY.read_text())
+
+    identities = []
+
+    def watch():
+        while True:
+            try:
+                seen = identity()["uuid"]
+            except Exception as error:
+                seen = f"{type(error).__name__}: {error}"
+            if identities[-1:] != [seen]:
+                identities.append(seen)
+
+    if options.watch_identity:
+        threading.Thread(target=watch, daemon=True).start()
 
     def drain(query, body):
         called["drain"] += 1
@@ -82,6 +98,7 @@ def main():
             ("GET", "/healthz"): healthz,
             ("GET", "/random"): lambda query, body: (200, {"number": random.random()}),
             ("GET", "/identity"): lambda query, body: (200, identity()),
+            ("GET", "/identities"): lambda query, body: (200, {"seen": identities}),
             ("GET", "/hooks"): lambda query, body: (200, called),
             ("POST", "/drain"): drain,
             ("POST", "/reseed"): reseed,

@@ -21,6 +21,9 @@ use crate::shim::publish;
 use crate::shim::replica::{Asker, Parts, Replica};
 use crate::state::make_dir;
 
+/// Length of `identity.json`. The longest name, number and time take 240.
+const IDENTITY_BYTES: usize = 512;
+
 impl Replica {
     /// Everything but the server itself.
     pub(super) fn prepare(&self, request: Prepare) -> Result<Prepared, Error> {
@@ -84,7 +87,7 @@ impl Replica {
             make_dir(&images)?;
             mount::tmpfs(&images, memory, "0700").context("mount a tmpfs on", images.display())?;
         }
-        write_json(&paths.identity().join("identity.json"), identity)?;
+        write_identity(&paths.identity().join("identity.json"), identity)?;
         open_to_all(&paths.identity())?;
         std::fs::write(paths.criu_config(), "").context("write", paths.criu_config().display())?;
         let network = network.path();
@@ -157,6 +160,13 @@ pub(super) fn read_pid(file: &std::path::Path) -> Result<u32, Error> {
         value: text,
         expected: "a process number",
     })
+}
+
+/// Each identity takes as many bytes as every other, with blanks at its end: a server may have the file open at the freeze, and
+/// CRIU insists on the length that it had then. Names and times are of different lengths.
+fn write_identity(path: &std::path::Path, identity: &Identity) -> Result<(), Error> {
+    let text = serde_json::to_string_pretty(identity).expect("an identity has string keys only");
+    std::fs::write(path, format!("{text:IDENTITY_BYTES$}")).context("write", path.display())
 }
 
 /// The replica's user need not be root.

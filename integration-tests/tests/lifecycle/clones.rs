@@ -72,6 +72,27 @@ fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} is not text")).to_owned()
 }
 
+/// The server itself sees its own identity from its first instruction on: one that looks all the time never sees another one, and
+/// never none, whatever the length of the clone's name.
+#[test]
+fn a_server_that_looks_all_the_time_sees_no_identity_but_its_own() {
+    let mut server = Server::renewing();
+    let Some(world) = world_for(&server) else { return };
+    server.command.push("--watch-identity".to_owned());
+    let source = world.start("renewing", &server);
+    let own = text(&source.identity()["uuid"]);
+    world.snapshot(&source, "v1", &[]);
+    assert_eq!(source.json("/identities")["seen"], serde_json::json!([own]));
+    for round in 0..3 {
+        let name = world.name(&"a-clone-with-a-longer-name"[..9 + 8 * round]);
+        let clones = world.restore("renewing", "v1", server.port, &["--name", &name]);
+        let seen = clones[0].json("/identities")["seen"].clone();
+        assert_eq!(seen, serde_json::json!([own, clones[0].identity()["uuid"]]), "{name}");
+        clones[0].remove();
+    }
+    world.finish();
+}
+
 /// The generator of a clone's source is shared by all clones; the post hook is where it can be renewed.
 #[test]
 fn the_identity_is_there_when_the_post_hook_runs() {
