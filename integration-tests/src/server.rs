@@ -226,7 +226,11 @@ impl Server {
     }
 
     /// Another port than 8000, for replicas in the network of the host.
-    fn listen_on(&mut self, port: u16) {
+    ///
+    /// # Panics
+    ///
+    /// When the server is none that takes `--port`.
+    pub fn listen_on(&mut self, port: u16) {
         let at = self.command.iter().position(|word| word == "--port").expect("fixtures take --port");
         self.command[at + 1] = port.to_string();
         self.port = port;

@@ -32,9 +32,6 @@ fn without_root_everything_that_needs_it_says_so() {
     for verb in
         [&["run", &name, "--", "true"][..], &["restore", &reference], &["snapshot", &name, &reference]]
     {
-        let call =
-            world.rewarm().args(verb).under("setpriv", &["--reuid=65534", "--regid=65534", "--clear-groups"]);
-        drop(call);
         let output = std::process::Command::new("setpriv")
             .args(["--reuid=65534", "--regid=65534", "--clear-groups", &rewarm, "--state", &state])
             .args(verb)
@@ -48,13 +45,27 @@ fn without_root_everything_that_needs_it_says_so() {
     no_residue(&world, &traces);
 }
 
+/// The verbs that make, dump or restore a container, for a replica and a snapshot that need not exist: what the machine lacks is
+/// told before anything is looked for.
+fn verbs_with_containers(world: &World) -> [Vec<String>; 3] {
+    let (name, reference) = (world.name("plain"), world.reference("plain", "v1"));
+    [&["run", &name, "--", "true"][..], &["snapshot", &name, &reference], &["restore", &reference]]
+        .map(|verb| verb.iter().map(|word| (*word).to_owned()).collect())
+}
+
 #[test]
 fn without_a_capability_it_is_named() {
     let Some(world) = world(needs::REPLICA) else { return };
     let traces = world.traces();
-    let call = world.rewarm().args(["run", &world.name("plain"), "--", "true"]);
-    let output = call.under("setpriv", &["--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]).fails(3);
-    assert!(output.stderr.to_lowercase().contains("sys_admin"), "{output}");
+    for capability in ["sys_admin", "sys_ptrace", "net_admin", "checkpoint_restore"] {
+        let (bounding, inherited) =
+            (format!("--bounding-set=-{capability}"), format!("--inh-caps=-{capability}"));
+        for verb in verbs_with_containers(&world) {
+            let call = world.rewarm().args(&verb).under("setpriv", &[&bounding, &inherited]);
+            let named = format!("CAP_{}", capability.to_uppercase());
+            call.fails(3).says(&[&format!("without {named}")]);
+        }
+    }
     no_residue(&world, &traces);
 }
 
@@ -63,12 +74,9 @@ fn without_runc_it_is_named() {
     let Some(world) = world(needs::REPLICA) else { return };
     let traces = world.traces();
     let empty = world.files().to_string_lossy().into_owned();
-    world
-        .rewarm()
-        .args(["run", &world.name("plain"), "--", "true"])
-        .env("PATH", &empty)
-        .fails(3)
-        .says(&["runc"]);
+    for verb in verbs_with_containers(&world) {
+        world.rewarm().args(&verb).env("PATH", &empty).fails(3).says(&["runc"]);
+    }
     no_residue(&world, &traces);
 }
 
@@ -242,6 +250,29 @@ fn a_server_that_never_becomes_ready_is_told_with_its_last_lines() {
     assert!(output.took < Duration::from_secs(15), "{output}");
     no_residue(&world, &traces);
     world.rewarm().args(["logs", &name]).fails(4);
+}
+
+/// A clone is asked what the user wants to know, and not what the source was asked.
+#[test]
+fn a_clone_that_never_becomes_ready_is_told_and_nothing_is_left() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let traces = world.traces();
+    let name = world.name("clone");
+    let flags = ["--name", &name, "--ready", "tcp:9", "--ready-timeout", "500ms"];
+    let output = world.restore_call("plain", "v1", server.port, &flags).fails(1);
+    output.says(&[&name, "stage ready", "tcp:9", "500ms"]);
+    assert!(output.took < Duration::from_secs(15), "{output}");
+    no_residue(&world, &traces);
+    world.rewarm().args(["logs", &name]).fails(4);
+    let flags = ["--name", &name, "--ready", "cmd:test -e /run/rewarm/identity.json && touch /srv/asked"];
+    let clones = world.restore("plain", "v1", server.port, &flags);
+    assert_eq!(clones[0].sh("ls /srv/asked"), "/srv/asked", "it was not asked");
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
 }
 
 #[test]

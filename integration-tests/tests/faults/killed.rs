@@ -32,10 +32,14 @@ fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
     let Some(world) = world_for(&server) else { return };
     let probe = probe_file(&world);
     let probe = probe.to_string_lossy();
-    let flags: Vec<&str> =
-        ["--probe", &probe, "--pre", "true", "--post", "true"].iter().chain(stop).copied().collect();
+    // /tmp is part of the root, so the line that a clone adds is not the source's.
+    let hooks = ["--probe", &probe, "--pre", "true", "--post", "echo post >> /tmp/hooks"];
+    let flags: Vec<&str> = hooks.iter().chain(stop).copied().collect();
     let source = world.start("plain", &server);
+    let posts = || source.sh("touch /tmp/hooks; wc -l < /tmp/hooks").parse::<usize>().expect("a number");
     let before = answers(&source, &server);
+    let mut posted = 0;
+    let mut drained = false;
     for stage in stages(Operation::Snapshot) {
         let (traces, list) = (world.traces(), visible(&world));
         let running = world.snapshot_call(&source, "v1", &flags).pause_at(stage).spawn();
@@ -47,8 +51,13 @@ fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
         assert_eq!(visible(&world), list, "{stage}: a reader sees something new");
         if signal == Signal::SIGINT {
             no_half_uploads(&world);
+            // What the pre hook took away comes back, whatever became of the snapshot.
+            posted += usize::from(drained);
+            assert_eq!(posts(), posted, "{stage}: so often the post hook ran on the source");
         }
+        drained |= stage == Stage::Drain;
     }
+    assert!(drained, "no stage drains");
     // All of that was nothing to the server: it can be snapshotted and its clone answers.
     world.snapshot(&source, "v1", &flags);
     store_verifies(&world);
@@ -78,6 +87,11 @@ fn a_snapshot_interrupted_at_any_stage_leaves_the_server_serving() {
 #[test]
 fn a_snapshot_killed_at_any_stage_leaves_the_server_serving() {
     snapshot_ended_by(Signal::SIGKILL, &[]);
+}
+
+#[test]
+fn a_snapshot_with_stop_interrupted_at_any_stage_leaves_the_server_serving() {
+    snapshot_ended_by(Signal::SIGINT, &["--stop"]);
 }
 
 #[test]

@@ -1,11 +1,12 @@
 //! The verdict: a machine that a snapshot does not fit is refused before any data moves, with every reason at once.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
 use rewarm_integration_tests::server::{Server, own_library};
-use rewarm_integration_tests::{Need, Replica};
+use rewarm_integration_tests::{Need, Replica, World};
 
 use crate::world_for;
 
@@ -30,15 +31,65 @@ fn libraries_that_changed_since_the_snapshot_are_all_named() {
     longer.extend_from_slice(b"upgraded");
     fs::write(&libraries[0], longer).expect("our own file");
     fs::remove_file(&libraries[1]).expect("our own file");
-    let output = world.restore_call("plain", "v1", server.port, &[]).fails(3);
-    output.says(&["libfirst.so", "libsecond.so"]);
-    assert!(output.took < Duration::from_secs(1), "{output}");
+    without_packs(&world, || {
+        let output = world.restore_call("plain", "v1", server.port, &[]).fails(3);
+        output.says(&["libfirst.so", "libsecond.so"]);
+        assert!(output.took < Duration::from_secs(1), "{output}");
+        no_residue(&world, &traces);
+        // `inspect` gives the same verdict, and is no failure: it was asked for.
+        let inspected = world.rewarm_json().args(["inspect", &world.reference("plain", "v1")]).ok();
+        for word in ["libfirst.so", "libsecond.so"] {
+            assert!(inspected.stdout.contains(word), "{inspected}");
+        }
+        // Whoever would rather wait than do without gets a cold one, and is told why.
+        let output = world.restore_call("plain", "v1", server.port, &["--cold-fallback"]).ok();
+        let told = output.json();
+        assert_eq!(told["started"], "cold", "{output}");
+        let because = told["replicas"][0]["cold_because"].to_string();
+        assert!(because.contains("libfirst.so") && because.contains("libsecond.so"), "{output}");
+        let cold = Replica::of_restore(&world, server.port, &output);
+        assert_ne!(answers(&cold[0], &server), before, "a cold start makes its own token");
+    });
+    world.finish();
+}
+
+/// The verdict needs none of the data: it is the same where the packs are gone, which is exit 5 for whoever reads them.
+fn without_packs(world: &World, verdict: impl FnOnce()) {
+    let (packs, away) = (world.store_folder().join("packs"), world.root().join("packs"));
+    fs::rename(&packs, &away).expect("our own folder");
+    verdict();
+    fs::rename(&away, &packs).expect("our own folder");
+}
+
+/// Images belong to the version of CRIU that wrote them.
+#[test]
+fn another_version_of_criu_is_named_beside_the_one_of_the_snapshot() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    let reference = world.reference("plain", "v1");
+    let inspect = |criu: &[&str]| world.rewarm_json().args(criu).args(["inspect", &reference]).ok().json();
+    let made_by = inspect(&[])["variants"][0]["manifest"]["facts"]["criu"].as_str().map(str::to_owned);
+    let made_by = made_by.expect("the facts name it");
+    let other = world.files().join("criu");
+    fs::write(&other, "#!/bin/sh\necho 'Version: 44.3'\n").expect("our own folder");
+    fs::set_permissions(&other, fs::Permissions::from_mode(0o755)).expect("our own file");
+    let other = other.to_string_lossy().into_owned();
+    let words = format!("the snapshot was made by CRIU {made_by}, this machine has 44.3");
+    without_packs(&world, || {
+        let call = world.restore_call("plain", "v1", server.port, &["--criu", &other]);
+        call.fails(3).says(&["stage admit", &words]);
+        let variant = inspect(&["--criu", &other])["variants"][0].clone();
+        assert_eq!(variant["verdict"]["fits"], false, "{variant}");
+        assert_eq!(variant["verdict"]["reasons"], serde_json::json!([words]));
+    });
     no_residue(&world, &traces);
-    // `inspect` gives the same verdict, and is no failure: it was asked for.
-    let inspected = world.rewarm_json().args(["inspect", &world.reference("plain", "v1")]).run();
-    for word in ["libfirst.so", "libsecond.so"] {
-        assert!(inspected.stdout.contains(word), "{inspected}");
-    }
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 
@@ -131,6 +182,30 @@ fn a_memory_limit_that_is_too_small_is_refused_before_the_start() {
     output.says(&["memory"]);
     assert!(output.took < Duration::from_secs(1), "{output}");
     no_residue(&world, &traces);
+    world.finish();
+}
+
+/// What forked processes share on the source is not shared in a clone, so it counts once for each.
+#[test]
+fn memory_that_forked_processes_share_counts_for_each_of_them() {
+    const MIB: u64 = 1 << 20;
+    let mut server = Server::memory_of(64);
+    let Some(world) = world_for(&server) else { return };
+    server.command.push("--fork".to_owned());
+    let source = world.start("memory", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let facts = world.rewarm_json().args(["inspect", &world.reference("memory", "v1")]).ok().json();
+    let memory = &facts["variants"][0]["manifest"]["facts"]["memory"];
+    let bytes = memory["logical_bytes"].as_u64().unwrap_or_else(|| panic!("{memory}"));
+    assert!(bytes >= 128 * MIB, "two processes with 64 MiB each are counted as {bytes} bytes");
+    let traces = world.traces();
+    let output = world.restore_call("memory", "v1", server.port, &["--memory", "100MiB"]).fails(3);
+    output.says(&["stage admit", "104857600", &bytes.to_string(), "without sharing"]);
+    no_residue(&world, &traces);
+    let clones = world.restore("memory", "v1", server.port, &["--memory", &(bytes + 64 * MIB).to_string()]);
+    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 

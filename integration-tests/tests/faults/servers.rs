@@ -61,6 +61,45 @@ fn a_server_that_dies_during_the_dump() {
     }
 }
 
+/// A process that is stopped after the preflight keeps CRIU waiting. Who gives the snapshot up then gets the server back.
+#[test]
+fn a_dump_that_waits_for_ever_can_be_given_up() {
+    for flags in [&[][..], &["--stop"]] {
+        let server = Server::plain();
+        let Some(world) = world_for(&server) else { return };
+        let source = world.start("plain", &server);
+        let before = answers(&source, &server);
+        let traces = world.traces();
+        let call = world.snapshot_call(&source, "v1", flags).pause_at(Stage::Dump);
+        // The deadline of the freeze is minutes away.
+        let mut running = call.timeout(Duration::from_secs(40)).spawn();
+        running.await_stderr("paused at dump");
+        let stopped = inner_processes(&world);
+        assert!(!stopped.is_empty());
+        for pid in &stopped {
+            kill(Pid::from_raw(*pid), Signal::SIGSTOP).expect("it runs");
+        }
+        running.go_on();
+        world.await_state("CRIU runs", Duration::from_secs(20), || {
+            residue::processes(world.id()).iter().any(|(_, command)| command.contains("criu"))
+        });
+        // Long enough for a dump of a server that can be stopped.
+        std::thread::sleep(Duration::from_secs(2));
+        running.signal(Signal::SIGTERM);
+        let output = running.wait();
+        output.expect_code(1);
+        output.says(&["interrupted by SIGTERM", "stage dump", "the server goes on serving"]);
+        for pid in &stopped {
+            kill(Pid::from_raw(*pid), Signal::SIGCONT).expect("it is there");
+        }
+        server_answers_as_before(&source, &server, &before);
+        no_residue(&world, &traces);
+        nothing_visible(&world, &source);
+        world.snapshot(&source, "v1", &[]);
+        world.finish();
+    }
+}
+
 /// One clone of eight fails: the others serve, the failure is reported.
 #[test]
 fn the_third_of_eight_clones_fails() {
@@ -160,6 +199,36 @@ fn io_uring_is_not_to_be_had() {
     world.finish();
 }
 
+/// Asks for the use of AMX tiles, for oneself and for a guest, and prints how each call ended. Beside them a call of the same
+/// kind that must work.
+#[cfg(target_arch = "x86_64")]
+const AMX: &str = r#"
+import ctypes, errno
+libc = ctypes.CDLL(None, use_errno=True)
+SYS_ARCH_PRCTL, ARCH_GET_XCOMP_SUPP, TILE_DATA = 158, 0x1021, 18
+def call(request, argument):
+    failed = libc.syscall(SYS_ARCH_PRCTL, request, argument)
+    return errno.errorcode[ctypes.get_errno()] if failed else "done"
+supported = ctypes.c_uint64()
+print(call(0x1023, TILE_DATA), call(0x1025, TILE_DATA), call(ARCH_GET_XCOMP_SUPP, ctypes.byref(supported)))
+"#;
+
+/// The state of AMX tiles does not fit into CRIU's images, so nobody gets any. Without the profile it would be granted, or be
+/// EOPNOTSUPP or EINVAL where the processor has none.
+#[cfg(target_arch = "x86_64")]
+#[test]
+fn amx_tiles_are_not_to_be_had() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let ask = |replica: &Replica<'_>| replica.exec(&["python3", "-c", AMX]).ok().stdout.trim().to_owned();
+    assert_eq!(ask(&source), "EPERM EPERM done");
+    world.snapshot(&source, "v1", &[]);
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    assert_eq!(ask(&clones[0]), "EPERM EPERM done");
+    world.finish();
+}
+
 /// One that was made all the same would make CRIU fail in the middle: it is found before anything is touched.
 #[test]
 fn an_io_uring_that_was_made_all_the_same_is_refused() {
@@ -214,6 +283,34 @@ fn a_deleted_file_above_the_limit_is_refused_with_its_path() {
     server_answers_as_before(&source, &server, &before);
     no_residue(&world, &traces);
     nothing_visible(&world, &source);
+    world.finish();
+}
+
+/// The same where nothing but a mapping holds it any more.
+#[test]
+fn a_deleted_file_above_the_limit_that_is_only_mapped_is_refused_with_its_path() {
+    let mut server = Server::ghost(1100, true);
+    let Some(world) = world_for(&server) else { return };
+    server.command.push("--mapped".to_owned());
+    let source = world.start("ghost", &server);
+    let (before, traces) = (answers(&source, &server), world.traces());
+    world.snapshot_call(&source, "v1", &[]).fails(3).says(&["/tmp/ghost", "preflight"]);
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    nothing_visible(&world, &source);
+    world.finish();
+}
+
+#[test]
+fn a_deleted_file_below_the_limit_that_is_only_mapped_comes_back() {
+    let mut server = Server::ghost(8, false);
+    let Some(world) = world_for(&server) else { return };
+    server.command.push("--mapped".to_owned());
+    let source = world.start("ghost", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--stop"]);
+    let clones = world.restore("ghost", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 
@@ -305,6 +402,33 @@ fn hand_over(socket: &Path, file: &Path) {
     let output =
         Command::new("python3").args(["-c", HAND]).arg(socket).arg(file).output().expect("start Python");
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// A device in the root file system is nothing that could be made again elsewhere.
+#[test]
+fn a_device_in_the_root_is_refused_with_its_path() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start("plain", &server);
+    let pid = source.entry().expect("ps shows it")["pid"].to_string();
+    source.sh("mkdir /srv/devices");
+    let made = Command::new("mknod")
+        .arg(format!("/proc/{pid}/root/srv/devices/null"))
+        .args(["c", "1", "3"])
+        .status();
+    assert!(made.expect("mknod is part of the base system").success());
+    assert_eq!(source.sh("stat -c %F /srv/devices/null"), "character special file");
+    let (before, traces) = (answers(&source, &server), world.traces());
+    for flags in [&[][..], &["--stop"]] {
+        let output = world.snapshot_call(&source, "v1", flags).fails(3);
+        output.says(&["srv/devices/null", "the server goes on serving"]);
+        server_answers_as_before(&source, &server, &before);
+        no_residue(&world, &traces);
+        nothing_visible(&world, &source);
+    }
+    source.sh("rm /srv/devices/null");
+    world.snapshot(&source, "v1", &[]);
+    world.finish();
 }
 
 /// Two snapshots of one server at once: one is made, the other waits or is told; the server serves in both cases.

@@ -11,6 +11,7 @@ use rewarm_integration_tests::garage::free_port;
 use rewarm_integration_tests::mounts::{mount, unmount};
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Need, Replica, World, needs};
+use rewarm_report::Stage;
 
 use crate::{world, world_for};
 
@@ -248,6 +249,58 @@ fn snapshots_to_one_tag_at_once() {
         server_answers_as_before(replica, &server, before);
     }
     store_verifies(&world);
+    world.finish();
+}
+
+/// The one that is published later finds that the tag is no longer what it began with, says so, and takes its packs away again.
+fn of_two_snapshots_to_one_tag_the_later_one_is_refused(world: &World) {
+    let server = Server::plain();
+    let [first, second] = ["first", "second"].map(|short| world.start(short, &server));
+    let reference = world.reference("shared", "v1");
+    let before = [&first, &second].map(|replica| answers(replica, &server));
+    let call = |replica: &Replica<'_>| world.rewarm_json().args(["snapshot", replica.name(), &reference]);
+    let mut late = call(&first).pause_at(Stage::Publish).spawn();
+    late.await_stderr("paused at publish");
+    let packs = || -> Vec<_> {
+        let folder = std::fs::read_dir(Path::new(world.store()).join("packs"));
+        folder.into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
+    };
+    let of_the_late_one = packs();
+    let winner = call(&second).ok().json()["digest"].to_string();
+    late.go_on();
+    let late = late.wait();
+    late.expect_code(1);
+    late.says(&["another snapshot took this tag", "publish", "the server goes on serving"]);
+    let now = world.rewarm_json().args(["inspect", &reference]).ok().json();
+    assert_eq!(now["variants"].as_array().map(Vec::len), Some(1), "{now}");
+    assert_eq!(now["variants"][0]["digest"].to_string(), winner);
+    if world.store().starts_with('/') {
+        assert!(!of_the_late_one.is_empty());
+        let left: Vec<_> = packs().into_iter().filter(|pack| of_the_late_one.contains(pack)).collect();
+        assert!(left.is_empty(), "packs of the snapshot that was refused: {left:?}");
+    }
+    for (replica, before) in [&first, &second].into_iter().zip(&before) {
+        server_answers_as_before(replica, &server, before);
+    }
+    store_verifies(world);
+    // It may try again.
+    call(&first).ok();
+}
+
+#[test]
+fn of_two_snapshots_to_one_tag_in_a_folder_the_later_one_is_refused() {
+    let Some(world) = world(needs::REPLICA) else { return };
+    of_two_snapshots_to_one_tag_the_later_one_is_refused(&world);
+    world.finish();
+}
+
+/// Garage ignores the condition of a put, so the loser finds out otherwise.
+#[test]
+fn of_two_snapshots_to_one_tag_in_a_bucket_the_later_one_is_refused() {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
+    let Some(world) = world(&needs) else { return };
+    let world = world.on_garage();
+    of_two_snapshots_to_one_tag_the_later_one_is_refused(&world);
     world.finish();
 }
 

@@ -2,12 +2,12 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::garage::free_port;
 use rewarm_integration_tests::server::Server;
-use rewarm_integration_tests::{Replica, http};
+use rewarm_integration_tests::{Replica, http, needs};
 
 use crate::world_for;
 
@@ -116,6 +116,32 @@ fn a_replica_in_the_network_of_the_host_comes_back_there() {
     world.finish();
 }
 
+/// Asks over a connection that stays open.
+fn ask(stream: &mut TcpStream) {
+    stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").expect("open");
+    // Head and body may come in pieces; the body is the last of it.
+    let mut answer = String::new();
+    let mut buffer = [0; 4096];
+    while !answer.contains('}') {
+        let count = stream.read(&mut buffer).expect("an answer");
+        assert_ne!(count, 0, "the connection was closed after {answer:?}");
+        answer += &String::from_utf8_lossy(&buffer[..count]);
+    }
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+}
+
+/// Prints how many of the server's connections are established.
+const ESTABLISHED: &str = r#"
+import glob, os
+held = {os.readlink(fd) for fd in glob.glob("/proc/1/fd/*") if os.path.lexists(fd)}
+lines = [line.split() for line in open("/proc/1/net/tcp").readlines()[1:]]
+print(sum(line[3] == "01" and f"socket:[{line[9]}]" in held for line in lines))
+"#;
+
+fn established(replica: &Replica<'_>) -> String {
+    replica.exec(&["python3", "-c", ESTABLISHED]).ok().stdout.trim().to_owned()
+}
+
 /// An idle connection through a published port is Rewarm's own: it stays open on the source, and is closed in a clone.
 #[test]
 fn a_connection_through_a_published_port_survives_on_the_source() {
@@ -124,37 +150,97 @@ fn a_connection_through_a_published_port_survives_on_the_source() {
     let source = world.start("plain", &server);
     let before = answers(&source, &server);
     let mut idle = TcpStream::connect(("127.0.0.1", source.port())).expect("the port is open");
-    let ask = |stream: &mut TcpStream| {
-        stream.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").expect("open");
-        // Head and body may come in pieces; the body is the last of it.
-        let mut answer = String::new();
-        let mut buffer = [0; 4096];
-        while !answer.contains('}') {
-            let count = stream.read(&mut buffer).expect("an answer");
-            assert_ne!(count, 0, "the connection was closed after {answer:?}");
-            answer += &String::from_utf8_lossy(&buffer[..count]);
-        }
-        assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
-    };
     ask(&mut idle);
     world.snapshot(&source, "v1", &[]);
     ask(&mut idle);
     let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone"), "--count", "2"]);
     for clone in &clones {
         server_answers_as_before(clone, &server, &before);
-        let open = clone.sh("awk '$4 == \"01\"' /proc/net/tcp | wc -l");
-        assert_eq!(open, "0", "{}: a connection of the source is open", clone.name());
+        assert_eq!(established(clone), "0", "{}: a connection of the source is open", clone.name());
     }
     ask(&mut idle);
     world.finish();
 }
 
-/// A namespace that somebody else made, such as a pod's: it is used as it is, and left as it is.
-#[test]
-fn a_network_namespace_given_by_path() {
-    let server = Server::plain();
+/// The plain server on a port that nobody has, with a second one on which it accepts and says nothing.
+fn in_a_shared_network() -> (Server, u16) {
+    let (mut server, silent) = (Server::plain(), free_port());
+    server.port = free_port();
+    server.command[3] = server.port.to_string();
+    server.ready = format!("http://127.0.0.1:{}/healthz", server.port);
+    let accept = format!(
+        "import socket, threading\nsilent = socket.create_server(('127.0.0.1', {silent}))\nkept = []\n\
+         def accept():\n    while True: kept.append(silent.accept())\n\
+         threading.Thread(target=accept, daemon=True).start()\n"
+    );
+    server.command[2] = accept + &server.command[2];
+    (server, silent)
+}
+
+/// The same in a network that others use too, where a connection does not tell by itself whose it is. What the other side has
+/// ended is no connection any more; one that somebody else holds is refused as ever.
+fn own_connections_survive(net: &str) {
+    let (server, silent) = in_a_shared_network();
     let Some(world) = world_for(&server) else { return };
-    // Brings its loopback up and waits; the namespace lives as long as it does.
+    let flags = ["--net", net];
+    let source = world.start_with("plain", &server, &flags);
+    let before = answers(&source, &server);
+    let mut idle = TcpStream::connect(("127.0.0.1", source.port())).expect("the port is open");
+    ask(&mut idle);
+    let connect = "import socket, sys; c = socket.create_connection(('127.0.0.1', int(sys.argv[1]))); \
+                   print('connected', flush=True); sys.stdin.read()";
+    let somebody = |port: u16| {
+        let namespace = net.strip_prefix("ns:").unwrap_or("/proc/self/ns/net");
+        let mut child = Command::new("nsenter")
+            .args([&format!("--net={namespace}"), "python3", "-c", connect, &port.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start nsenter");
+        let mut line = String::new();
+        BufReader::new(child.stdout.take().expect("piped")).read_line(&mut line).expect("text");
+        assert_eq!(line.trim(), "connected");
+        child
+    };
+    let mut other = somebody(silent);
+    let refused = world.snapshot_call(&source, "v1", &["--pre", "touch /srv/drained"]).fails(3);
+    refused.says(&["stage preflight", &format!("127.0.0.1:{silent}")]);
+    assert!(!refused.stderr.contains(&format!(":{} ", server.port)), "Rewarm's own is refused: {refused}");
+    source.exec(&["test", "-e", "/srv/drained"]).fails(1);
+    // Its end stays with the server, which never looks: closed by the other side, it is nobody's.
+    drop(other.stdin.take());
+    other.wait().expect("our own child");
+    let probe = world.files().join("probe.toml");
+    let text = format!("port = {}\n[[request]]\npath = \"/check\"\ncompare = \"body\"\n", server.port);
+    std::fs::write(&probe, text).expect("our own folder");
+    world.snapshot(&source, "v1", &["--probe", &probe.to_string_lossy()]);
+    ask(&mut idle);
+    assert_eq!(established(&source), "1", "what is looked for in clones");
+    source.remove();
+    let clones = world.restore("plain", "v1", server.port, &flags);
+    assert_eq!(established(&clones[0]), "0", "a connection of the source is open");
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+#[test]
+fn own_connections_survive_in_the_network_of_the_host() {
+    own_connections_survive("host");
+}
+
+#[test]
+fn own_connections_survive_in_a_namespace_given_by_path() {
+    if !needs::met(needs::REPLICA) {
+        return;
+    }
+    let (mut owner, namespace) = namespace();
+    own_connections_survive(&namespace);
+    drop(owner.stdin.take());
+    owner.wait().expect("our own child");
+}
+
+/// A network namespace with its loopback up, and the process that keeps it.
+fn namespace() -> (Child, String) {
     let script = "import fcntl, socket, struct, sys\n\
                   fcntl.ioctl(socket.socket(), 0x8914, struct.pack('16sh22x', b'lo', 1))\n\
                   print('up', flush=True)\nsys.stdin.read()";
@@ -167,7 +253,16 @@ fn a_network_namespace_given_by_path() {
     let mut line = String::new();
     BufReader::new(owner.stdout.take().expect("piped")).read_line(&mut line).expect("text");
     assert_eq!(line.trim(), "up");
-    let namespace = format!("ns:/proc/{}/ns/net", owner.id());
+    let path = format!("ns:/proc/{}/ns/net", owner.id());
+    (owner, path)
+}
+
+/// A namespace that somebody else made, such as a pod's: it is used as it is, and left as it is.
+#[test]
+fn a_network_namespace_given_by_path() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let (mut owner, namespace) = namespace();
     let source = world.start_with("plain", &server, &["--net", &namespace]);
     let before = answers(&source, &server);
     let inner = source.sh("readlink /proc/1/ns/net");

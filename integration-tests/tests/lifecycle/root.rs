@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::mounts::{mount, unmount};
 use rewarm_integration_tests::server::Server;
 
 use crate::world_for;
@@ -99,6 +101,51 @@ fn difference(before: &Value, after: &Value) -> Vec<String> {
     paths.dedup();
     let differs = paths.into_iter().filter(|path| before.get(*path) != after.get(*path));
     differs.map(|path| format!("{path}: {:?} became {:?}", before.get(path), after.get(path))).collect()
+}
+
+/// What is mounted below the host's root is not in the default root: only a mount brings it in, and then it must be there for a
+/// clone, as far as the server has it mapped.
+#[test]
+fn a_file_system_below_the_root_comes_in_by_a_mount_only() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let below = world.files().join("below");
+    std::fs::create_dir(&below).expect("our own folder");
+    std::fs::write(below.join("under"), "under the mount").expect("our own folder");
+    mount(&["-t", "tmpfs", "tmpfs"], &below);
+    let file = below.join("data");
+    std::fs::write(&file, [1; 8192]).expect("our own folder");
+    let shown = below.to_string_lossy().into_owned();
+    let without = world.start("without", &server);
+    assert_eq!(without.sh(&format!("ls {shown}")), "under", "the file system is in the default root");
+    without.remove();
+
+    let mut mapping = server.clone();
+    mapping.command[2] = format!(
+        "import mmap\nwith open('{shown}/data', 'rb') as file:\n    \
+         mapped = mmap.mmap(file.fileno(), 0, mmap.MAP_SHARED, mmap.PROT_READ)\n{}",
+        mapping.command[2]
+    );
+    let source = world.start_with("plain", &mapping, &["--mount", &format!("{shown}:{shown}:ro")]);
+    assert_eq!(source.sh(&format!("ls {shown}")), "data");
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--stop"]);
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    clones[0].remove();
+    // Of the same length and with other content: memory of the server that would be another.
+    std::fs::write(&file, [2; 8192]).expect("our own folder");
+    let traces = world.traces();
+    let output = world.restore_call("plain", "v1", server.port, &[]).fails(3);
+    output.says(&["stage admit", &format!("{shown}/data has other content than at the snapshot")]);
+    no_residue(&world, &traces);
+    // The same content is as good, whoever wrote it.
+    std::fs::write(&file, [1; 8192]).expect("our own folder");
+    let clones = world.restore("plain", "v1", server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
+    clones[0].remove();
+    unmount(&below);
+    world.finish();
 }
 
 /// A server with a root file system of its own, read-only mounts included.

@@ -232,13 +232,50 @@ fn replicas_outlive_the_command_that_made_them() {
 fn memory_and_processor_limits_reach_the_cgroup() {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
+    let has = |name: &str, memory: &str, cpu: &str| {
+        let limits = cgroup_values(&world, name);
+        assert!(limits.iter().any(|value| value == memory), "no limit of {memory} bytes in {limits:?}");
+        let of_period = format!("{cpu} 100000");
+        assert!(
+            limits.iter().any(|value| value == cpu || *value == of_period),
+            "no quota of {cpu} in {limits:?}"
+        );
+    };
     let replica = world.start_with("plain", &server, &["--memory", "300MiB", "--cpus", "0.5"]);
-    let limits = cgroup_values(&world, replica.name());
-    assert!(limits.iter().any(|value| value == "314572800"), "no limit of 300 MiB in {limits:?}");
-    assert!(
-        limits.iter().any(|value| value == "50000" || value == "50000 100000"),
-        "no half processor in {limits:?}"
-    );
+    has(replica.name(), "314572800", "50000");
+    // A clone has those of its source, or what it is given.
+    world.snapshot(&replica, "v1", &["--stop"]);
+    let name = world.name("same");
+    let _ = world.restore("plain", "v1", server.port, &["--name", &name]);
+    has(&name, "314572800", "50000");
+    let name = world.name("other");
+    let flags = ["--name", &name, "--memory", "200MiB", "--cpus", "0.25"];
+    let _ = world.restore("plain", "v1", server.port, &flags);
+    has(&name, "209715200", "25000");
+    world.finish();
+}
+
+/// The environment of a restored server is part of its memory; what is started in a clone afterwards has the one that was given.
+#[test]
+fn the_environment_of_a_restore_is_for_what_is_started_then() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start_with("plain", &server, &["--env", "WORD=first", "--env", "KEPT=kept"]);
+    world.snapshot(&source, "v1", &["--post", "echo $WORD $KEPT > /srv/words", "--stop"]);
+    let words = |flags: &[&str]| {
+        let name = world.name("clone");
+        let clones = world.restore("plain", "v1", server.port, &[&["--name", &name], flags].concat());
+        let seen = clones[0].sh("cat /srv/words; echo $WORD $KEPT");
+        let own = clones[0].json("/environment")["WORD"].clone();
+        clones[0].remove();
+        (seen, own)
+    };
+    assert_eq!(words(&[]), ("first kept\nfirst kept".to_owned(), "first".into()));
+    assert_eq!(words(&["--env", "WORD=second"]), ("second kept\nsecond kept".to_owned(), "first".into()));
+    let flags = ["--env", "WORD=cold", "--ready", &server.ready, "--cold-fallback", "--"];
+    let output = world.restore_call("plain", "absent", server.port, &flags).args(&server.command).ok();
+    let cold = rewarm_integration_tests::Replica::of_restore(&world, server.port, &output);
+    assert_eq!(cold[0].json("/environment")["WORD"], "cold");
     world.finish();
 }
 
@@ -316,6 +353,14 @@ fn labels_are_shown() {
     let Some(world) = world_for(&server) else { return };
     let replica = world.start_with("plain", &server, &["--label", "team=vision", "--label", "tier=a=b"]);
     let entry = replica.entry().expect("ps shows it");
-    assert_eq!(entry["labels"], serde_json::json!({ "team": "vision", "tier": "a=b" }), "{entry}");
+    let labels = serde_json::json!({ "team": "vision", "tier": "a=b" });
+    assert_eq!(entry["labels"], labels, "{entry}");
+    // They go with the snapshot and on to its clones.
+    world.snapshot(&replica, "v1", &["--stop"]);
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("plain", "v1")]).ok().json();
+    let facts = &inspected["variants"][0]["manifest"]["facts"];
+    assert_eq!(facts["labels"], labels, "{facts}");
+    let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
+    assert_eq!(clones[0].entry().expect("ps shows it")["labels"], labels);
     world.finish();
 }

@@ -1,12 +1,12 @@
 //! Requests as their sockets show them: what is counted beside what is open, and what an answer says of itself.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::time::Duration;
 
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::free_port;
-use rewarm_integration_tests::server::PORT;
+use rewarm_integration_tests::server::{PORT, Server};
 
 use super::{config, pool_world};
 
@@ -82,6 +82,31 @@ fn requests_in_flight_are_the_connections_that_are_open() {
         drop(client);
         both_are(asked.len(), "one more has left");
     }
+    serving.end();
+    world.finish();
+}
+
+/// In a network that others use too, nothing about the gateway's connections says whose they are. They are no obstacle all the same.
+#[test]
+fn a_replica_in_the_network_of_the_host_can_be_snapshotted_while_the_gateway_asks_it() {
+    let mut server = Server::pool();
+    server.listen_on(free_port());
+    let Some(world) = crate::world_for(&server) else { return };
+    let source = world.start_with("pool", &server, &["--net", "host"]);
+    world.snapshot(&source, "v1", &["--stop"]);
+    source.remove();
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "concurrency = 8\nmin_replicas = 1\nmax_replicas = 1\n"));
+    serving.await_replicas(&["ready"]);
+    let mut asked = Asked::send(port, "/stream?n=1000000&ms=2", "");
+    assert!(asked.head().starts_with("http/1.1 200"));
+    let name = serving.replicas()[0].0.clone();
+    world.rewarm_json().args(["snapshot", &name, &world.reference("pool", "v2")]).ok();
+    // It goes on: more comes than can have been on the way.
+    let mut more = vec![0; 4096];
+    asked.0.read_exact(&mut more).expect("the connection is open");
+    drop(asked);
+    assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
     serving.end();
     world.finish();
 }
