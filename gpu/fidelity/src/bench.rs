@@ -81,13 +81,22 @@ impl Bench {
 
     /// What a caller that has not initialised the driver is told, one line for each of the words of [`mod@crate::bare`].
     pub(crate) fn bare(&self, pid: i32, words: &[&str]) -> Result<Vec<String>, String> {
-        let mut command = Command::new("/proc/self/exe");
-        command.arg("bare").arg(&self.library).arg(pid.to_string()).args(words).envs(self.env());
-        let output = command.output().map_err(|error| error.to_string())?;
+        let output = self.bare_command(pid, words).output().map_err(|error| error.to_string())?;
         if !output.status.success() {
             return Err(String::from_utf8_lossy(&output.stderr).trim().to_owned());
         }
         Ok(String::from_utf8_lossy(&output.stdout).lines().map(str::to_owned).collect())
+    }
+
+    /// The same, begun and not waited for.
+    pub(crate) fn bare_call(&self, pid: i32, words: &[&str]) -> Result<Child, String> {
+        self.bare_command(pid, words).stdout(Stdio::null()).spawn().map_err(|error| error.to_string())
+    }
+
+    fn bare_command(&self, pid: i32, words: &[&str]) -> Command {
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("bare").arg(&self.library).arg(pid.to_string()).args(words).envs(self.env());
+        command
     }
 
     /// The driver's release, as NVML tells it.
@@ -200,6 +209,25 @@ impl Server {
             .filter_map(|entry| std::fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
         let maps = rewarm_sys::procmem::maps(self.pid).unwrap_or_default();
         open.chain(maps.into_iter().map(|map| map.path)).collect()
+    }
+
+    /// What the kernel tells of the mapping at an address: sizes in KiB and flags, those that are not 0.
+    pub(crate) fn mapping(&self, address: u64) -> Result<String, String> {
+        let path = format!("/proc/{}/smaps", self.pid);
+        let text = std::fs::read_to_string(path).map_err(|error| error.to_string())?;
+        let range = |line: &str| {
+            let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+            let number = |digits| u64::from_str_radix(digits, 16).ok();
+            Some(number(start)?..number(end)?)
+        };
+        let lines =
+            text.lines().skip_while(|line| !range(line).is_some_and(|range| range.contains(&address)));
+        let of_it = lines.enumerate().take_while(|(index, line)| *index == 0 || range(line).is_none());
+        let words = of_it.filter(|(_, line)| !line.ends_with(" 0 kB"));
+        Ok(words
+            .map(|(_, line)| line.split_whitespace().collect::<Vec<_>>().join(" "))
+            .collect::<Vec<_>>()
+            .join("; "))
     }
 
     /// The process that it forked, once it has.

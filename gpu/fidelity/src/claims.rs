@@ -8,7 +8,7 @@ mod refused;
 mod rights;
 
 use std::collections::BTreeSet;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use rewarm_gpu::ranges;
@@ -87,13 +87,13 @@ pub(crate) const ALL: &[Claim] = &[
         expected: "done with persistence mode, 800 without",
         check: rights::restore_without_init,
     },
-    Claim { number: 17, what: "a map with a device that is none", expected: "1, then whole", check: map },
     Claim {
-        number: 19,
-        what: "a caller that dies between two calls",
-        expected: "locked, then whole",
-        check: caller,
+        number: 17,
+        what: "maps with a device that is none, with one twice, and of each to itself",
+        expected: "1, 1, 0, then whole",
+        check: map,
     },
+    Claim { number: 19, what: "a caller that dies in a call", expected: "locked, then whole", check: caller },
     Claim { number: 20, what: "a forked child", expected: "none", check: child },
     Claim { number: 22, what: "device memory while checkpointed", expected: "given back", check: given_back },
     Claim { number: 23, what: "a second restore", expected: "401", check: second },
@@ -145,7 +145,12 @@ pub(crate) const ALL: &[Claim] = &[
         expected: "0, then whole",
         check: refused::full_then_free,
     },
-    Claim { number: 18, what: "device memory of a killed process", expected: "given back", check: killed },
+    Claim {
+        number: 18,
+        what: "device memory of a killed process, in every state",
+        expected: "given back",
+        check: killed,
+    },
 ];
 
 fn text(error: impl std::fmt::Display) -> String {
@@ -159,6 +164,10 @@ fn code(result: Result<Duration, CallError>) -> String {
         Err(CallError::Late { .. }) => "late".to_owned(),
         Err(error) => error.code().map_or_else(|| error.to_string(), |code| code.0.to_string()),
     }
+}
+
+fn ms(time: Duration) -> String {
+    format!("{:.1} ms", time.as_secs_f64() * 1000.0)
 }
 
 /// One step of a process.
@@ -186,8 +195,13 @@ fn whole(server: Server) -> Result<&'static str, String> {
 }
 
 fn version(bench: &mut Bench) -> Result<String, String> {
+    let mut helper = bench.helper();
     // Too old a version and a missing function are errors of the start.
-    bench.helper().start().map_err(text).map(|_| "yes".to_owned())
+    let version = helper.version().map_err(text)?;
+    let began = Instant::now();
+    helper.start().map_err(text)?;
+    bench.notes.push(format!("CUDA {version}; attached in {}", ms(began.elapsed())));
+    Ok("yes".to_owned())
 }
 
 fn thread(bench: &mut Bench) -> Result<String, String> {
@@ -202,6 +216,10 @@ fn thread(bench: &mut Bench) -> Result<String, String> {
 fn no_cuda(bench: &mut Bench) -> Result<String, String> {
     let own = std::process::id().cast_signed();
     let thread = bench.helper().restore_thread(own).map_err(text)?;
+    // What the driver answers is not documented.
+    for word in ["thread", "state"] {
+        bench.notes.push(format!("{word}: {}", bench.bare(own, &[word])?.join(" ")));
+    }
     Ok(thread.map_or_else(|| "none".to_owned(), |thread| thread.to_string()))
 }
 
@@ -252,9 +270,15 @@ fn alone(bench: &mut Bench) -> Result<String, String> {
     let mut hold = Hold::new(false);
     hold.all(|| vec![server.pid], &BTreeSet::from([thread]), LOCK).map_err(text)?;
     bench.notes.push(format!("{} threads held", hold.count()));
-    helper.checkpoint(server.pid, 0).map_err(text)?;
-    helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
-    helper.unlock(server.pid).map_err(text)?;
+    let checkpoint = helper.checkpoint(server.pid, 0).map_err(text)?;
+    let restore = helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
+    let unlock = helper.unlock(server.pid).map_err(text)?;
+    bench.notes.push(format!(
+        "checkpoint {}, restore {}, unlock {}",
+        ms(checkpoint),
+        ms(restore),
+        ms(unlock)
+    ));
     drop(hold);
     Ok(format!("done, then {}", whole(server)?))
 }
@@ -281,8 +305,12 @@ fn added(bench: &mut Bench) -> Result<(Server, Vec<ranges::Range>), String> {
 }
 
 fn copies(bench: &mut Bench) -> Result<String, String> {
-    let (_, added) = added(bench)?;
+    let (server, added) = added(bench)?;
     let bytes: u64 = added.iter().map(ranges::Range::bytes).sum();
+    bench.notes.push(format!("{bytes} bytes in {} ranges", added.len()));
+    if let Some(largest) = added.iter().max_by_key(|range| range.bytes()) {
+        bench.notes.push(server.mapping(largest.start)?);
+    }
     Ok(if bytes >= 16 << 20 {
         "at least the device memory".to_owned()
     } else {
@@ -307,26 +335,48 @@ fn zeros(bench: &mut Bench) -> Result<String, String> {
 
 fn restore(bench: &mut Bench) -> Result<String, String> {
     let (mut helper, server) = checkpointed(bench, &["--mib", "16", "--threads", "0"])?;
-    helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
+    let took = helper.restore(server.pid, 16 << 20, &[]).map_err(text)?;
     let state = helper.state(server.pid).map_err(text)?;
-    helper.unlock(server.pid).map_err(text)?;
+    let unlock = helper.unlock(server.pid).map_err(text)?;
+    bench.notes.push(format!("16 MiB restored in {}, unlocked in {}", ms(took), ms(unlock)));
     Ok(format!("{state}, then {}", whole(server)?))
 }
 
 fn map(bench: &mut Bench) -> Result<String, String> {
     let (mut helper, server) = checkpointed(bench, &["--mib", "4", "--threads", "0"])?;
-    let none = Uuid([0xee; 16]);
-    let refused = code(helper.restore(server.pid, 0, &[Pair { old: none, new: none }]));
-    helper.restore(server.pid, 0, &[]).map_err(text)?;
+    let same = |uuid| Pair { old: uuid, new: uuid };
+    let devices: Vec<Uuid> = helper.devices().map_err(text)?.into_iter().map(|device| device.uuid).collect();
+    let all: Vec<Pair> = devices.iter().copied().map(same).collect();
+    if let [_, fewer @ ..] = &all[..]
+        && !fewer.is_empty()
+    {
+        let refused = code(helper.restore(server.pid, 0, fewer));
+        bench.notes.push(format!("all but one of {} devices: {refused}", all.len()));
+    }
+    let none = code(helper.restore(server.pid, 0, &[same(Uuid([0xee; 16]))]));
+    let twice: Vec<Pair> = all.iter().chain(all.first()).copied().collect();
+    let twice = code(helper.restore(server.pid, 0, &twice));
+    let identity = code(helper.restore(server.pid, 0, &all));
     helper.unlock(server.pid).map_err(text)?;
-    Ok(format!("{refused}, then {}", whole(server)?))
+    Ok(format!("{none}, {twice}, {identity}, then {}", whole(server)?))
 }
 
 fn caller(bench: &mut Bench) -> Result<String, String> {
+    const KERNEL: Duration = Duration::from_secs(2);
     let server = bench.serve(&["--mib", "4", "--threads", "0"])?;
-    // Dropped, a helper is killed.
-    bench.helper().lock(server.pid, LOCK).map_err(text)?;
+    server.ask("POST", &format!("/kernel?{}", KERNEL.as_millis()), "")?;
+    // It waits for the kernel, and is killed while it does.
+    let mut caller = bench.bare_call(server.pid, &["lock"])?;
+    std::thread::sleep(KERNEL / 4);
+    let waits = caller.try_wait().map_err(text)?.is_none();
+    let killed = caller.kill().and_then(|()| caller.wait());
+    killed.map_err(text)?;
+    if !waits {
+        return Ok("the lock did not wait for the kernel".to_owned());
+    }
     let mut helper = bench.helper();
+    bench.notes.push(format!("at once: {}", helper.state(server.pid).map_err(text)?));
+    std::thread::sleep(KERNEL);
     let state = helper.state(server.pid).map_err(text)?;
     helper.unlock(server.pid).map_err(text)?;
     Ok(format!("{state}, then {}", whole(server)?))
@@ -341,6 +391,7 @@ fn child(bench: &mut Bench) -> Result<String, String> {
         return Ok("the parent does not run".to_owned());
     }
     let thread = helper.restore_thread(child).map_err(text)?;
+    bench.notes.push(format!("thread: {}", bench.bare(child, &["thread"])?.join(" ")));
     let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), Signal::SIGKILL);
     Ok(thread.map_or_else(|| "none".to_owned(), |thread| thread.to_string()))
 }
@@ -367,14 +418,11 @@ fn second(bench: &mut Bench) -> Result<String, String> {
 
 fn killed(bench: &mut Bench) -> Result<String, String> {
     let empty = bench.used_mib()?;
-    for steps in 0..3 {
+    for steps in 0..=Step::ALL.len() {
         let server = bench.serve(&["--mib", "32", "--threads", "0"])?;
         let mut helper = bench.helper();
-        if steps > 0 {
-            helper.lock(server.pid, LOCK).map_err(text)?;
-        }
-        if steps > 1 {
-            helper.checkpoint(server.pid, 0).map_err(text)?;
+        for step in &Step::ALL[..steps] {
+            take(&mut helper, server, *step).map_err(text)?;
         }
         bench.kill(server);
         let left = bench.used_mib()?;
