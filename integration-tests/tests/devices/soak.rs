@@ -2,30 +2,47 @@
 //!
 //! `REWARM_SOAK_ROUNDS` says how many; without it as many as fit into some seconds. `REWARM_SOAK_SEED` repeats a run.
 
+use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
-use rewarm_integration_tests::checks::{Answers, answers, server_answers_as_before};
+use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::devices::Devices;
+use rewarm_integration_tests::load::Load;
 use rewarm_integration_tests::server::Server;
-use rewarm_integration_tests::{Output, Replica, World};
+use rewarm_integration_tests::{Replica, Rewarm, World, residue};
 
-use super::{start, world_with};
+use super::world_with;
 
 /// As long as a test may take among others.
 const SHORT: Duration = Duration::from_secs(15);
-/// What the shim and its helper may have more at the end than after the first rounds, in KiB.
+/// Rounds until nothing that lives long grows any more by getting its first memory, and those that are needed to see growth.
+const SETTLED: u64 = 3;
+const ROUNDS_MIN: u64 = 5;
+/// What each process may have more at the end than after the first rounds, in KiB.
 const GROWTH_KIB_MAX: u64 = 16 << 10;
-/// What goes wrong, with how often it may in one command.
-const FAULTS: [&str; 9] = [
+/// How long a call of the driver may take here.
+const PATIENCE: &str = "2s";
+/// What goes wrong and passes, with how often it may in one command.
+const PASSING: [&str; 13] = [
     "",
     "lock*1 result 600",
     "lock*1 die",
+    "lock*1 hang",
     "checkpoint*1 result 801",
     "checkpoint*1 then-die",
+    "checkpoint*1 then-hang",
     "restore*1 die",
     "restore*1 result 2",
+    "restore*1 hang",
     "unlock*1 then-result 401",
     "unlock*1 then-die",
+    "unlock*1 hang",
 ];
+/// What breaks the process in which it happens.
+const FOR_GOOD: [&str; 5] =
+    ["checkpoint*1 failed", "checkpoint*1 crash", "restore*1 oom", "restore*1 failed", "restore*1 crash"];
+/// Of so many faults one is for good.
+const ONE_FOR_GOOD: usize = 6;
 
 /// Numbers from a seed: SplitMix64.
 struct Dice(u64);
@@ -52,38 +69,99 @@ fn size(pid: u64) -> (usize, u64) {
     (fds, kib.and_then(|kib| kib.trim().parse().ok()).unwrap_or(0))
 }
 
-/// The size of the shim when it has its helper, which a fault may have taken, and no connection that is just being closed.
-fn at_rest(world: &World, source: &Replica<'_>, shim: u64) -> (usize, u64) {
+/// The sizes of all processes that live long: shim, helper and server of the source, the fetcher and its workers. Taken when the shim has
+/// its helper, which a fault may have taken, and no connection that is just being closed.
+fn at_rest(world: &World, source: &Replica<'_>) -> BTreeMap<String, (usize, u64)> {
     for verb in ["pause", "wake"] {
         world.rewarm().args([verb, source.name()]).ok();
     }
-    let looks = (0..20).map(|_| {
+    let mut least = BTreeMap::new();
+    for _ in 0..20 {
         std::thread::sleep(Duration::from_millis(100));
-        size(shim)
-    });
-    looks.min_by_key(|(fds, _)| *fds).expect("some")
+        let all = residue::processes(world.id()).into_iter().chain(residue::services(world.id()));
+        let of =
+            |(pid, command): (i32, String)| (format!("{pid} {command}"), size(pid.unsigned_abs().into()));
+        for (process, (fds, kib)) in all.map(of) {
+            let seen = least.entry(process).or_insert((fds, kib));
+            *seen = (seen.0.min(fds), seen.1.min(kib));
+        }
+    }
+    least
 }
 
-/// One command with a fault of the driver. It may fail, and then the server is as it was.
-fn tried(output: &Output) -> bool {
-    // 6: a snapshot whose server did not get its devices back, and is paused.
-    assert!(matches!(output.code, Some(0 | 1 | 6)), "neither done nor undone: {output}");
-    output.code == Some(0)
+/// A server under load that is restarted where a fault has broken it for good.
+struct Source<'w> {
+    world: &'w World,
+    devices: &'w Devices,
+    server: Server,
+    replica: Replica<'w>,
+    load: Load,
+    answers: usize,
+    restarts: usize,
 }
 
-fn is_as_before(replica: &Replica<'_>, server: &Server, before: &Answers) {
-    assert_eq!(replica.entry().expect("it is listed")["status"], "ready");
-    server_answers_as_before(replica, server, before);
-}
+impl<'w> Source<'w> {
+    fn start(world: &'w World, devices: &'w Devices) -> Self {
+        let server = devices.server(16);
+        let (replica, load) = Self::run(world, devices, &server);
+        Self { world, devices, server, replica, load, answers: 0, restarts: 0 }
+    }
 
-/// Pauses until it is done, then wakes until that is.
-fn pause_and_wake(world: &World, source: &Replica<'_>, control: &mut dyn FnMut(), calm: &dyn Fn()) {
-    for verb in ["pause", "wake"] {
-        control();
-        let done = tried(&world.rewarm().args([verb, source.name()]).run());
-        calm();
-        if !done {
-            world.rewarm().args([verb, source.name()]).ok();
+    fn run(world: &'w World, devices: &'w Devices, server: &Server) -> (Replica<'w>, Load) {
+        let name = world.name("device");
+        let call = devices.seen_by(world.run_call(&name, server, &[])).env("REWARM_GPU_PATIENCE", PATIENCE);
+        let replica = Replica::of_run(world, name, server.port, &call.ok());
+        let load = Load::posting(replica.port(), "/generate", "under load");
+        (replica, load)
+    }
+
+    fn status(&self) -> String {
+        let entry = self.replica.entry().expect("it is listed");
+        entry["status"].as_str().expect("text").to_owned()
+    }
+
+    /// One command with a fault of the driver. What passes leaves the server serving, or paused where a restore was needed and did not
+    /// succeed; what is for good may cost it. True: the command was done.
+    fn tried(&mut self, rule: &str, call: Rewarm) -> bool {
+        self.devices.control(rule);
+        let output = call.run();
+        self.devices.control("");
+        let (code, status) = (output.code, self.status());
+        let for_good = FOR_GOOD.contains(&rule);
+        // 6: a snapshot whose server did not get its devices back, and is paused.
+        assert!(matches!(code, Some(0 | 1 | 6)), "{rule:?}: neither done nor undone: {output}");
+        match &status[..] {
+            "ready" | "paused" if !for_good => {}
+            "ready" | "paused" if code != Some(6) => {}
+            _ if for_good => self.restart(),
+            _ => panic!("{rule:?} passes, but the server is {status}: {output}"),
+        }
+        code == Some(0)
+    }
+
+    /// Ends what is broken; its clients may have heard that, and no wrong answer.
+    fn restart(&mut self) {
+        self.restarts += 1;
+        if self.status() != "exited" {
+            self.world.rewarm().args(["stop", self.replica.name()]).ok();
+        }
+        self.world.rewarm().args(["rm", self.replica.name()]).ok();
+        let (replica, load) = Self::run(self.world, self.devices, &self.server);
+        self.replica = replica;
+        let seen = std::mem::replace(&mut self.load, load).stop();
+        assert_eq!(seen.wrong, [] as [&str; 0]);
+        self.answers += seen.answers;
+    }
+
+    /// Awake again, as somebody would see to it.
+    fn awake(&mut self) {
+        if self.status() == "paused" {
+            let output = self.world.rewarm().args(["wake", self.replica.name()]).run();
+            match output.code {
+                Some(0) => {}
+                Some(6) => self.restart(),
+                _ => panic!("no fault is left: {output}"),
+            }
         }
     }
 }
@@ -93,49 +171,63 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
     let Some((world, devices)) = world_with(&[128]) else { return };
     let (rounds, seed) = (number("REWARM_SOAK_ROUNDS"), number("REWARM_SOAK_SEED").unwrap_or(7));
     let mut dice = Dice(seed);
-    let server = devices.server(16);
-    let source = start(&world, &devices, "device", &server);
-    let before = answers(&source, &server);
+    let mut fault = || match dice.roll(ONE_FOR_GOOD) {
+        0 => FOR_GOOD[dice.roll(FOR_GOOD.len())],
+        _ => PASSING[dice.roll(PASSING.len())],
+    };
+    let mut source = Source::start(&world, &devices);
+    let server = source.server.clone();
+    let before = answers(&source.replica, &server);
     let used = devices.used_mib(0);
-    let shim = source.entry().expect("it is listed")["shim_pid"].as_u64().expect("a number");
     let began = Instant::now();
-    let (mut round, mut settled) = (0, None);
-    while rounds.map_or_else(|| began.elapsed() < SHORT, |rounds| round < rounds) {
+    let (mut round, mut settled) = (0, (0, BTreeMap::new()));
+    while rounds.map_or_else(
+        || round < ROUNDS_MIN || began.elapsed() < SHORT,
+        |rounds| round < rounds.max(ROUNDS_MIN),
+    ) {
         round += 1;
-        let calm = || devices.control("");
-        pause_and_wake(&world, &source, &mut || devices.control(FAULTS[dice.roll(FAULTS.len())]), &calm);
-        is_as_before(&source, &server, &before);
-        let tag = format!("v{}", round % 2);
-        devices.control(FAULTS[dice.roll(FAULTS.len())]);
-        let published = tried(&world.snapshot_call(&source, &tag, &[]).run());
-        calm();
-        // A restore after the dump that failed leaves the server paused.
-        if source.entry().expect("it is listed")["status"] == "paused" {
-            world.rewarm().args(["wake", source.name()]).ok();
+        for verb in ["pause", "wake"] {
+            if verb == "wake" && source.status() != "paused" {
+                continue;
+            }
+            source.tried(fault(), world.rewarm().args([verb, source.replica.name()]));
         }
-        is_as_before(&source, &server, &before);
+        source.awake();
+        server_answers_as_before(&source.replica, &server, &before);
+        let tag = format!("v{}", round % 2);
+        let snapshot = world.snapshot_call(&source.replica, &tag, &[]);
+        let published = source.tried(fault(), snapshot);
+        source.awake();
+        server_answers_as_before(&source.replica, &server, &before);
         if published {
             let name = world.name("clone");
-            let restore =
-                || devices.seen_by(world.restore_call("device", &tag, server.port, &["--name", &name]));
-            devices.control(FAULTS[dice.roll(FAULTS.len())]);
+            let restore = || {
+                let call = world.restore_call("device", &tag, server.port, &["--name", &name]);
+                devices.seen_by(call).env("REWARM_GPU_PATIENCE", PATIENCE)
+            };
+            devices.control(fault());
             let output = restore().run();
-            let first = tried(&output);
-            calm();
-            let output = if first { output } else { restore().ok() };
+            devices.control("");
+            assert!(matches!(output.code, Some(0 | 1)), "neither done nor undone: {output}");
+            let output = if output.code == Some(0) { output } else { restore().ok() };
             let clones = Replica::of_restore(&world, server.port, &output);
             server_answers_as_before(&clones[0], &server, &before);
             clones[0].remove();
         }
         assert_eq!(devices.used_mib(0), used, "round {round} of seed {seed}");
-        if round == 3 {
-            settled = Some(at_rest(&world, &source, shim));
+        // A new server and its shim begin anew.
+        if round == SETTLED || source.restarts != settled.0 {
+            settled = (source.restarts, at_rest(&world, &source.replica));
         }
     }
-    if let Some((fds, kib)) = settled {
-        let (fds_now, kib_now) = at_rest(&world, &source, shim);
-        assert!(fds_now <= fds, "{fds} descriptors after three rounds, {fds_now} after {round}; seed {seed}");
-        assert!(kib_now <= kib + GROWTH_KIB_MAX, "{kib} KiB after three rounds, {kib_now} after {round}");
+    let now = at_rest(&world, &source.replica);
+    for (process, (fds, kib)) in settled.1 {
+        let Some((fds_now, kib_now)) = now.get(&process).copied() else { continue };
+        assert!(fds_now <= fds, "{process}: {fds} descriptors, {fds_now} after round {round}; seed {seed}");
+        assert!(kib_now <= kib + GROWTH_KIB_MAX, "{process}: {kib} KiB, {kib_now} after round {round}");
     }
+    let seen = source.load.stop();
+    assert_eq!((seen.wrong, seen.failures), (Vec::new(), Vec::new()), "seed {seed}");
+    assert!(seen.answers + source.answers > 0);
     world.finish();
 }
