@@ -38,6 +38,7 @@ variables! {
     KEYS "REWARM_KEYS" "Folder of signing keys. Default: `/etc/rewarm/keys`.";
     LIBCUDA "REWARM_LIBCUDA" "The CUDA driver's library; a replica's shim takes it from the command that started the replica. Default: `libcuda.so.1`, as the loader finds it.";
     LIBNVML "REWARM_LIBNVML" "The library that tells of the devices' memory and modes; taken as `REWARM_LIBCUDA` is. Default: `libnvidia-ml.so.1`, as the loader finds it.";
+    GPU_PATIENCE "REWARM_GPU_PATIENCE" "How long a call of the CUDA driver may take before it is given up and the helper that made it killed; taken as `REWARM_LIBCUDA` is. Default: 10 seconds for a question, 1 minute for attaching, 30 seconds and 4 for each GiB for a step.";
     CDI "REWARM_CDI" "Folders of CDI files, separated by colons, which say what a container needs to use GPUs. Default: `/etc/cdi:/var/run/cdi`.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
     CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
@@ -149,6 +150,14 @@ pub fn fetcher_idle() -> Result<Option<Duration>, String> {
 /// The text, if it is no duration.
 pub fn store_patience() -> Result<Option<Duration>, String> {
     parsed(&STORE_PATIENCE, crate::values::duration)
+}
+
+/// How long a call of the CUDA driver may take, where that is set.
+///
+/// # Errors
+/// The text, if it is no duration.
+pub fn gpu_patience() -> Result<Option<Duration>, String> {
+    parsed(&GPU_PATIENCE, crate::values::duration)
 }
 
 fn parsed<T>(variable: &Variable, parse: fn(&str) -> Result<T, String>) -> Result<Option<T>, String> {

@@ -205,8 +205,9 @@ fn names_and_ports_in_use_are_refused_before_anything_starts() {
     let claim = world.state.create(&world::name("second")).expect("free");
     let second = Client::spawn(claim, program()).expect("shim");
     let spec = Spec { publish: vec![taken], ..world::server() };
-    let error =
-        second.prepare(Prepare { spec, origin: Origin::Cold, generation: 0 }).expect_err("the port is taken");
+    let error = second
+        .prepare(Prepare { spec, origin: Origin::Cold, generation: 0, devices: false })
+        .expect_err("the port is taken");
     let Error::Shim { source, class: Class::Failed, .. } = &error else { panic!("{error:?}") };
     assert!(source.to_string().contains(&taken.host().to_string()), "{source}");
     drop(second);
@@ -223,8 +224,9 @@ fn what_the_machine_cannot_give_is_refused_as_incompatible() {
     let claim = world.state.create(&world::name("greedy")).expect("free");
     let client = Client::spawn(claim, program()).expect("shim");
     let spec = Spec { user: Some("nobody-knows-me".parse().expect("user")), ..world::server() };
-    let error =
-        client.prepare(Prepare { spec, origin: Origin::Cold, generation: 0 }).expect_err("unknown user");
+    let error = client
+        .prepare(Prepare { spec, origin: Origin::Cold, generation: 0, devices: false })
+        .expect_err("unknown user");
     assert_eq!(error.class(), Class::Incompatible);
 }
 

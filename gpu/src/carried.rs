@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use object::Object;
 use object::read::ReadCache;
@@ -157,13 +157,14 @@ pub enum CarryError {
     },
 }
 
-/// Refuses processes that hold device files after all devices were let go.
+/// Refuses processes that hold device files after all devices were let go. `given`: those that the replica was given beside the
+/// driver's usual ones.
 ///
 /// # Errors
 /// [`CarryError::Leftover`] with the first.
-pub fn none_left(processes: &[i32]) -> Result<(), CarryError> {
+pub fn none_left(processes: &[i32], given: &[PathBuf]) -> Result<(), CarryError> {
     for pid in processes {
-        if let Some(path) = held(*pid) {
+        if let Some(path) = held(*pid, given) {
             return Err(CarryError::Leftover { pid: *pid, path });
         }
     }
@@ -187,8 +188,11 @@ pub fn build_id(path: &Path) -> Option<String> {
     Some(file.build_id().ok()??.iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-fn held(pid: i32) -> Option<String> {
-    let is_device = |path: &str| DEVICE_FILES.iter().any(|begin| path.starts_with(begin));
+fn held(pid: i32, given: &[PathBuf]) -> Option<String> {
+    let is_device = |path: &str| {
+        DEVICE_FILES.iter().any(|begin| path.starts_with(begin))
+            || given.iter().any(|device| *device == Path::new(path))
+    };
     let mapped = rewarm_sys::procmem::maps(pid).unwrap_or_default().into_iter().map(|map| map.path);
     let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
     let open = entries
@@ -223,7 +227,11 @@ mod tests {
     #[test]
     fn a_process_without_device_files_is_none_left() {
         let own = std::process::id().cast_signed();
-        none_left(&[own, 4_194_303]).expect("no device");
+        none_left(&[own, 4_194_303], &[]).expect("no device");
+        let device = std::fs::File::open("/dev/null").expect("it is always there");
+        let error = none_left(&[own], &["/dev/null".into()]).expect_err("it is open");
+        assert!(error.to_string().contains("holds /dev/null although"), "{error}");
+        drop(device);
         assert_eq!(innermost("/proc/self/status").expect("a number"), own);
         assert!(innermost("/proc/uptime").is_err());
     }

@@ -2,6 +2,7 @@
 //!
 //! After a call that was lost or late nobody knows what the driver did: the caller reads the state and never repeats blindly.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::io::{self, Read};
 use std::os::fd::BorrowedFd;
@@ -136,8 +137,11 @@ pub enum Kept<'a> {
 pub struct Helper {
     launch: Launch,
     running: Option<Running>,
-    /// What overrides the deadline of each call; for tests.
+    /// What overrides the deadline of each call.
     deadline: Option<Duration>,
+    /// Processes whose last restore was refused for lack of device memory. Some drivers never restore such a one again, and the
+    /// state that they tell does not show it.
+    short: BTreeSet<i32>,
 }
 
 #[derive(Debug)]
@@ -161,7 +165,7 @@ impl Helper {
     /// A helper that is not started yet.
     #[must_use]
     pub fn new(launch: Launch) -> Self {
-        Self { launch, running: None, deadline: None }
+        Self { launch, running: None, deadline: None, short: BTreeSet::new() }
     }
 
     /// The same with one deadline for all calls.
@@ -348,7 +352,10 @@ impl Helper {
     /// [`CallError`].
     pub fn checkpoint(&mut self, pid: i32, bytes: u64) -> Result<Duration, CallError> {
         let call = Call::Step { step: Step::Checkpoint, pid, lock_timeout_ms: 0, pairs: Vec::new() };
-        self.step(call, moving(bytes))
+        // What is checkpointed anew was restored meanwhile, or is another process with that number.
+        let took = self.step(call, moving(bytes))?;
+        self.short.remove(&pid);
+        Ok(took)
     }
 
     /// Moves it back. `pairs` is empty where every device stays.
@@ -357,7 +364,19 @@ impl Helper {
     /// [`CallError`].
     pub fn restore(&mut self, pid: i32, bytes: u64, pairs: &[Pair]) -> Result<Duration, CallError> {
         let call = Call::Step { step: Step::Restore, pid, lock_timeout_ms: 0, pairs: pairs.to_vec() };
-        self.step(call, moving(bytes))
+        let result = self.step(call, moving(bytes));
+        if result.is_ok() {
+            self.short.remove(&pid);
+        } else if result.as_ref().is_err_and(|error| error.code() == Some(Code::OUT_OF_MEMORY)) {
+            self.short.insert(pid);
+        }
+        result
+    }
+
+    /// Whether the last restore of a process was refused for lack of device memory.
+    #[must_use]
+    pub fn was_short(&self, pid: i32) -> bool {
+        self.short.contains(&pid)
     }
 
     /// Checkpoints a locked process and writes its device memory to `file` from `offset` on, so that its own memory does not

@@ -19,6 +19,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::custom::{Custom, Part};
 use crate::driver::{Code, Driver, DriverError};
+use crate::nvml;
 use crate::wire::{self, Answer, Call, PAIRS_MAX};
 
 /// The number under which the helper finds its socket.
@@ -71,35 +72,46 @@ fn serve(socket: &UnixStream, library: &Path, nvml: &Path) -> io::Result<()> {
     if let Err(error) = &driver {
         tracing::info!(%error, "no driver");
     }
-    let attached = OnceCell::new();
+    let (attached, mut opened) = (OnceCell::new(), None);
     while let Some(call) = wire::receive::<Call>(socket)? {
         let fd = match call {
             Call::Store { .. } | Call::Load { .. } => Some(File::from(wire::receive_fd(socket)?)),
             _ => None,
         };
-        wire::send(socket, &answer(&driver, &attached, nvml, &call, fd.as_ref()))?;
+        let answer = match call {
+            Call::Machine => machine(&mut opened, nvml),
+            _ => answer(&driver, &attached, &call, fd.as_ref()),
+        };
+        wire::send(socket, &answer)?;
     }
     Ok(())
+}
+
+/// What NVML tells. One that refused is opened anew the next time.
+fn machine(opened: &mut Option<nvml::Open>, library: &Path) -> Answer {
+    let open = match opened.take() {
+        Some(open) => Ok(open),
+        None => nvml::Open::new(library),
+    };
+    match open.and_then(|open| Ok((open.look()?, open))) {
+        Ok((machine, open)) => {
+            *opened = Some(open);
+            Answer::Machine(machine)
+        }
+        Err(silent) => Answer::Unable(silent.to_string()),
+    }
 }
 
 /// `attached` keeps what the first attempt to attach said.
 fn answer(
     driver: &Result<Driver, DriverError>,
     attached: &OnceCell<Result<(), String>>,
-    nvml: &Path,
     call: &Call,
     fd: Option<&File>,
 ) -> Answer {
-    match call {
-        Call::Hello { .. } => {
-            let driver = driver.as_ref().map(Driver::version).map_err(ToString::to_string);
-            return Answer::Hello { version: wire::VERSION, driver };
-        }
-        Call::Machine => {
-            return crate::nvml::look(nvml)
-                .map_or_else(|silent| Answer::Unable(silent.to_string()), Answer::Machine);
-        }
-        _ => {}
+    if matches!(call, Call::Hello { .. }) {
+        let driver = driver.as_ref().map(Driver::version).map_err(ToString::to_string);
+        return Answer::Hello { version: wire::VERSION, driver };
     }
     let driver = match driver {
         Ok(driver) => driver,

@@ -4,7 +4,7 @@
 //! nothing is refused for it.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::enum_wrappers::device::GpuVirtualizationMode;
@@ -85,23 +85,48 @@ impl Machine {
 #[error("{library}: {source}", library = library.display())]
 pub struct Silent {
     /// The library.
-    library: std::path::PathBuf,
+    library: PathBuf,
     /// What it, or the loader, said.
     source: NvmlError,
 }
 
-/// Asks NVML.
+/// NVML, held open: opening it takes longer than asking it.
+#[derive(Debug)]
+pub struct Open {
+    library: PathBuf,
+    nvml: Nvml,
+}
+
+impl Open {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// [`Silent`]: there is no such library, or no driver.
+    pub fn new(library: &Path) -> Result<Self, Silent> {
+        let opened = Nvml::builder().lib_path(library.as_os_str()).init();
+        let nvml = opened.map_err(|source| Silent { library: library.to_owned(), source })?;
+        Ok(Self { library: library.to_owned(), nvml })
+    }
+
+    /// What it tells now.
+    ///
+    /// # Errors
+    /// [`Silent`]: a call is refused that every driver knows.
+    pub fn look(&self) -> Result<Machine, Silent> {
+        let silent = |source| Silent { library: self.library.clone(), source };
+        let release = self.nvml.sys_driver_version().map_err(silent)?;
+        let count = self.nvml.device_count().map_err(silent)?;
+        let gpus = (0..count).map(|index| gpu(&self.nvml, index)).collect::<Result<_, _>>();
+        Ok(Machine { release, gpus: gpus.map_err(silent)? })
+    }
+}
+
+/// Asks NVML once.
 ///
 /// # Errors
-/// [`Silent`]: there is no such library, no driver, or a call is refused that every driver knows.
+/// As [`Open::new`] and [`Open::look`].
 pub fn look(library: &Path) -> Result<Machine, Silent> {
-    let silent = |source| Silent { library: library.to_owned(), source };
-    let nvml = Nvml::builder().lib_path(library.as_os_str()).init().map_err(silent)?;
-    let mut machine = Machine { release: nvml.sys_driver_version().map_err(silent)?, gpus: Vec::new() };
-    for index in 0..nvml.device_count().map_err(silent)? {
-        machine.gpus.push(gpu(&nvml, index).map_err(silent)?);
-    }
-    Ok(machine)
+    Open::new(library)?.look()
 }
 
 fn gpu(nvml: &Nvml, index: u32) -> Result<Gpu, NvmlError> {

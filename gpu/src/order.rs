@@ -23,7 +23,7 @@ use crate::driver::Code;
 use crate::place::{DeviceState, DeviceStateSink, DeviceStateSource};
 use crate::ranges::{self, Range};
 use crate::states::{State, Step};
-use crate::topology::Pair;
+use crate::topology::{Lack, Pair};
 use crate::wire::Call;
 
 /// How long the threads of a server may take to stand still.
@@ -145,6 +145,9 @@ pub enum Cause {
         /// How often it was tried.
         attempts: usize,
     },
+    /// A device has too little memory free; the driver was not called.
+    #[error("{0}; the driver was not called")]
+    Lack(Lack),
     /// The kernel.
     #[error("{action}")]
     System {
@@ -277,7 +280,7 @@ pub fn resume(
     let processes = processes.iter().filter(|process| ranges::exists(process.pid)).cloned().collect();
     let mut work = Work { helper, group, hold: Hold::new(false), processes };
     work.resume(pairs, state).map_err(|cause| {
-        let aftermath = work.back_to_suspended(state);
+        let aftermath = work.back_to_suspended(pairs, state);
         Failure { cause, aftermath }
     })
 }
@@ -461,13 +464,15 @@ impl Work<'_> {
     }
 
     /// Checkpoints whatever was restored and freezes the group again: what is not whole must not answer.
-    fn back_to_suspended(&mut self, sink: &mut dyn DeviceStateSink) -> Aftermath {
+    fn back_to_suspended(&mut self, pairs: &[Pair], state: &mut dyn DeviceState) -> Aftermath {
+        let broken = self.broken(pairs, state);
         // A process that runs already was unlocked.
         self.bring_back(Step::Lock, |helper, process| helper.lock(process.pid, HOLD_DEADLINE));
         self.bring_back(Step::Checkpoint, |helper, process| {
-            sink.checkpoint(helper, process, process.bytes())
+            state.checkpoint(helper, process, process.bytes())
         });
-        let left = self.not_in(State::CHECKPOINTED);
+        let mut left = self.not_in(State::CHECKPOINTED);
+        left.extend(broken.into_iter().filter(|(pid, _)| ranges::exists(*pid)));
         let frozen = self.group.freeze();
         self.let_go();
         match frozen {
@@ -478,6 +483,27 @@ impl Work<'_> {
                 Aftermath::Stranded(left.into_iter().chain([unfrozen]).collect())
             }
         }
+    }
+
+    /// The processes that are checkpointed and will not be restored again. Drivers were reported to refuse every further restore after
+    /// one that met too little device memory, while they tell the same state as before: only asking once more shows it. That
+    /// restore may have been one of an earlier resume.
+    fn broken(&mut self, pairs: &[Pair], source: &mut dyn DeviceStateSource) -> Vec<(i32, String)> {
+        let mut broken = Vec::new();
+        for process in &self.processes.clone() {
+            let pid = process.pid;
+            let is_away = |state| state == State::CHECKPOINTED;
+            if !self.helper.was_short(pid) || !self.helper.state(pid).is_ok_and(is_away) {
+                continue;
+            }
+            // Room that there is by now makes it succeed; it is checkpointed again then.
+            if let Err(error) = source.restore(self.helper, process, pairs)
+                && let Some(code) = error.code().filter(|code| *code != Code::OUT_OF_MEMORY)
+            {
+                broken.push((pid, format!("checkpointed, and the driver will not restore it: {code}")));
+            }
+        }
+        broken
     }
 
     /// Takes `step` with every process that it leads on.

@@ -181,9 +181,16 @@ impl Proc {
         refusals
     }
 
-    /// What a server's processes refuse; `cuda` are those of them that the driver knows.
+    /// What a server's processes refuse; `cuda` are those of them that the driver knows. `given`: device files that the replica was
+    /// given beside the driver's usual ones.
     #[must_use]
-    pub fn server(&self, processes: &[i32], cuda: &[i32], purpose: Purpose) -> Vec<Refusal> {
+    pub fn server(
+        &self,
+        processes: &[i32],
+        cuda: &[i32],
+        given: &[PathBuf],
+        purpose: Purpose,
+    ) -> Vec<Refusal> {
         let mut refusals = Vec::new();
         let mps = self.has_mps();
         for &pid in processes {
@@ -192,7 +199,7 @@ impl Proc {
                 refusals.extend(self.client_of_mps(pid));
             }
             if purpose == Purpose::Snapshot {
-                refusals.extend(self.devices(pid, cuda.contains(&pid)));
+                refusals.extend(self.devices(pid, cuda.contains(&pid), given));
             }
         }
         refusals
@@ -235,13 +242,14 @@ impl Proc {
         control.exists().then_some(Refusal::Mps { pid, pipes })
     }
 
-    fn devices(&self, pid: i32, cuda: bool) -> Vec<Refusal> {
+    fn devices(&self, pid: i32, cuda: bool, given: &[PathBuf]) -> Vec<Refusal> {
+        let own = |path: &str| path.starts_with(OWN) || given.iter().any(|device| *device == Path::new(path));
         let mut refusals = Vec::new();
         for path in self.held(pid) {
             let foreign = FOREIGN.iter().find(|(begin, _)| path.starts_with(begin));
             match foreign {
                 Some((_, what)) => refusals.push(Refusal::Foreign { pid, path, what }),
-                None if path.starts_with(OWN) && !cuda => refusals.push(Refusal::Child { pid, path }),
+                None if !cuda && own(&path) => refusals.push(Refusal::Child { pid, path }),
                 None => {}
             }
         }
@@ -318,8 +326,8 @@ mod tests {
         let (folder, proc) = forged();
         symlink("/dev/nvidia0", folder.path().join("7/fd/3")).expect("a link");
         assert_eq!(proc.machine(), []);
-        assert_eq!(proc.server(&[7], &[7], Purpose::Snapshot), []);
-        assert_eq!(Proc::here().server(&[std::process::id().cast_signed()], &[], Purpose::Snapshot), []);
+        assert_eq!(proc.server(&[7], &[7], &[], Purpose::Snapshot), []);
+        assert_eq!(Proc::here().server(&[std::process::id().cast_signed()], &[], &[], Purpose::Snapshot), []);
     }
 
     #[test]
@@ -337,7 +345,7 @@ mod tests {
     fn a_thread_that_another_debugger_has_is_refused_with_both_numbers() {
         let (folder, proc) = forged();
         write(&folder, "7/task/8/status", "Name:\tx\nTracerPid:\t99\n");
-        let refusals = proc.server(&[7], &[7], Purpose::Pause);
+        let refusals = proc.server(&[7], &[7], &[], Purpose::Pause);
         assert_eq!(refusals, [Refusal::Traced { pid: 7, thread: 8, tracer: 99 }]);
     }
 
@@ -345,15 +353,15 @@ mod tests {
     fn a_client_of_mps_is_refused_and_one_that_cannot_reach_the_server_is_not() {
         let (folder, proc) = forged();
         write(&folder, "7/root/tmp/nvidia-mps/control", "");
-        assert_eq!(proc.server(&[7], &[7], Purpose::Pause), [], "no server runs");
+        assert_eq!(proc.server(&[7], &[7], &[], Purpose::Pause), [], "no server runs");
         write(&folder, "5/comm", "nvidia-cuda-mps\n");
-        let refusals = proc.server(&[7], &[7], Purpose::Pause);
+        let refusals = proc.server(&[7], &[7], &[], Purpose::Pause);
         assert_eq!(refusals, [Refusal::Mps { pid: 7, pipes: "/tmp/nvidia-mps".into() }]);
         write(&folder, "7/environ", "A=B\0CUDA_MPS_PIPE_DIRECTORY=/run/mps\0");
-        assert_eq!(proc.server(&[7], &[7], Purpose::Pause), []);
+        assert_eq!(proc.server(&[7], &[7], &[], Purpose::Pause), []);
         write(&folder, "7/root/run/mps/control", "");
         assert_eq!(
-            texts(&proc.server(&[7], &[7], Purpose::Pause)),
+            texts(&proc.server(&[7], &[7], &[], Purpose::Pause)),
             ["process 7 reaches an MPS server through /run/mps, which the driver cannot checkpoint"]
         );
     }
@@ -363,8 +371,8 @@ mod tests {
         let (folder, proc) = forged();
         symlink("/dev/infiniband/uverbs0", folder.path().join("7/fd/3")).expect("a link");
         write(&folder, "7/maps", "7f00-7f01 rw-s 0000 00:05 4 /dev/gdrdrv\n");
-        assert_eq!(proc.server(&[7], &[7], Purpose::Pause), []);
-        let texts = texts(&proc.server(&[7], &[7], Purpose::Snapshot));
+        assert_eq!(proc.server(&[7], &[7], &[], Purpose::Pause), []);
+        let texts = texts(&proc.server(&[7], &[7], &[], Purpose::Snapshot));
         assert_eq!(
             texts,
             [
@@ -378,7 +386,7 @@ mod tests {
     fn a_child_with_a_device_file_is_refused_with_its_number() {
         let (folder, proc) = forged();
         symlink("/dev/nvidiactl", folder.path().join("7/fd/3")).expect("a link");
-        let refusals = proc.server(&[7], &[], Purpose::Snapshot);
+        let refusals = proc.server(&[7], &[], &[], Purpose::Snapshot);
         assert_eq!(refusals, [Refusal::Child { pid: 7, path: "/dev/nvidiactl".into() }]);
     }
 

@@ -9,6 +9,8 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::nvml::Machine;
+
 /// A device's identity, different for each piece of hardware.
 #[repr(transparent)]
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -187,6 +189,37 @@ impl Room {
     }
 }
 
+/// A device that has too little memory free for what goes back to it.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{gpu} ({name}) needs {needed} bytes of device memory free and has {free}")]
+pub struct Lack {
+    /// The device.
+    pub gpu: Uuid,
+    /// What it is.
+    pub name: String,
+    /// Bytes that go back to it.
+    pub needed: u64,
+    /// Bytes that it has free.
+    pub free: u64,
+}
+
+/// The first device that has too little memory free. One that NVML does not show counts as having enough.
+#[must_use]
+pub fn lacking(needed: &BTreeMap<Uuid, u64>, machine: &Machine) -> Option<Lack> {
+    machine.gpus.iter().find_map(|gpu| {
+        let needed = *needed.get(&gpu.uuid)?;
+        let lack = || Lack { gpu: gpu.uuid, name: gpu.name.clone(), needed, free: gpu.free_bytes };
+        (gpu.free_bytes < needed).then(lack)
+    })
+}
+
+/// What is needed on each device of this machine, by what was needed on those of a checkpoint; `map` as [`map`] made it.
+#[must_use]
+pub fn placed(needed: &BTreeMap<Uuid, u64>, map: &[Pair]) -> BTreeMap<Uuid, u64> {
+    let place = |old: &Uuid| map.iter().find(|pair| pair.old == *old).map_or(*old, |pair| pair.new);
+    needed.iter().map(|(old, bytes)| (place(old), *bytes)).collect()
+}
+
 /// The map from the devices of a checkpoint to those of this machine; empty where every device stays the same.
 ///
 /// Devices that need most choose first. One that is here keeps its place unless `wish` says otherwise.
@@ -330,6 +363,27 @@ mod tests {
         assert!(matches!(error, Misfit::NoRoom { place, free: 4, .. } if place == a.uuid), "{error}");
         let unknown = Room { free: BTreeMap::new(), ..room };
         assert_eq!(map(&list, &list, &Wish::Same, &unknown), Ok(Vec::new()), "nobody knows what is free");
+    }
+
+    #[test]
+    fn what_goes_back_needs_room_on_the_device_that_takes_the_place() {
+        let (a, b, c) = (Uuid([1; 16]), Uuid([2; 16]), Uuid([3; 16]));
+        let needed = placed(&[(a, 5), (b, 7)].into(), &[Pair { old: a, new: c }]);
+        assert_eq!(needed, [(c, 5), (b, 7)].into());
+        let gpu = |uuid, free_bytes| crate::nvml::Gpu {
+            uuid,
+            name: "x".into(),
+            total_bytes: 9,
+            free_bytes,
+            sharing: crate::nvml::Sharing::Whole,
+            persistent: None,
+            used_by: BTreeMap::new(),
+        };
+        let machine = |gpus| Machine { release: String::new(), gpus };
+        assert_eq!(lacking(&needed, &machine(vec![gpu(a, 0), gpu(c, 5), gpu(b, 7)])), None);
+        assert_eq!(lacking(&needed, &machine(vec![gpu(c, 5)])), None, "nobody knows of the other");
+        let lack = lacking(&needed, &machine(vec![gpu(c, 5), gpu(b, 6)])).expect("one byte too few");
+        assert_eq!((lack.gpu, lack.needed, lack.free), (b, 7, 6));
     }
 
     #[test]

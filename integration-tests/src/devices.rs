@@ -90,6 +90,13 @@ impl Devices {
         self.path("control.seen").exists()
     }
 
+    /// The rules that were followed since [`Devices::control`], in their order.
+    #[must_use]
+    pub fn met(&self) -> Vec<String> {
+        let text = fs::read_to_string(self.path("control.seen")).unwrap_or_default();
+        text.lines().map(str::to_owned).collect()
+    }
+
     /// Waits until a rule is being followed.
     ///
     /// # Panics

@@ -30,6 +30,12 @@ impl<'w> Replica<'w> {
         Self { world, name, port }
     }
 
+    /// One that a command is still making: it has no port yet that could be asked.
+    #[must_use]
+    pub fn in_the_making(world: &'w World, name: String) -> Self {
+        Self { world, name, port: 0 }
+    }
+
     /// The replicas that `rewarm restore` made; those that failed are left out.
     ///
     /// # Panics

@@ -1,6 +1,7 @@
 //! What a boot object says has to be built: objects with pages, trees of files, image files. Checked before anything is
 //! made from it.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -8,6 +9,9 @@ use bytes::Bytes;
 use rewarm_container::tree::Tree;
 use rewarm_criu::layout::Layout;
 use rewarm_criu::page_server::Object;
+use rewarm_gpu::Process;
+use rewarm_gpu::carried::Carried;
+use rewarm_gpu::ranges::Range;
 use rewarm_store::{Boot, RegionKind};
 
 use crate::error::Cause;
@@ -55,6 +59,9 @@ pub(crate) struct Blueprint {
     pub(crate) objects: Vec<ObjectRegion>,
     pub(crate) devices: Vec<DeviceRegion>,
     pub(crate) direct: Vec<DirectRegion>,
+    /// Where the driver's copies lie, by the task's pid. More than has content: what the driver mapped and never touched, or what the
+    /// kernel shows as its page of zeros, was not dumped.
+    pub(crate) copies: BTreeMap<u32, Vec<Range>>,
     pub(crate) trees: Vec<(usize, Place, Arc<Tree>)>,
     /// Image files that are regions: region, name, length.
     pub(crate) files: Vec<(usize, String, u64)>,
@@ -105,6 +112,13 @@ impl Blueprint {
             blueprint.images.push((image_name(name)?, bytes.clone()));
         }
         Ok(blueprint)
+    }
+
+    /// The same with what the manifest says of the driver's copies.
+    pub(crate) fn with_copies(mut self, carried: &Carried) -> Self {
+        let of = |process: &Process| Some((u32::try_from(process.pid).ok()?, process.copies.clone()));
+        self.copies = carried.processes.iter().filter_map(of).collect();
+        self
     }
 
     /// `gpu` where it does not lie in the task's memory.

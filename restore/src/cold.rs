@@ -55,7 +55,7 @@ pub(crate) async fn start(
     let recorded = spec.ready.as_deref().map(str::parse::<Ready>).transpose();
     let ready = ready.or(recorded.map_err(|error| failed(Stage::Sandbox)(error.into()))?);
     let (asked, place, list) = (name.clone(), ground.clone(), begun.clone());
-    let laid_out = blocking(move || Replica::prepare(&list, &place, &asked, spec, Origin::Cold, 0));
+    let laid_out = blocking(move || Replica::prepare(&list, &place, &asked, spec, Origin::Cold, 0, false));
     let replica = Arc::new(clock.stage(Stage::Sandbox, laid_out).await.map_err(failed(Stage::Sandbox))?);
     let result = clock.stage(Stage::Ready, serve(&replica, ready.as_ref(), timeout)).await;
     match result {

@@ -81,10 +81,9 @@ pub(crate) fn plan(
 
 /// What one replica will have is not free for the next one.
 fn take(room: &mut Room, map: &[Pair]) {
-    for (old, needed) in &room.needed {
-        let place = map.iter().find(|pair| pair.old == *old).map_or(*old, |pair| pair.new);
+    for (place, needed) in topology::placed(&room.needed, map) {
         if let Some(free) = room.free.get_mut(&place) {
-            *free = free.saturating_sub(*needed);
+            *free = free.saturating_sub(needed);
         }
     }
 }

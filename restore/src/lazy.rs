@@ -17,10 +17,11 @@ use rewarm_criu::page_server::Object;
 use rewarm_criu::patch;
 use rewarm_fetcher::{Lease, Stream};
 use rewarm_gpu::carried::Carried;
+use rewarm_gpu::ranges;
 use rewarm_sys::fresh;
 use serde::{Deserialize, Serialize};
 
-use crate::blueprint::{Blueprint, DirectRegion};
+use crate::blueprint::{Blueprint, DeviceRegion, DirectRegion};
 use crate::direct::Feed;
 use crate::error::Cause;
 use crate::pager::{AtFork, Extent, Mapping, Plan, Run};
@@ -167,14 +168,19 @@ impl Lazy {
                 .push((pid, u32::try_from(object.region).expect("the store limits the number of regions")));
         }
         let mut devices = Vec::new();
-        for device in &blueprint.devices {
+        for (pid, region) in device_tasks(blueprint) {
             let Some(first) = images.first() else { continue };
-            let base = stream.layout().base(device.region);
-            let orders = orders(&device.layout, device.pid, base, first)?;
+            let mut orders = match region {
+                Some(device) => orders(&device.layout, pid, stream.layout().base(device.region), first)?,
+                None => orders(&Layout::default(), pid, 0, first)?,
+            };
+            if let Some(copies) = blueprint.copies.get(&pid) {
+                orders.zeros = untouched(copies, &orders.runs);
+            }
             // The driver pins its copies whole, so none of them is sparse.
             let huge = orders.touched();
             for directory in images {
-                patch::advise_huge_pages(directory, device.pid, &huge)?;
+                patch::advise_huge_pages(directory, pid, &huge)?;
             }
             devices.push(orders);
         }
@@ -251,6 +257,24 @@ fn huge_pages_serve(blueprint: &Blueprint, clones: u64) -> bool {
     devices || fresh::is_quick(content.saturating_mul(clones))
 }
 
+/// The tasks that have copies of device memory, with the region of what was dumped of them; a task of which nothing was has none.
+/// Nothing where no task has a region: there, copies lie among the other pages.
+fn device_tasks(blueprint: &Blueprint) -> Vec<(u32, Option<&DeviceRegion>)> {
+    let with = blueprint.devices.iter().map(|device| (device.pid, Some(device)));
+    let is_known = |pid: u32| blueprint.devices.iter().any(|device| device.pid == pid);
+    let rest = blueprint.copies.iter().filter(|(_, copies)| !copies.is_empty());
+    let rest = rest.filter(|(pid, _)| !blueprint.devices.is_empty() && !is_known(**pid));
+    with.chain(rest.map(|(pid, _)| (*pid, None))).collect()
+}
+
+/// What the driver's copies have beside their content: it must be there all the same, since the driver pins them whole.
+fn untouched(copies: &[ranges::Range], runs: &[(u64, u64, u64)]) -> Vec<(u64, u64)> {
+    let mut runs: Vec<_> =
+        runs.iter().map(|&(vaddr, bytes, _)| ranges::Range { start: vaddr, end: vaddr + bytes }).collect();
+    runs.sort_unstable();
+    ranges::added(&runs, copies).into_iter().map(|range| (range.start, range.bytes())).collect()
+}
+
 fn orders(layout: &Layout, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {
     let vmas = mm::read(images, pid)?.vmas;
     let lazy = layout.placed().filter(|(_, run)| run.lazy && !run.zero);
@@ -280,4 +304,33 @@ fn memory_file(orders: &Orders) -> std::io::Result<OwnedFd> {
     file.write_all(&serde_json::to_vec(orders)?)?;
     file.rewind()?;
     Ok(file.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_driver_mapped_and_nobody_touched_is_there_as_zeros() {
+        let range = |start, end| ranges::Range { start, end };
+        // Behind the content, in a copy without any, and between two runs that do not come in order.
+        let runs = [(0x9000, 0x1000, 0x2000), (0x1000, 0x2000, 0)];
+        let copies = [range(0x1000, 0x4000), range(0x6000, 0x7000), range(0x8000, 0xb000)];
+        let zeros = [(0x3000, 0x1000), (0x6000, 0x1000), (0x8000, 0x1000), (0xa000, 0x1000)];
+        assert_eq!(untouched(&copies, &runs), zeros);
+        assert_eq!(untouched(&[], &runs), []);
+    }
+
+    #[test]
+    fn a_task_of_whose_copies_nothing_was_dumped_has_them_all_the_same() {
+        let range = ranges::Range { start: 0x1000, end: 0x2000 };
+        let copies = [(7, vec![range]), (8, vec![range]), (9, Vec::new())].into();
+        let of_older_format = Blueprint { copies, ..Blueprint::default() };
+        assert!(device_tasks(&of_older_format).is_empty());
+        let region = DeviceRegion { region: 3, pid: 7, layout: Arc::default() };
+        let blueprint = Blueprint { devices: vec![region], ..of_older_format };
+        let tasks: Vec<_> =
+            device_tasks(&blueprint).iter().map(|(pid, region)| (*pid, region.is_some())).collect();
+        assert_eq!(tasks, [(7, true), (8, false)]);
+    }
 }

@@ -194,7 +194,7 @@ async fn attempt(request: &Request, context: &Context, begun: &Begun, attempt: A
     let alive: Vec<Arc<Replica>> = laid_out.iter().flatten().cloned().collect();
     let mode = mode(request, &admitted, &opened);
     let is_folder = request.source.store.folder().is_some();
-    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, mode, is_folder, context)).await;
+    let fetched = clock.stage(Stage::Fetch, fetch(opened, alive, &admitted, mode, is_folder, context)).await;
     let rest = Rest::start(fetched);
     let finishing = names.iter().zip(laid_out).enumerate().map(|(number, (name, replica))| {
         let (admitted, rest) = (&admitted, &rest);
@@ -538,7 +538,9 @@ async fn sandboxes(
         let (name, spec, ground, begun) =
             (name.clone(), admitted.spec.clone(), context.ground(), begun.clone());
         let origin = Origin::Restored { source: admitted.source.clone() };
-        blocking(move || Replica::prepare(&begun, &ground, &name, spec, origin, generation).map(Arc::new))
+        let devices = admitted.device.is_some();
+        let prepare = move || Replica::prepare(&begun, &ground, &name, spec, origin, generation, devices);
+        blocking(move || prepare().map(Arc::new))
     });
     join_all(each).await
 }
@@ -557,6 +559,7 @@ async fn open(
 async fn fetch(
     opened: std::result::Result<(Arc<Stream>, Boot), Cause>,
     replicas: Vec<Arc<Replica>>,
+    admitted: &Admitted,
     mode: Mode,
     is_folder: bool,
     context: &Context,
@@ -565,7 +568,10 @@ async fn fetch(
     if replicas.is_empty() {
         return Ok(None);
     }
-    let blueprint = Blueprint::of(&boot)?;
+    let mut blueprint = Blueprint::of(&boot)?;
+    if let Some(device) = &admitted.device {
+        blueprint = blueprint.with_copies(&device.carried);
+    }
     let progress = context.clock.progress().clone();
     let when = mode.when(Known {
         content: stream.layout().content_bytes(),

@@ -37,7 +37,7 @@ pub(crate) struct Replica {
 }
 
 impl Replica {
-    /// Takes the name, starts the shim and lays everything out; nothing runs yet.
+    /// Takes the name, starts the shim and lays everything out; nothing runs yet. `devices`: the CUDA driver will be called.
     pub(crate) fn prepare(
         begun: &Begun,
         ground: &Ground,
@@ -45,9 +45,10 @@ impl Replica {
         spec: Spec,
         origin: Origin,
         generation: u64,
+        devices: bool,
     ) -> Result<Self, Cause> {
         let (client, _laying_out) = begun.begin(&ground.state, &ground.program, name)?;
-        match client.prepare(Prepare { spec, origin, generation }) {
+        match client.prepare(Prepare { spec, origin, generation, devices }) {
             Ok(prepared) => Ok(Self { inside: Inside::new(client.clone()), client, record: prepared.record }),
             Err(error) => {
                 let _ = client.kill("it could not be laid out");

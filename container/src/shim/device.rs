@@ -4,19 +4,21 @@
 //! memory, until its dump has ended, the command lets it go on, or the command is gone. With a freeze of the same connection
 //! it lasts as long as that.
 
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::{Arc, mpsc};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rewarm_gpu::carried::{self, Carried};
 use rewarm_gpu::nvml::Machine;
 use rewarm_gpu::place::{DeviceState, InFile, InProcess};
 use rewarm_gpu::preflight::{self, Proc, Purpose, Refusal, Unfit};
+use rewarm_gpu::topology::{self, Uuid};
 use rewarm_gpu::{
-    Aftermath, CallError, Cause, Failure, Group, Helper, Launch, Process, custom, order, ranges,
+    Aftermath, CallError, Cause, Failure, Group, Helper, Launch, Process, Resumed, custom, order, ranges,
 };
 
 use crate::cgroup::Cgroup;
@@ -31,10 +33,19 @@ const LEAVE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a server that is to be killed may take to leave its devices: what the largest holds (141 GiB), at 5 GB/s.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(30);
 
+/// How long device memory that a server has just left may take until it counts as free.
+const ROOM_WITHIN: Duration = Duration::from_secs(2);
+/// How often it is looked meanwhile.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 /// How the helper is started: this program, which may have been replaced meanwhile.
-pub(super) fn helper() -> Helper {
+pub(super) fn helper(patience: Option<Duration>) -> Helper {
     let (program, verb) = (PathBuf::from("/proc/self/exe"), OsString::from("gpu-helper"));
-    Helper::new(Launch { program, args: vec![verb], env: Vec::new() })
+    let helper = Helper::new(Launch { program, args: vec![verb], env: Vec::new() });
+    match patience {
+        Some(patience) => helper.with_deadline(patience),
+        None => helper,
+    }
 }
 
 /// The processes of a replica, as the device plane sees them.
@@ -54,12 +65,94 @@ impl Group for Tasks<'_> {
     }
 }
 
+/// Processes whose device memory is away from the devices.
+#[derive(Debug, Clone, Default)]
+pub(super) struct Away {
+    pub(super) processes: Vec<Process>,
+    /// Bytes that each device must have free for them to come back, as far as is known.
+    needed: BTreeMap<Uuid, u64>,
+}
+
+impl Away {
+    /// `looked`: what was seen before they were suspended.
+    pub(super) fn new(processes: Vec<Process>, looked: &Looked) -> Self {
+        let only = looked.machine.as_ref().and_then(|machine| match &machine.gpus[..] {
+            [only] if looked.used.is_empty() => Some(only.uuid),
+            _ => None,
+        });
+        let bytes: u64 = processes.iter().map(Process::bytes).sum();
+        let needed = only.map_or_else(|| looked.used.clone(), |only| [(only, bytes)].into());
+        Self { processes, needed }
+    }
+
+    /// Bytes of device memory.
+    pub(super) fn bytes(&self) -> u64 {
+        self.processes.iter().map(Process::bytes).sum()
+    }
+}
+
+/// What NVML tells, as far as it tells something, and the bytes of the server on each device.
+#[derive(Debug, Default)]
+pub(super) struct Looked {
+    pub(super) machine: Option<Machine>,
+    used: BTreeMap<Uuid, u64>,
+}
+
 /// What is suspended, and for whom.
 #[derive(Debug, Clone)]
 pub(super) struct Suspension {
     /// The connection that asked.
     pub(super) by: ConnectionId,
-    processes: Vec<Process>,
+    away: Away,
+}
+
+/// Refuses what would meet too little device memory within the driver: some never restore such a process again. Looks again
+/// for `patience`.
+pub(super) fn room(
+    helper: &mut Helper,
+    needed: &BTreeMap<Uuid, u64>,
+    patience: Duration,
+) -> Result<(), RoomError> {
+    let deadline = Instant::now() + patience;
+    while let Some(machine) = helper.machine().map_err(RoomError::Call)? {
+        match topology::lacking(needed, &machine) {
+            None => break,
+            Some(lack) if Instant::now() > deadline => return Err(RoomError::Lack(lack)),
+            Some(_) => std::thread::sleep(LOOK_AGAIN),
+        }
+    }
+    Ok(())
+}
+
+/// Why [`room`] does not let the driver be called.
+#[derive(Debug)]
+pub(super) enum RoomError {
+    Call(CallError),
+    Lack(topology::Lack),
+}
+
+impl RoomError {
+    /// For a server that is suspended, and stays so.
+    pub(super) fn still_paused(self) -> Error {
+        let aftermath = Aftermath::Suspended;
+        match self {
+            Self::Call(error) => Failure { cause: Cause::Call(error), aftermath }.into(),
+            Self::Lack(lack) => Failure { cause: Cause::Lack(lack), aftermath }.into(),
+        }
+    }
+
+    /// For a server that is not running yet, and is given up.
+    pub(super) fn given_up(self) -> Error {
+        Error::Begin(Box::new(match self {
+            Self::Call(error) => Cause::Call(error),
+            Self::Lack(lack) => Cause::Lack(lack),
+        }))
+    }
+}
+
+/// The device files that a replica was given for its GPUs.
+fn given(parts: &Parts) -> &[PathBuf] {
+    parts.spec.gpu.as_ref().map_or(&[], |gpu| &gpu.provided.devices)
 }
 
 /// Takes the memory for a file now: a checkpoint that runs out of it cannot be undone, and the server still runs.
@@ -77,20 +170,27 @@ pub(super) fn untouched(error: rewarm_gpu::CallError) -> Error {
 }
 
 impl Replica {
-    /// Refuses what could not be suspended, with every reason at once, and touches nothing. Gives what NVML tells, as far as
-    /// it tells something, and the bytes of device memory; nothing where no process uses the driver.
+    /// Lets the helper attach to the driver while everything else goes on: it takes up to seconds.
+    pub(super) fn attach(self: &Arc<Self>) {
+        let replica = self.clone();
+        std::thread::spawn(move || {
+            let mut helper = replica.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            if let Err(error) = helper.start() {
+                // Told again, and as a failure, by whoever needs it.
+                tracing::info!(%error, "attach to the driver");
+            }
+        });
+    }
+
+    /// Refuses what could not be suspended, with every reason at once, and touches nothing. Gives nothing where no process uses
+    /// the driver.
     ///
     /// `direct`: device memory shall go past the processes.
-    pub(super) fn examine(
-        &self,
-        parts: &Parts,
-        purpose: Purpose,
-        direct: bool,
-    ) -> Result<(Option<Machine>, u64), Error> {
+    pub(super) fn examine(&self, parts: &Parts, purpose: Purpose, direct: bool) -> Result<Looked, Error> {
         let tasks = Tasks(&parts.cgroup);
         let processes = tasks.processes();
         if !processes.iter().any(|pid| ranges::loads_driver(*pid)) {
-            return Ok((None, 0));
+            return Ok(Looked::default());
         }
         let proc = Proc::here();
         let mut refusals = proc.machine();
@@ -106,26 +206,27 @@ impl Replica {
         };
         let found = order::find(&mut helper, &tasks).map_err(untouched)?;
         let cuda: Vec<i32> = found.iter().map(|process| process.pid).collect();
-        refusals.extend(proc.server(&processes, &cuda, purpose));
+        refusals.extend(proc.server(&processes, &cuda, given(parts), purpose));
         if direct && version < custom::VERSION_MIN {
             refusals.push(Refusal::Direct { found: version });
         }
         let machine = helper.machine().map_err(untouched)?;
-        let mut needed = 0;
+        let mut used = BTreeMap::new();
         if let Some(machine) = &machine {
             refusals.extend(preflight::devices(machine));
-            needed = machine.used_by(&cuda).values().sum();
+            used = machine.used_by(&cuda);
+            let needed = used.values().sum();
             let free = rewarm_sys::machine::free_bytes().context("look at", "free memory")?;
             let limit = if direct { None } else { parts.cgroup.memory_left() };
             refusals.extend(preflight::host_memory(needed, free, limit));
         }
-        if refusals.is_empty() { Ok((machine, needed)) } else { Err(Error::Unfit(Unfit(refusals))) }
+        if refusals.is_empty() { Ok(Looked { machine, used }) } else { Err(Error::Unfit(Unfit(refusals))) }
     }
 
     /// Whether a snapshot of the server's devices can be begun, and the bytes that it has on them.
     pub(super) fn examine_devices(&self, asker: Asker<'_>, direct: bool) -> Result<u64, Error> {
         let (_busy, parts) = self.begin("examine", asker.id)?;
-        self.examine(parts, Purpose::Snapshot, direct).map(|(_, bytes)| bytes)
+        self.examine(parts, Purpose::Snapshot, direct).map(|looked| looked.used.values().sum())
     }
 
     /// Works with the device state of this server, wherever it is.
@@ -167,8 +268,9 @@ impl Replica {
         }
         // The driver's own threads have to run; what the lease froze is frozen again when all is done.
         parts.cgroup.thaw()?;
-        let (machine, bytes) = self.examine(parts, Purpose::Snapshot, direct.is_some())?;
+        let looked = self.examine(parts, Purpose::Snapshot, direct.is_some())?;
         if let Some(file) = direct {
+            let bytes = looked.used.values().sum();
             reserve(&file, bytes).context("reserve memory for", "device memory")?;
             self.change(|inner| inner.kept = Some(InFile::new(file)));
         }
@@ -183,10 +285,11 @@ impl Replica {
             return Ok(None);
         }
         self.change(|inner| {
-            inner.suspended = Some(Suspension { by, processes: suspended.processes.clone() });
+            let away = Away::new(suspended.processes.clone(), &looked);
+            inner.suspended = Some(Suspension { by, away });
         });
-        carried::none_left(&tasks.processes())?;
-        Ok(Some(Carried::of(&mut helper, &suspended, machine.as_ref())?))
+        carried::none_left(&tasks.processes(), given(parts))?;
+        Ok(Some(Carried::of(&mut helper, &suspended, looked.machine.as_ref())?))
     }
 
     /// After a dump, or when it was given up before: the server is as frozen as the lease says and not more.
@@ -197,7 +300,7 @@ impl Replica {
         }
         if !frozen {
             match self.change(|inner| inner.suspended.take()) {
-                Some(suspension) => self.resume(parts, suspension.processes)?,
+                Some(suspension) => self.resume(parts, suspension.away)?,
                 None => parts.cgroup.thaw()?,
             }
         } else if !parts.cgroup.is_frozen()? {
@@ -244,19 +347,31 @@ impl Replica {
     }
 
     /// Gives the devices what they had before, and lets the server go on. If that fails, it is paused.
-    fn resume(&self, parts: &Parts, processes: Vec<Process>) -> Result<(), Error> {
+    fn resume(&self, parts: &Parts, away: Away) -> Result<(), Error> {
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let tasks = Tasks(&parts.cgroup);
-        match self.with_state(|state| order::resume(&mut helper, &tasks, &processes, &[], state)) {
+        match self.bring_back(&mut helper, parts, &away, ROOM_WITHIN) {
             Ok(_) => {
                 self.change(|inner| inner.kept = None);
                 Ok(())
             }
-            Err(failure) => {
-                self.change(|inner| inner.paused = Some(processes));
+            Err(error) => {
+                self.change(|inner| inner.paused = Some(away));
                 self.set_status(Status::Paused)?;
-                Err(failure.into())
+                Err(error)
             }
         }
+    }
+
+    /// Lets a suspended server go on if the devices have room, for which is waited so long.
+    pub(super) fn bring_back(
+        &self,
+        helper: &mut Helper,
+        parts: &Parts,
+        away: &Away,
+        patience: Duration,
+    ) -> Result<Resumed, Error> {
+        room(helper, &away.needed, patience).map_err(RoomError::still_paused)?;
+        let tasks = Tasks(&parts.cgroup);
+        Ok(self.with_state(|state| order::resume(helper, &tasks, &away.processes, &[], state))?)
     }
 }

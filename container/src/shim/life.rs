@@ -30,7 +30,7 @@ impl Replica {
     }
 
     /// From here on the replica lives without any command.
-    pub(super) fn commit(&self) -> Result<(), Error> {
+    pub(super) fn commit(self: &Arc<Self>) -> Result<(), Error> {
         let parts = self.parts("commit")?;
         {
             let mut inner = self.lock();
@@ -42,6 +42,10 @@ impl Replica {
         let namespace = parts.network.namespace().context("duplicate", "the network namespace")?;
         let open = publish::open(ports, namespace)?;
         self.change(|inner| inner.open = Some(open));
+        if parts.spec.gpu.is_some() {
+            // Else its first pause or snapshot would wait for that.
+            self.attach();
+        }
         self.set_status(Status::Ready)
     }
 
@@ -146,7 +150,7 @@ impl Replica {
         }
         // The server is dead, so a call that still waits for it ends; the helper ends with it or when this process does.
         if let Ok(mut helper) = self.helper.try_lock() {
-            *helper = super::device::helper();
+            *helper = super::device::helper(None);
         }
         for error in self.clean_up() {
             tracing::error!(error = %error, "clean up");

@@ -5,33 +5,34 @@
 //! goes. The driver's calls are made by a helper process of this shim, started when the first server with the driver's
 //! library is paused.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use rewarm_gpu::order;
 use rewarm_gpu::place::InProcess;
 use rewarm_gpu::preflight::Purpose;
-use rewarm_gpu::{Process, order};
 
 use crate::error::Error;
 use crate::record::{Device, Status, WakeCost};
-use crate::shim::device::Tasks;
+use crate::shim::device::{Away, Tasks};
 use crate::shim::protocol::{Paused, Woken};
 use crate::shim::replica::{Asker, Replica};
 
 impl Replica {
     /// Moves device memory to the host and freezes the server.
     pub(super) fn pause(&self, asker: Asker<'_>, lock_timeout: Duration) -> Result<Paused, Error> {
+        let began = Instant::now();
         let (_busy, parts) = self.begin("pause", asker.id)?;
         if self.lock().frozen_by.is_some() {
             return Err(self.busy_with("it is frozen"));
         }
-        self.examine(parts, Purpose::Pause, false)?;
+        let looked = self.examine(parts, Purpose::Pause, false)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let tasks = Tasks(&parts.cgroup);
         let suspended = order::suspend(&mut helper, &tasks, lock_timeout, &mut InProcess::default())?;
-        let bytes = suspended.bytes();
-        let first =
-            WakeCost::guess(suspended.total.saturating_sub(suspended.driver), suspended.driver, bytes);
-        self.change(|inner| inner.paused = Some(suspended.processes));
+        let (bytes, in_driver) = (suspended.bytes(), suspended.driver);
+        let away = Away::new(suspended.processes, &looked);
+        self.change(|inner| inner.paused = Some(away));
+        let first = WakeCost::guess(began.elapsed().saturating_sub(in_driver), in_driver, bytes);
         self.device(|device| {
             device.bytes = bytes;
             device.wake.get_or_insert(first);
@@ -39,33 +40,30 @@ impl Replica {
         self.set_status(Status::Paused)?;
         let wake =
             self.lock().record.as_ref().and_then(|record| record.device).and_then(|device| device.wake);
-        Ok(Paused {
-            device_bytes: bytes,
-            took: suspended.total,
-            in_driver: suspended.driver,
-            wakes_in: wake.map_or(Duration::ZERO, |wake| wake.estimate(bytes)),
-        })
+        let wakes_in = wake.map_or(Duration::ZERO, |wake| wake.estimate(bytes));
+        Ok(Paused { device_bytes: bytes, took: began.elapsed(), in_driver, wakes_in })
     }
 
     /// Moves device memory back and lets the server go on.
     pub(super) fn wake(&self, asker: Asker<'_>) -> Result<Woken, Error> {
+        let began = Instant::now();
         let (_busy, parts) = self.begin_paused("wake", asker.id)?;
-        let processes = self.lock().paused.clone().unwrap_or_default();
+        let away = self.lock().paused.clone().unwrap_or_default();
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let tasks = Tasks(&parts.cgroup);
-        let resumed = self.with_state(|state| order::resume(&mut helper, &tasks, &processes, &[], state))?;
-        let bytes = processes.iter().map(Process::bytes).sum();
+        let resumed = self.bring_back(&mut helper, parts, &away, Duration::ZERO)?;
+        let bytes = away.bytes();
         let committed = self.change(|inner| {
             inner.paused = None;
             inner.kept = None;
             inner.committed
         });
-        let other = resumed.total.saturating_sub(resumed.restore);
+        let other = began.elapsed().saturating_sub(resumed.restore);
         self.device(|device| {
             device.wake = Some(device.wake.unwrap_or_default().corrected(other, resumed.restore, bytes));
         });
         self.set_status(if committed { Status::Ready } else { Status::Starting })?;
-        Ok(Woken { device_bytes: bytes, took: resumed.total, in_driver: resumed.restore + resumed.unlock })
+        let in_driver = resumed.restore + resumed.unlock;
+        Ok(Woken { device_bytes: bytes, took: began.elapsed(), in_driver })
     }
 
     /// Changes what is written down about the replica's device memory.
@@ -80,8 +78,8 @@ impl Replica {
     /// Before the server is ended: one that only stands still is let go, so that it may handle the signal. One whose device
     /// memory lies in its host memory cannot do anything, and is killed as it stands.
     pub(super) fn thaw_to_stop(&self) -> Result<bool, Error> {
-        let Some(processes) = self.change(|inner| inner.paused.take()) else { return Ok(true) };
-        let plain = processes.is_empty();
+        let Some(away) = self.change(|inner| inner.paused.take()) else { return Ok(true) };
+        let plain = away.processes.is_empty();
         if plain && let Some(parts) = self.parts.get() {
             parts.cgroup.thaw()?;
         }

@@ -37,6 +37,9 @@ pub struct Prepare {
     pub origin: Origin,
     /// 0 for a cold start; the snapshot's generation and one for a restore.
     pub generation: u64,
+    /// The CUDA driver will be called for it: the helper attaches to it meanwhile, which takes up to seconds.
+    #[serde(default)]
+    pub devices: bool,
 }
 
 /// What was laid out.

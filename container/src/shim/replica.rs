@@ -6,7 +6,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use rewarm_gpu::{Helper, Process};
+use rewarm_gpu::Helper;
 use rewarm_sys::process::{self, Ended};
 
 use std::sync::Arc;
@@ -20,7 +20,7 @@ use crate::shim::Paths;
 use crate::shim::children::Children;
 use rewarm_gpu::place::InFile;
 
-use crate::shim::device::Suspension;
+use crate::shim::device::{Away, Suspension};
 use crate::shim::logs::Pump;
 use crate::shim::publish::{Open, Reserved};
 use crate::shim::supervise::Resident;
@@ -76,7 +76,7 @@ pub(super) struct Inner {
     pub(super) execs: usize,
     pub(super) frozen_by: Option<ConnectionId>,
     /// Set while it is paused: those of its processes whose device memory lies in their host memory.
-    pub(super) paused: Option<Vec<Process>>,
+    pub(super) paused: Option<Away>,
     /// Where device memory is that went past the processes of a server that is suspended or, after that failed, paused.
     pub(super) kept: Option<InFile>,
     /// The same for a dump, and after it as long as a command keeps it frozen.
@@ -106,14 +106,14 @@ impl Drop for Busy<'_> {
 }
 
 impl Replica {
-    pub(super) fn new(name: Name, paths: Paths, runc_root: PathBuf) -> Self {
+    pub(super) fn new(name: Name, paths: Paths, runc_root: PathBuf, patience: Option<Duration>) -> Self {
         Self {
             name,
             paths,
             runc_root,
             children: Arc::default(),
             parts: OnceLock::new(),
-            helper: Mutex::new(super::device::helper()),
+            helper: Mutex::new(super::device::helper(patience)),
             inner: Mutex::default(),
             changed: Condvar::new(),
         }

@@ -9,14 +9,14 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use rewarm_gpu::place::{DeviceStateSource, InProcess, Stream};
-use rewarm_gpu::{Group, order};
+use rewarm_gpu::{Group, order, topology};
 use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
 use crate::record::{Cause, Memory, Status, WakeCost};
 use crate::rootfs;
 use crate::shim::children::{Outcome, descendants, hung_up, signal};
-use crate::shim::device::Tasks;
+use crate::shim::device::{RoomError, Tasks, room};
 use crate::shim::logs::Pump;
 use crate::shim::protocol::{DeviceRequest, ResidentRequest, RestoreRequest};
 use crate::shim::replica::{Asker, Inner, Parts, Replica};
@@ -74,9 +74,6 @@ impl Replica {
     ) -> Result<u32, Error> {
         let timeout = Duration::from_millis(request.timeout_ms);
         let deadline = Instant::now() + timeout;
-        if request.device.is_some() {
-            self.attach();
-        }
         let mut fds = fds.into_iter();
         if request.images_attached {
             let images = self.paths.images();
@@ -180,18 +177,6 @@ impl Replica {
         Ok(())
     }
 
-    /// Lets the helper attach to the driver while everything else goes on: it takes up to seconds.
-    fn attach(self: &Arc<Self>) {
-        let replica = self.clone();
-        std::thread::spawn(move || {
-            let mut helper = replica.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-            if let Err(error) = helper.start() {
-                // Told again, and as a failure, by whoever needs it.
-                tracing::info!(%error, "attach to the driver");
-            }
-        });
-    }
-
     /// Lets a restored server go that CRIU left stopped, with its device memory back on the devices.
     fn begin_devices(
         &self,
@@ -207,6 +192,9 @@ impl Replica {
             Some(stream) => stream,
             None => &mut inside,
         };
+        // Others may have taken it since the verdict.
+        let needed = topology::placed(&device.carried.needed(), &device.pairs);
+        room(&mut helper, &needed, Duration::ZERO).map_err(RoomError::given_up)?;
         let resumed = order::begin(&mut helper, &stopped, processes, &device.pairs, source)
             .map_err(|cause| Error::Begin(Box::new(cause)))?;
         let bytes = device.carried.bytes();

@@ -21,12 +21,14 @@ use crate::spec::Name;
 const LAST_ANSWERS: Duration = Duration::from_secs(1);
 
 /// The hidden verb `shim`: owns the replica until its end, and gives the exit code. The caller has started no thread yet.
+///
+/// `patience`: how long a call of the CUDA driver may take; as long as what it moves justifies if absent.
 #[must_use]
-pub fn main(state_dir: &Path, name: &Name) -> u8 {
+pub fn main(state_dir: &Path, name: &Name, patience: Option<Duration>) -> u8 {
     let subscriber = tracing_subscriber::fmt().with_writer(io::stderr).with_ansi(false);
     // Somebody else's subscriber does as well.
     let _ = subscriber.try_init();
-    match run(state_dir, name) {
+    match run(state_dir, name, patience) {
         Ok(()) => 0,
         Err(error) => {
             let chain = remote(&error);
@@ -36,11 +38,11 @@ pub fn main(state_dir: &Path, name: &Name) -> u8 {
     }
 }
 
-fn run(state_dir: &Path, name: &Name) -> Result<(), Error> {
+fn run(state_dir: &Path, name: &Name, patience: Option<Duration>) -> Result<(), Error> {
     let lock = rewarm_sys::process::take_inherited(LOCK_FD).context("find", "the lock file")?;
     let lease = rewarm_sys::process::take_inherited(LEASE_FD).context("find", "the lease")?;
     let lease = UnixStream::from(lease);
-    match own(state_dir, name) {
+    match own(state_dir, name, patience) {
         Ok((replica, listener)) => {
             serve(&replica, lease, listener)?;
             replica.live();
@@ -57,7 +59,11 @@ fn run(state_dir: &Path, name: &Name) -> Result<(), Error> {
     }
 }
 
-fn own(state_dir: &Path, name: &Name) -> Result<(Arc<Replica>, UnixListener), Error> {
+fn own(
+    state_dir: &Path,
+    name: &Name,
+    patience: Option<Duration>,
+) -> Result<(Arc<Replica>, UnixListener), Error> {
     rewarm_sys::process::block_child_signal().context("block", "SIGCHLD")?;
     rewarm_sys::process::become_subreaper().context("become", "subreaper")?;
     // Without CAP_SYS_RESOURCE the shim is as mortal as others.
@@ -67,7 +73,7 @@ fn own(state_dir: &Path, name: &Name) -> Result<(Arc<Replica>, UnixListener), Er
     rewarm_sys::mount::private_namespace().context("make", "a mount namespace")?;
     let paths = Paths::new(state_dir.join("replicas").join(name.as_str()));
     let listener = listen(&paths)?;
-    let replica = Arc::new(Replica::new(name.clone(), paths, state_dir.join("runc")));
+    let replica = Arc::new(Replica::new(name.clone(), paths, state_dir.join("runc"), patience));
     let children = replica.children.clone();
     std::thread::Builder::new()
         .name("reap".into())
@@ -160,6 +166,9 @@ fn carry_out(
         Request::Hello { .. } => Ok(Reply::Hello { version: protocol::VERSION, pid: std::process::id() }),
         Request::Prepare(prepare) => {
             replica.require_lease("prepare", asker)?;
+            if prepare.devices {
+                replica.attach();
+            }
             replica.prepare(*prepare).map(|prepared| Reply::Prepared(Box::new(prepared)))
         }
         Request::Start { timeout_ms } => {

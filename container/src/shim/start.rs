@@ -30,7 +30,7 @@ impl Replica {
         if self.parts.get().is_some() {
             return Err(self.out_of_order("prepare", Status::Starting, "not prepared yet"));
         }
-        let Prepare { spec, origin, generation } = request;
+        let Prepare { spec, origin, generation, .. } = request;
         let uuid = Uuid::new_v4();
         let cgroup_name = format!("rewarm-{}-{}", self.name, &uuid.simple().to_string()[..8]);
         let cgroup = Cgroup::open(&cgroup_name)?;

@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[1..] {
         ["shim", "--state", state, "--name", name] => {
-            shim::main(Path::new(state), &name.parse().expect("name")).into()
+            shim::main(Path::new(state), &name.parse().expect("name"), None).into()
         }
         ["command", state, name, spec, step] => {
             let spec = serde_json::from_str(spec).expect("a specification");
@@ -40,7 +40,7 @@ fn command(state: &Path, name: &Name, spec: Spec, step: &str) -> Box<dyn std::an
     if step == "spawn" {
         return Box::new(client);
     }
-    client.prepare(Prepare { spec, origin: Origin::Cold, generation: 0 }).expect("prepare");
+    client.prepare(Prepare { spec, origin: Origin::Cold, generation: 0, devices: false }).expect("prepare");
     if step == "prepare" {
         return Box::new(client);
     }

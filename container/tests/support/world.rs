@@ -197,7 +197,7 @@ impl World {
         let claim = self.state.create(&name(replica)).expect("a free name");
         let client = Client::spawn(claim, program()).expect("shim");
         client
-            .prepare(Prepare { spec: spec.clone(), origin, generation: 0 })
+            .prepare(Prepare { spec: spec.clone(), origin, generation: 0, devices: false })
             .unwrap_or_else(|e| panic!("{e:?}"));
         client
     }

@@ -76,7 +76,11 @@ pub(crate) fn pieces(pid: i32) -> Result<Vec<Piece>, u32> {
 }
 
 /// Does `work` as the control file says.
-fn follow(call: &str, pid: i32, work: impl FnOnce(Action) -> Result<u32, u32>) -> Result<u32, u32> {
+pub(crate) fn follow(
+    call: &str,
+    pid: i32,
+    work: impl FnOnce(Action) -> Result<u32, u32>,
+) -> Result<u32, u32> {
     match control::action(call, pid) {
         Action::Result(code) => Err(code),
         Action::Value(value) => Ok(value),

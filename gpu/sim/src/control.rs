@@ -1,7 +1,7 @@
 //! What shall go wrong: a file that the caller's side reads at each call.
 //!
-//! One rule a line: `CALL[@PID][*COUNT] ACTION [NUMBER]`, the first that fits counts. CALL is `state`, `thread`, `lock`,
-//! `checkpoint`, `restore`, `unlock`, `complete` or `any`; with a count the rule fits so often in each caller and then no more.
+//! One rule a line: `CALL[@PID][*COUNT] ACTION [NUMBER]`, the first that fits counts. CALL is `init`, `state`, `thread`,
+//! `lock`, `checkpoint`, `restore`, `unlock`, `complete` or `any`; with a count the rule fits so often in each caller and then no more.
 //!
 //! Each rule that is followed is added to a file beside it, with `.seen` at the end of its name.
 //!

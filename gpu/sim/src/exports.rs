@@ -35,8 +35,11 @@ unsafe fn give<T>(out: *mut T, value: Result<T, u32>) -> u32 {
 
 #[unsafe(no_mangle)]
 extern "C" fn cuInit(_flags: c_uint) -> u32 {
-    INITIALIZED.store(true, Ordering::SeqCst);
-    if device::all().is_empty() { code::NO_DEVICE } else { code::SUCCESS }
+    let attach = |_| {
+        INITIALIZED.store(true, Ordering::SeqCst);
+        if device::all().is_empty() { Err(code::NO_DEVICE) } else { Ok(0) }
+    };
+    caller::follow("init", 0, attach).err().unwrap_or(code::SUCCESS)
 }
 
 #[unsafe(no_mangle)]

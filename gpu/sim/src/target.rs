@@ -22,6 +22,8 @@ const FAILED: u32 = 3;
 const CHECKPOINTING: u32 = 4;
 const RESTORING: u32 = 5;
 const STEP: Duration = Duration::from_micros(500);
+const PAGE_BYTES: usize = 4096;
+static ZEROS: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// What this process has on devices.
 #[derive(Debug, Default)]
@@ -318,7 +320,7 @@ fn checkpoint() -> u32 {
         for (address, allocation) in &mut held.allocations {
             let from: *const u8 = std::ptr::with_exposed_provenance(*address);
             // SAFETY: the copy has room for all allocations, and this one is mapped.
-            unsafe { std::ptr::copy_nonoverlapping(from, to, allocation.bytes) };
+            unsafe { copy_touched(from, to, allocation.bytes) };
             // SAFETY: within the copy or just behind it.
             to = unsafe { to.add(allocation.bytes) };
             unmap(*address, allocation.bytes);
@@ -331,6 +333,22 @@ fn checkpoint() -> u32 {
     keep_rate(began, total);
     PAGE.state.store(CHECKPOINTED, Ordering::SeqCst);
     code::SUCCESS
+}
+
+/// Copies, and leaves pages alone that are zero: those of a new mapping are as good, and whoever carries them elsewhere must not
+/// believe that all of a copy was written.
+///
+/// # Safety
+/// Both must be valid for `bytes`, a multiple of a page, and `to` be zero.
+unsafe fn copy_touched(from: *const u8, to: *mut u8, bytes: usize) {
+    for at in (0..bytes).step_by(PAGE_BYTES) {
+        // SAFETY: inside of the first range.
+        let page = unsafe { std::slice::from_raw_parts(from.add(at), PAGE_BYTES) };
+        if page != ZEROS {
+            // SAFETY: inside of both ranges, which do not overlap.
+            unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), to.add(at), PAGE_BYTES) };
+        }
+    }
 }
 
 impl Held {

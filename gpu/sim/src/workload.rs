@@ -9,6 +9,7 @@
 //! | `GET /health` | 200 once the weights are in place |
 //! | `GET /check` | sums of all device memory, and how many errors the threads have seen |
 //! | `POST /generate` | an answer that depends on the prompt, the weights and nothing else; its state goes through the KV cache |
+//! | `GET /ballast` | with `--ballast MIB`: the sum of host memory that nothing else touches |
 //! | `POST /kernel?N` | starts a kernel of N milliseconds |
 //! | `POST /fork` | forks a child that keeps the open descriptors |
 //! | `POST /begin` | with `--late`: begins to use the device only now |
@@ -47,6 +48,8 @@ pub struct Options {
     pub seed: u64,
     /// Use the device only after `POST /begin`.
     pub late: bool,
+    /// Host memory in MiB that nothing touches but who asks for it.
+    pub ballast: usize,
     /// Use no device: weights and KV cache lie in host memory. For comparisons.
     pub host: bool,
 }
@@ -65,6 +68,7 @@ impl Options {
             device: 0,
             seed: 1,
             late: false,
+            ballast: 0,
             host: false,
         };
         let mut args = args.iter();
@@ -86,6 +90,9 @@ impl Options {
                 "--library" => options.library = PathBuf::from(value),
                 "--port" => options.port = u16::try_from(number()?).map_err(|error| error.to_string())?,
                 "--mib" => options.mib = usize::try_from(number()?).map_err(|error| error.to_string())?,
+                "--ballast" => {
+                    options.ballast = usize::try_from(number()?).map_err(|error| error.to_string())?
+                }
                 "--threads" => {
                     options.threads = usize::try_from(number()?).map_err(|error| error.to_string())?
                 }
@@ -106,6 +113,7 @@ pub fn main(options: &Options) -> Result<(), String> {
     let listener = TcpListener::bind(("127.0.0.1", options.port)).map_err(|error| error.to_string())?;
     let server = Arc::new(Server {
         model: Mutex::new(None),
+        ballast: (1..=options.ballast * (BLOCK / 8)).map(|word| mixed(word as u64)).collect(),
         options: options.clone(),
         churned: AtomicU64::new(0),
         spoiled: AtomicU64::new(0),
@@ -376,6 +384,14 @@ struct Model {
 }
 
 /// 64-bit FNV-1a over words: quick, and every bit counts.
+/// A word that no compression makes smaller: SplitMix64.
+fn mixed(number: u64) -> u64 {
+    let mut word = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    word = (word ^ (word >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    word = (word ^ (word >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    word ^ (word >> 31)
+}
+
 fn mix(sum: u64, bytes: &[u8]) -> u64 {
     bytes.chunks(8).fold(sum, |sum, chunk| {
         let mut word = [0; 8];
@@ -459,6 +475,7 @@ impl Model {
 struct Server {
     model: Mutex<Option<Arc<Model>>>,
     options: Options,
+    ballast: Vec<u64>,
     churned: AtomicU64,
     spoiled: AtomicU64,
 }
@@ -548,6 +565,10 @@ impl Server {
                     fork_sleeper();
                 });
                 Ok(self.said())
+            }
+            ("GET", ("/ballast", _)) => {
+                let sum = self.ballast.iter().fold(0_u64, |sum, word| sum.rotate_left(1) ^ word);
+                Ok(format!("{{\"simulated\":true,\"sum\":\"{sum:016x}\"}}"))
             }
             ("POST", ("/begin", _)) => self.begin().map(|()| self.said()),
             ("GET", ("/check", _)) => {

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
 use rewarm_gpu::place::InProcess;
-use rewarm_gpu::{Aftermath, Cause, Code, State, Step, order};
+use rewarm_gpu::{Aftermath, Cause, Code, Group, State, Step, order};
 use rewarm_report::{Class, Classify};
 
 use crate::world::{LOCK, World};
@@ -34,6 +34,14 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test(
             "failures::a_call_that_never_returns_is_given_up_and_undone",
             a_call_that_never_returns_is_given_up_and_undone,
+        ),
+        Trial::test(
+            "failures::a_call_of_the_way_back_that_never_returns_is_given_up_and_can_be_repeated",
+            a_call_of_the_way_back_that_never_returns_is_given_up_and_can_be_repeated,
+        ),
+        Trial::test(
+            "failures::a_call_that_never_returns_ends_the_beginning_of_a_clone",
+            a_call_that_never_returns_ends_the_beginning_of_a_clone,
         ),
         Trial::test("failures::a_result_that_nobody_knows_is_told", a_result_that_nobody_knows_is_told),
         Trial::test(
@@ -222,6 +230,100 @@ fn a_call_that_never_returns_is_given_up_and_undone() -> Result<(), Failed> {
     Ok(())
 }
 
+fn a_call_of_the_way_back_that_never_returns_is_given_up_and_can_be_repeated() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let mut helper = world.helper().with_deadline(Duration::from_millis(1500));
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+    for (rule, done) in [
+        ("restore hang", false),
+        ("restore then-hang", true),
+        ("unlock hang", false),
+        ("unlock then-hang", true),
+        ("state hang", false),
+    ] {
+        let first = helper.pid();
+        world.control(rule);
+        let resume = |helper: &mut rewarm_gpu::Helper| {
+            order::resume(helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+        };
+        // A helper that is started after the first hangs no more.
+        let result = world.once(|| resume(&mut helper));
+        assert_ne!(helper.pid(), first, "{rule}: a helper that hangs is replaced");
+        match result {
+            Ok(_) if done => {}
+            Err(failure) if !done => {
+                assert!(failure.to_string().contains("no answer within 1 s"), "{rule}: {failure}");
+                assert_eq!(failure.aftermath, Aftermath::Suspended, "{rule}");
+                assert!(world.group.is_frozen(), "{rule}");
+                resume(&mut helper)?;
+            }
+            other => panic!("{rule}: {other:?}"),
+        }
+        server.is_whole();
+        let again = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        assert_eq!(again.bytes(), suspended.bytes(), "{rule}");
+    }
+    Ok(())
+}
+
+/// As CRIU leaves them: stopped, with device memory in host memory. A signal lets them go on.
+struct Stopped<'a>(&'a crate::world::Freezer);
+
+impl Stopped<'_> {
+    fn tell(&self, signal: nix::sys::signal::Signal) {
+        for pid in self.0.processes() {
+            nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), signal).expect("it lives");
+        }
+    }
+}
+
+impl Group for Stopped<'_> {
+    fn processes(&self) -> Vec<i32> {
+        self.0.processes()
+    }
+
+    fn freeze(&self) -> std::io::Result<()> {
+        self.0.freeze()
+    }
+
+    fn thaw(&self) -> std::io::Result<()> {
+        self.tell(nix::sys::signal::Signal::SIGCONT);
+        Ok(())
+    }
+}
+
+fn a_call_that_never_returns_ends_the_beginning_of_a_clone() -> Result<(), Failed> {
+    for (rule, done) in [
+        ("restore hang", false),
+        ("unlock hang", false),
+        ("state hang", false),
+        ("restore then-hang", true),
+        ("unlock then-hang", true),
+    ] {
+        let mut world = World::new(&[64]);
+        let server = world.serve(&["--mib", "4"]);
+        let mut helper = world.helper().with_deadline(Duration::from_millis(1500));
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        let stopped = Stopped(&world.group);
+        stopped.tell(nix::sys::signal::Signal::SIGSTOP);
+        world.group.thaw()?;
+        world.control(rule);
+        let begun = world.once(|| {
+            order::begin(&mut helper, &stopped, suspended.processes.clone(), &[], &mut InProcess::default())
+        });
+        match begun {
+            Ok(_) if done => server.is_whole(),
+            // Its caller kills it.
+            Err(cause) if !done => {
+                assert!(cause.to_string().contains("no answer within 1 s"), "{rule}: {cause}");
+            }
+            other => panic!("{rule}: {other:?}"),
+        }
+    }
+    Ok(())
+}
+
 fn a_result_that_nobody_knows_is_told() -> Result<(), Failed> {
     let mut world = World::new(&[64]);
     let server = world.serve(&["--mib", "4"]);
@@ -235,23 +337,32 @@ fn a_result_that_nobody_knows_is_told() -> Result<(), Failed> {
     Ok(())
 }
 
+/// The state that the driver tells is the same as before: `checkpointed`.
 fn a_restore_that_broke_the_process_for_good_is_stranded() -> Result<(), Failed> {
-    let mut world = World::new(&[64]);
-    let server = world.serve(&["--mib", "4"]);
-    let mut helper = world.helper();
-    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
-    world.control("restore oom");
-    let failure =
-        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
-            .expect_err("broken");
-    assert!(failure.to_string().contains("out of memory (2)"), "{failure}");
-    world.control("");
-    let failure =
-        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
-            .expect_err("broken");
-    assert!(failure.to_string().contains("operating system (304)"), "{failure}");
-    assert!(world.group.is_frozen(), "what is not whole does not answer");
-    assert_eq!(helper.state(server.pid)?, State::CHECKPOINTED);
+    for (rule, first) in [("restore*1 oom", Class::Stranded), ("restore oom", Class::Failed)] {
+        let mut world = World::new(&[64]);
+        let (server, other) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4"]));
+        let mut helper = world.helper();
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        let resume = |helper: &mut rewarm_gpu::Helper| {
+            order::resume(helper, &world.group, &suspended.processes, &[], &mut InProcess::default())
+                .expect_err("broken")
+        };
+        world.control(&rule.replace("restore", &format!("restore@{}", server.pid)));
+        let failure = resume(&mut helper);
+        assert!(failure.to_string().contains("out of memory (2)"), "{failure}");
+        assert_eq!(failure.class(), first, "{failure}");
+        // As long as the driver says the same it may still be true.
+        world.control("");
+        let failure = if first == Class::Stranded { failure } else { resume(&mut helper) };
+        let seen = "checkpointed, and the driver will not restore it: operating system (304)";
+        assert_eq!(failure.aftermath, Aftermath::Stranded(vec![(server.pid, seen.into())]), "{failure}");
+        assert_eq!(failure.class(), Class::Stranded);
+        assert!(world.group.is_frozen(), "what is not whole does not answer");
+        for pid in [server.pid, other.pid] {
+            assert_eq!(helper.state(pid)?, State::CHECKPOINTED);
+        }
+    }
     Ok(())
 }
 

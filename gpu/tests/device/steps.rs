@@ -1,5 +1,8 @@
 //! What works: servers are suspended and resumed, and nothing of theirs is changed.
 
+use std::collections::BTreeSet;
+use std::time::Duration;
+
 use libtest_mimic::{Failed, Trial};
 use rewarm_gpu::place::InProcess;
 use rewarm_gpu::{Code, State, Step, order};
@@ -9,7 +12,15 @@ use crate::world::{LOCK, MIB, World};
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
         Trial::test("steps::two_servers_are_suspended_and_resumed", two_servers_are_suspended_and_resumed),
+        Trial::test(
+            "steps::no_process_is_taken_a_step_further_before_all_have_taken_the_one_before",
+            no_process_is_taken_a_step_further_before_all_have_taken_the_one_before,
+        ),
         Trial::test("steps::rounds_under_threads_that_map_memory", rounds_under_threads_that_map_memory),
+        Trial::test(
+            "steps::threads_that_are_not_held_lose_memory_to_a_restore",
+            threads_that_are_not_held_lose_memory_to_a_restore,
+        ),
         Trial::test("steps::what_uses_no_device_is_only_frozen", what_uses_no_device_is_only_frozen),
         Trial::test(
             "steps::a_process_that_begins_meanwhile_is_suspended_too",
@@ -49,6 +60,33 @@ fn two_servers_are_suspended_and_resumed() -> Result<(), Failed> {
     Ok(())
 }
 
+/// With drivers before R580 a call about one process hangs as long as its peer is locked and not yet checkpointed, or restored and
+/// not yet unlocked.
+fn no_process_is_taken_a_step_further_before_all_have_taken_the_one_before() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let servers = [(); 3].map(|()| world.serve(&["--mib", "4"]));
+    let mut helper = world.helper();
+    helper.start()?;
+    let rules = ["lock", "checkpoint", "restore", "unlock", "state"]
+        .map(|call| servers.map(|server| format!("{call}@{} wait 0", server.pid)).join("\n"));
+    world.control(&rules.join("\n"));
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
+    let met: Vec<String> =
+        world.met().iter().map(|rule| rule.split('@').next().expect("a call").into()).collect();
+    // The states are read before and after each step that changes them, of all processes.
+    let three = |call: &str| [(); 3].map(|()| call.to_owned());
+    let expected =
+        ["state", "lock", "state", "checkpoint", "state", "state", "restore", "state", "unlock", "state"];
+    assert_eq!(met, expected.map(three).concat());
+    let once = world.met().into_iter().filter(|rule| !rule.starts_with("state")).collect::<BTreeSet<_>>();
+    assert_eq!(once.len(), 4 * servers.len(), "each of them, and each once");
+    for server in servers {
+        server.is_whole();
+    }
+    Ok(())
+}
+
 fn rounds_under_threads_that_map_memory() -> Result<(), Failed> {
     let mut world = World::new(&[128]);
     let server = world.serve(&["--mib", "16", "--threads", "6"]);
@@ -60,6 +98,30 @@ fn rounds_under_threads_that_map_memory() -> Result<(), Failed> {
         server.is_whole();
     }
     Ok(())
+}
+
+/// What the rounds above would find if a hold were left out: the driver alone, without this crate's order of steps.
+fn threads_that_are_not_held_lose_memory_to_a_restore() -> Result<(), Failed> {
+    const ROUNDS: usize = 100;
+    let mut world = World::new(&[128]);
+    let server = world.serve(&["--mib", "16", "--threads", "6"]);
+    let mut helper = world.helper();
+    for _ in 0..ROUNDS {
+        helper.lock(server.pid, LOCK)?;
+        helper.checkpoint(server.pid, 0)?;
+        std::thread::sleep(Duration::from_millis(20));
+        helper.restore(server.pid, 0, &[])?;
+        helper.unlock(server.pid)?;
+        let Ok(found) = server.ask("GET", "/check", "") else {
+            // Device memory that a thread has unmapped for its own is the end of who touches it.
+            return Ok(());
+        };
+        let found: serde_json::Value = serde_json::from_str(&found)?;
+        if (&found["clobbered"], &found["spoiled"]) != (&0.into(), &0.into()) {
+            return Ok(());
+        }
+    }
+    Err(format!("in {ROUNDS} rounds nothing was found in the place of a device range").into())
 }
 
 fn what_uses_no_device_is_only_frozen() -> Result<(), Failed> {

@@ -65,7 +65,7 @@ fn a_replica_gets_devices_and_libraries_by_the_cdi_file_of_the_machine() {
 
 /// It was forked without exec, and the driver does not know it.
 #[test]
-fn a_child_that_keeps_a_device_open_fails_the_snapshot_and_the_server_serves() {
+fn a_child_that_keeps_a_device_open_is_refused_before_anything_is_locked() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let (cdi, server) = cdi(&devices);
     let name = world.name("given");
@@ -77,7 +77,12 @@ fn a_child_that_keeps_a_device_open_fails_the_snapshot_and_the_server_serves() {
     let answer = source.ask("POST", "/fork", None).expect("it answers");
     assert_eq!(answer.status, 200, "{}", answer.text());
     world.await_state("the child lives", Duration::from_secs(20), || processes() > alone);
-    world.snapshot_call(&source, "v1", &[]).fails(1).says(&["serving"]);
+    // A lock would be seen.
+    devices.control("lock die");
+    let output = world.snapshot_call(&source, "v1", &[]).fails(3);
+    output.says(&["holds /dev/loop-control and does not use CUDA itself"]);
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
     server_answers_as_before(&source, &server, &before);
     world.finish();
 }

@@ -103,9 +103,16 @@ fn a_wake_that_fails_leaves_the_server_paused_and_one_that_breaks_it_is_exit_6()
     let replica = start(&world, &devices, "device", &server);
     let before = answers(&replica, &server);
     world.rewarm().args(["pause", replica.name()]).ok();
+    // A call that met too little memory could be the server's end: it is not made.
+    devices.control("restore result 999");
     let neighbour = devices.neighbour(0, 56);
     let output = world.rewarm().args(["wake", replica.name()]).fails(1);
-    output.says(&["out of memory (2)", "stays paused and can be woken again"]);
+    output.says(&[
+        "(Simulated GPU) needs 18874368 bytes of device memory free and has",
+        "the driver was not called; the server stays paused and can be woken again",
+    ]);
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
     assert_eq!(replica.entry().expect("listed")["status"], "paused");
     std::fs::remove_file(neighbour).expect("remove");
     world.rewarm().args(["wake", replica.name()]).ok();
@@ -117,6 +124,31 @@ fn a_wake_that_fails_leaves_the_server_paused_and_one_that_breaks_it_is_exit_6()
     output.says(&["is left failed", "rewarm stop NAME"]);
     devices.control("");
     printed(&replica.stop(), "is stopped: it ended with signal SIGKILL");
+    assert_eq!(devices.used_mib(0), 0);
+    world.finish();
+}
+
+/// The driver tells the same state as before.
+#[test]
+fn a_server_that_the_driver_will_not_restore_again_is_exit_6() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    for (rule, first) in [("restore*1 oom", 6), ("restore oom", 1)] {
+        let replica = start(&world, &devices, "device", &server);
+        world.rewarm().args(["pause", replica.name()]).ok();
+        devices.control(rule);
+        let output = world.rewarm().args(["wake", replica.name()]).fails(first);
+        output.says(&["out of memory (2)"]);
+        devices.control("");
+        let output = world.rewarm().args(["wake", replica.name()]).fails(6);
+        output.says(&[
+            "is left checkpointed, and the driver will not restore it: operating system (304)",
+            "rewarm stop NAME",
+        ]);
+        assert_eq!(replica.entry().expect("listed")["status"], "paused");
+        printed(&replica.stop(), "is stopped: it ended with signal SIGKILL");
+        world.rewarm().args(["rm", replica.name()]).ok();
+    }
     assert_eq!(devices.used_mib(0), 0);
     world.finish();
 }

@@ -1,12 +1,18 @@
 //! Snapshots of servers with device memory, under the real CRIU.
 
+use std::time::Duration;
+
 use rewarm_gpu_sim::{RELEASE_ENV, VERSION_ENV};
 use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
+use rewarm_report::Stage;
 
 use super::{start, world_with};
 use crate::world_for;
+
+/// Weights and KV cache, in whole pieces of 2 MiB.
+const DEVICE_MIB: u64 = 16 + 2;
 
 #[test]
 fn a_server_with_device_memory_comes_back_with_the_same_answers() {
@@ -120,6 +126,56 @@ fn a_restore_that_fails_at_a_device_leaves_nothing() {
     world.finish();
 }
 
+/// Others may take device memory between the verdict and the driver's call.
+#[test]
+fn a_device_that_fills_up_during_a_restore_is_noticed_before_the_driver_is_called() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    devices.control("restore result 999");
+    let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+    let mut running = devices.seen_by(call).pause_at(Stage::Skeleton).spawn();
+    running.await_stderr("paused at skeleton");
+    let neighbour = devices.neighbour(0, 56);
+    running.go_on();
+    let output = running.wait();
+    output.expect_code(1);
+    output.says(&[
+        "bring device memory back: GPU-00000000-0000-0000-0000-0000000000d0 (Simulated GPU) needs 18874368 bytes",
+        "the driver was not called",
+    ]);
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
+    std::fs::remove_file(neighbour).expect("remove");
+    no_residue(&world, &traces);
+    world.finish();
+}
+
+#[test]
+fn the_driver_is_attached_to_while_content_is_on_its_way() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    devices.control("init wait 1500");
+    let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+    let mut running = devices.seen_by(call).pause_at(Stage::Fetch).spawn();
+    running.await_stderr("paused at fetch");
+    devices.await_rule(&world);
+    running.go_on();
+    let output = running.wait();
+    output.expect_code(0);
+    assert_eq!(devices.met(), ["init wait 1500"], "once, by the helper that makes the calls");
+    let clones = Replica::of_restore(&world, server.port, &output);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
 #[test]
 fn device_memory_comes_first_and_the_rest_while_the_server_runs() {
     let Some((world, devices)) = world_with(&[128]) else { return };
@@ -145,6 +201,117 @@ fn device_memory_comes_first_and_the_rest_while_the_server_runs() {
         clones[0].remove();
     }
     world.finish();
+}
+
+/// Content comes fast here and all of it soon, so nothing is held back to learn what is touched.
+#[test]
+fn other_memory_arrives_while_the_driver_restores() {
+    const BALLAST_MIB: u64 = 96;
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let mut server = devices.server(16);
+    server.command.extend(["--ballast".to_owned(), BALLAST_MIB.to_string()]);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let ballast = source.json("/ballast");
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let rules = ["restore wait 5000", "unlock wait 0"];
+    devices.control(&rules.join("\n"));
+    let name = world.name("clone");
+    let call = world.restore_call("device", "v1", server.port, &["--name", &name]);
+    let running = devices.seen_by(call).spawn();
+    devices.await_rule(&world);
+    let clone = Replica::in_the_making(&world, name);
+    world.await_state("its memory arrives", Duration::from_secs(20), || {
+        let entry = clone.entry().expect("it is listed");
+        assert_eq!(devices.met(), &rules[..1], "the driver has ended before: {entry}");
+        let pid = entry["pid"].as_u64().expect("it is restored");
+        anonymous_mib(pid) >= BALLAST_MIB + DEVICE_MIB
+    });
+    let output = running.wait();
+    output.expect_code(0);
+    assert_eq!(devices.met(), rules);
+    let clones = Replica::of_restore(&world, server.port, &output);
+    server_answers_as_before(&clones[0], &server, &before);
+    assert_eq!(clones[0].json("/ballast"), ballast);
+    world.finish();
+}
+
+/// Lazily, and nothing is known of what is touched first: all other memory is still missing then.
+#[test]
+fn copies_are_whole_in_huge_pages_and_out_of_the_userfaultfd_when_the_driver_is_called() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("device", "v1")]).ok().json();
+    let processes = &inspected["variants"][0]["manifest"]["facts"]["device"]["processes"];
+    let copies = processes[0]["copies"].as_array().expect("a list");
+    let number = |range: &serde_json::Value, end: &str| range[end].as_u64().expect("a number");
+    let copies: Vec<_> = copies.iter().map(|range| number(range, "start")..number(range, "end")).collect();
+    assert_eq!(copies.iter().map(|range| range.end - range.start).sum::<u64>(), DEVICE_MIB << 20);
+    devices.control("restore wait 3000");
+    let name = world.name("clone");
+    let call = world.restore_call("device", "v1", server.port, &["--name", &name, "--mode", "lazy"]);
+    let running = devices.seen_by(call).spawn();
+    devices.await_rule(&world);
+    let entry = Replica::in_the_making(&world, name).entry().expect("it is listed");
+    let all = mappings(entry["pid"].as_u64().expect("it is restored"));
+    let (of_copies, others): (Vec<&Mapping>, Vec<_>) =
+        all.iter().partition(|map| copies.iter().any(|copy| copy.contains(&map.start)));
+    let sum = |kib: fn(&Mapping) -> u64| of_copies.iter().map(|map| kib(map)).sum::<u64>();
+    assert_eq!(sum(|map| map.size), DEVICE_MIB << 10, "{of_copies:?}");
+    assert_eq!(sum(|map| map.present), DEVICE_MIB << 10, "{of_copies:?}");
+    assert!(sum(|map| map.huge) >= DEVICE_MIB << 9, "half of it at least: {of_copies:?}");
+    assert!(of_copies.iter().all(|map| !map.registered), "{of_copies:?}");
+    assert!(others.iter().any(|map| map.registered), "nothing is missing: {others:?}");
+    let output = running.wait();
+    output.expect_code(0);
+    let clones = Replica::of_restore(&world, server.port, &output);
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// A mapping with what of it is present, and in huge pages, in KiB; and whether a userfaultfd is told of what is missing.
+#[derive(Debug, Default)]
+struct Mapping {
+    start: u64,
+    size: u64,
+    present: u64,
+    huge: u64,
+    registered: bool,
+}
+
+fn mappings(pid: u64) -> Vec<Mapping> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps")).expect("it lives");
+    let mut all: Vec<Mapping> = Vec::new();
+    for line in text.lines() {
+        let (name, rest) = line.split_once(' ').expect("two words");
+        let kib = || rest.trim().trim_end_matches(" kB").parse().expect("a number");
+        let Some(last) = all.last_mut().filter(|_| name.ends_with(':')) else {
+            let start = name.split('-').next().expect("an address");
+            let start = u64::from_str_radix(start, 16).expect("hexadecimal");
+            all.push(Mapping { start, ..Mapping::default() });
+            continue;
+        };
+        match name {
+            "Size:" => last.size = kib(),
+            "Rss:" => last.present = kib(),
+            "AnonHugePages:" => last.huge = kib(),
+            "VmFlags:" => last.registered = rest.split_whitespace().any(|flag| flag == "um"),
+            _ => {}
+        }
+    }
+    all
+}
+
+/// MiB of private memory that a process has.
+fn anonymous_mib(pid: u64) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let kib = status.lines().find_map(|line| line.strip_prefix("RssAnon:")?.trim().strip_suffix(" kB"));
+    kib.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) >> 10
 }
 
 #[test]
