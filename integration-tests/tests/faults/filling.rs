@@ -1,5 +1,7 @@
 //! Replicas that are ready before all of their memory is there, and what may happen to them until it is.
 
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -256,6 +258,54 @@ fn eight_clones_cost_one_download() {
     assert_eq!(eight.len(), 8);
     assert!(together <= cost + cost / 10, "{together} bytes for eight, {cost} for one");
     for clone in &eight {
+        server_answers_as_before(clone, &server, &before);
+    }
+    world.finish();
+}
+
+/// The files that a process maps, by device and inode.
+fn mapped(pid: u64) -> BTreeSet<(u64, u64)> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/maps")).expect("our own process");
+    let file = |line: &str| {
+        let mut words = line.split_whitespace().skip(3);
+        let (major, minor) = words.next()?.split_once(':')?;
+        let number = |text: &str| u64::from_str_radix(text, 16).ok();
+        let device = nix::libc::makedev(number(major)? as u32, number(minor)? as u32);
+        Some((device, words.next()?.parse().ok()?)).filter(|(_, inode)| *inode > 0)
+    };
+    text.lines().filter_map(file).collect()
+}
+
+/// Each chunk is checked and decoded once for all of them, and what they are filled from is mapped by none of them: what a server
+/// gives away (MADV_DONTNEED) would come back with old bytes.
+#[test]
+fn four_clones_are_filled_from_what_was_decoded_once() {
+    let server = Server::memory_of(32);
+    let Some(world) = world_for(&server) else { return };
+    let source = world.start(server.name, &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &["--compression", "zstd:1"]);
+    source.remove();
+    // Nothing is asked for twice because a page fault could not wait.
+    let flags = ["--mode", "eager", "--count", "4", "--name", &world.name("four")];
+    let clones = world.restore(server.name, "v1", server.port, &flags);
+    let cache = world.rewarm_json().args(["cache"]).ok().json();
+    let streams = cache["streams"].as_array().expect("streams");
+    let of = |key: &str| streams.iter().map(|stream| stream[key].as_u64().expect(key)).sum::<u64>();
+    let (checked, content) = (of("checked_bytes"), of("bytes"));
+    assert_eq!((streams.len(), &streams[0]["complete"]), (1, &Value::Bool(true)), "{cache:#}");
+    assert!((content / 10 * 9..=content).contains(&checked), "{checked} checked of {content}");
+    let keeper = cache["pid"].as_u64().expect("a process number");
+    let descriptors = std::fs::read_dir(format!("/proc/{keeper}/fd")).expect("it runs").flatten();
+    let files: BTreeSet<(u64, u64)> = descriptors
+        .filter_map(|descriptor| std::fs::metadata(descriptor.path()).ok())
+        .filter(|file| file.is_file())
+        .map(|file| (file.dev(), file.ino()))
+        .collect();
+    assert!(!mapped(keeper).is_disjoint(&files), "the fetcher maps its own");
+    for clone in &clones {
+        let pid = entry(clone)["pid"].as_u64().expect("a process number");
+        assert!(mapped(pid).is_disjoint(&files), "{} maps what the fetcher holds", clone.name());
         server_answers_as_before(clone, &server, &before);
     }
     world.finish();

@@ -131,6 +131,12 @@ fn copy_and_collect(world: &World, elsewhere: &str) {
     assert_eq!(copied["variants"][0]["digest"], report["digest"]);
     let again = world.rewarm_json().args(["cp", &reference, &there]).ok().json();
     assert_eq!(again["variants"][0]["objects"], 0, "{again:#}");
+    // Of the second snapshot only what the first has not brought: what is new, its boot object and its manifest.
+    let next = world.rewarm_json().args(["cp", &world.reference("plain", "v2"), &there.replace("v1", "v2")]);
+    let next = next.ok().json()["variants"][0].clone();
+    let of = |copied: &Value, key: &str| copied[key].as_u64().expect(key);
+    assert!(of(&next, "present") > 0 && (2..=3).contains(&of(&next, "objects")), "{next:#}");
+    assert!(of(&next, "bytes") < of(&copied["variants"][0], "bytes") / 2, "{next:#} after {copied:#}");
     world.rewarm().args(["verify", &there]).ok();
     let list = world.rewarm_json().args(["ls", world.store()]).ok().json();
     let rows = list["snapshots"].as_array().expect("snapshots");
