@@ -48,6 +48,13 @@ pub trait Group {
     /// # Errors
     /// The kernel's.
     fn thaw(&self) -> io::Result<()>;
+    /// The same while some of their threads are held, or asked to stand, which they stay.
+    ///
+    /// # Errors
+    /// The kernel's.
+    fn thaw_held(&self, _hold: &mut Hold) -> io::Result<()> {
+        self.thaw()
+    }
 }
 
 /// A process that uses CUDA.
@@ -442,7 +449,7 @@ impl Work<'_> {
             let (group, except) = (self.group, self.restore_threads());
             self.hold.ask(&group.processes(), &except).map_err(about("hold the server's threads"))?;
         }
-        self.group.thaw().map_err(about("thaw the server"))?;
+        self.group.thaw_held(&mut self.hold).map_err(about("thaw the server"))?;
         self.hold.settle(HOLD_DEADLINE).map_err(about("hold the server's threads"))
     }
 

@@ -15,6 +15,7 @@ With the simulated driver nothing is computed on a device, and every answer says
 import ctypes
 import hashlib
 import importlib.util
+import signal
 from pathlib import Path
 
 from serving import BLOCK, Broken, Checks, arguments, block, expect, serve
@@ -138,6 +139,10 @@ def main():
     checks = Checks()
     checks.add("weights", model.check_weights)
     checks.add("cache", model.check_cache)
+    # A restored server is let go with its device memory; it is not to see the signal by which.
+    continued = []
+    signal.signal(signal.SIGCONT, lambda number, frame: continued.append(number))
+    checks.add("signals", lambda: expect("SIGCONT seen", len(continued), 0))
     routes = {
         ("POST", "/generate"): lambda query, body: (200, {"answer": model.generate(body), "device": device.name}),
         ("POST", "/sleep"): lambda query, body: (200, model.sleep()),

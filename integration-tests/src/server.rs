@@ -135,10 +135,11 @@ impl Server {
     }
 
     /// Memory that is awkward in every way: a reservation of 16 GiB, nearly as many mappings as the kernel allows (65,530),
-    /// one that grows downwards, locked pages, an orphan, processes and a userfaultfd of its own made while it is filled.
+    /// one that grows downwards, locked pages, an orphan, and what is done with memory while it is filled; with `mib` MiB that
+    /// are filled before all of that.
     #[must_use]
-    pub fn edges() -> Self {
-        Self::python("edges", "edges.py", &["--mappings", "65000"])
+    pub fn edges(mib: u32) -> Self {
+        Self::python("edges", "edges.py", &["--mappings", "65000", "--mib", &mib.to_string()])
     }
 
     /// Private memory of `mib` MiB that does not compress, by a digest of all of it.
@@ -160,6 +161,13 @@ impl Server {
         let mib = mib.to_string();
         let all = [&["--mib", &mib, "--shared"], flags].concat();
         Self::python("memory", "memory.py", &all).asking(Question::get("/digest"))
+    }
+
+    /// A server and a child with handlers of the signals that come of being stopped and continued, and `mib` MiB of shared memory.
+    #[must_use]
+    pub fn signals(mib: u32) -> Self {
+        let flags = ["--shared-mib", &mib.to_string()];
+        Self::python("signals", "signals.py", &flags).asking(Question::get("/signals"))
     }
 
     /// A server with memory of `mib` MiB that becomes another program when it is asked to, and so does a child of it.
@@ -201,7 +209,7 @@ impl Server {
         Self::python("unreaped", "unreaped.py", &[])
     }
 
-    /// A server that wants io_uring.
+    /// A server that wants an io_uring and a userfaultfd, neither of which is to be had.
     #[must_use]
     pub fn uring() -> Self {
         Self::python("uring", "uring.py", &["--expect", "ENOSYS"])

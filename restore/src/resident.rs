@@ -223,8 +223,10 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
                 let _ = fdpass::send_frame(&pager.command, &report, REPORT_BYTES_MAX, &[]);
             }
             Heard::Report(Report::MayRun) => {
-                if pager.resumes == Resumes::MayRun {
-                    pager.tasks.resume();
+                if pager.resumes == Resumes::MayRun
+                    && let Err(error) = pager.tasks.resume()
+                {
+                    return give_up(control, pager.holder, format!("let the server go on: {error}"));
                 }
                 if control.tell(&ToShim::MayRun, &[]).is_err() {
                     continue;
@@ -232,24 +234,31 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
             }
             Heard::Report(_) => {}
             Heard::Done(_) => {
-                if pager.resumes == Resumes::Done {
-                    pager.tasks.resume();
+                if pager.resumes == Resumes::Done
+                    && let Err(error) = pager.tasks.resume()
+                {
+                    return give_up(control, pager.holder, format!("let the server go on: {error}"));
                 }
                 let _ = control.tell(&ToShim::Done, &[]);
                 return 0;
             }
             Heard::Kill { chain } => {
                 let reason = if chain.is_empty() { "the pager ended".to_owned() } else { chain.join(": ") };
-                let told = control.tell(&ToShim::Failed(reason), &[]);
-                // The duplicates stay open until the shim has killed the server and then us.
-                while told.is_ok() && matches!(control.next(), Ok(Some(_))) {}
-                drop(pager.holder);
-                // Time for the pager's own kill, where the shim died first.
-                std::thread::sleep(Duration::from_secs(5));
-                return 1;
+                return give_up(control, pager.holder, reason);
             }
         }
     }
+}
+
+/// Tells the shim, and ends after the server.
+fn give_up(control: &Control, holder: Holder, reason: String) -> u8 {
+    let told = control.tell(&ToShim::Failed(reason), &[]);
+    // The duplicates stay open until the shim has killed the server and then us.
+    while told.is_ok() && matches!(control.next(), Ok(Some(_))) {}
+    drop(holder);
+    // Time for the pager's own kill, where the shim died first.
+    std::thread::sleep(Duration::from_secs(5));
+    1
 }
 
 /// Content of all tasks in the fetcher's stream.

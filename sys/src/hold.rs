@@ -7,6 +7,8 @@
 //! held goes on when that thread ends. Stops are asked for with `PTRACE_GETSIGINFO` and not waited for: `wait` in another
 //! thread of the holder (one that waits for a child which is held) would take them away.
 
+mod unseen;
+
 use std::collections::BTreeSet;
 use std::io;
 use std::marker::PhantomData;

@@ -10,12 +10,13 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use rewarm_gpu::place::{DeviceStateSource, InProcess, Stream};
 use rewarm_gpu::{Group, order, topology};
+use rewarm_sys::hold::Hold;
 use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
 use crate::record::{Cause, Memory, Status, WakeCost};
 use crate::rootfs;
-use crate::shim::children::{Outcome, descendants, hung_up, signal};
+use crate::shim::children::{Outcome, descendants, hung_up};
 use crate::shim::device::{RoomError, Tasks, room};
 use crate::shim::logs::Pump;
 use crate::shim::protocol::{DeviceRequest, ResidentRequest, RestoreRequest};
@@ -26,7 +27,10 @@ use crate::shim::supervise::Resident;
 /// How often it is looked whether the command is still there while memory is filled.
 const STEP: Duration = Duration::from_millis(100);
 
-/// Processes that CRIU has left stopped: a signal lets them go on.
+/// How long threads of a stopped server may take to stand for a tracer: none of them runs.
+const HELD_WITHIN: Duration = Duration::from_secs(10);
+
+/// Processes that CRIU has left stopped: a signal lets them go on, which none of them sees.
 struct Stopped<'a>(Tasks<'a>);
 
 impl Group for Stopped<'_> {
@@ -39,10 +43,11 @@ impl Group for Stopped<'_> {
     }
 
     fn thaw(&self) -> io::Result<()> {
-        for pid in self.processes() {
-            signal(pid, nix::libc::SIGCONT);
-        }
-        Ok(())
+        self.thaw_held(&mut Hold::new(true))
+    }
+
+    fn thaw_held(&self, hold: &mut Hold) -> io::Result<()> {
+        hold.continue_unseen(&self.processes(), HELD_WITHIN)
     }
 }
 

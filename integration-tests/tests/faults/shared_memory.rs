@@ -119,6 +119,35 @@ fn shared_memory_comes_back_in_every_mode_and_from_a_replica() {
     world.finish();
 }
 
+/// The tree stands stopped until its shared memory is there, or with `eager` all of it: nobody in it is to see the signal that
+/// ends the stop, nor a parent that its child was stopped.
+#[test]
+fn a_server_that_stood_while_it_was_filled_sees_no_signal() {
+    for mib in [0, 32] {
+        let server = Server::signals(mib);
+        let Some(world) = world_for(&server) else { return };
+        let before = snapshot_of(&world, &server);
+        for mode in ["lazy", "eager", "auto"] {
+            let flags = ["--mode", mode, "--name", &world.name(mode)];
+            let clone = world.restore(server.name, "v1", server.port, &flags).remove(0);
+            server_answers_as_before(&clone, &server, &before);
+            let quiet = serde_json::json!({
+                "server": { "SIGCONT": 0, "SIGCHLD": 0, "waits": [] }, "child": { "SIGCONT": 0 }, "wait": null,
+            });
+            assert_eq!(clone.json("/signals"), quiet, "{mode}, {mib} MiB");
+            // The handlers are there, and one is seen.
+            let seen = clone.ask("POST", "/continue", None).expect("it answers").json();
+            assert_eq!(
+                (&seen["server"]["SIGCONT"], &seen["child"]["SIGCONT"]),
+                (&1.into(), &1.into()),
+                "{seen}"
+            );
+            clone.remove();
+        }
+        world.finish();
+    }
+}
+
 /// What the pager cannot write goes through CRIU.
 #[test]
 fn shared_memory_that_nobody_may_write_comes_back() {

@@ -2,15 +2,20 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rewarm_sys::hold::Hold;
 
 /// How long killed tasks may take to be gone before the pager lets go of their memory all the same: exiting needs the
 /// processor only, but a large memory takes its time.
 const GONE_WITHIN: Duration = Duration::from_secs(20);
+
+/// How long threads of stopped tasks may take to stand for a tracer: none of them runs.
+const HELD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Where the processes of the replica are found.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,12 +33,14 @@ impl Tasks {
         self.all().into_iter().find(|&pid| inner_pid(pid) == Some(task))
     }
 
-    /// Lets every stopped process go on.
-    pub fn resume(&self) {
-        for pid in self.all() {
-            // One that has ended meanwhile needs nothing.
-            let _ = kill(Pid::from_raw(pid), Signal::SIGCONT);
-        }
+    /// Lets every stopped process go on, so that none of them sees a signal. If this process dies in the middle, they die with it:
+    /// the shim would kill them anyway.
+    ///
+    /// # Errors
+    /// The kernel's, or a thread that does not stand in time; some of them may be stopped still.
+    pub fn resume(&self) -> io::Result<()> {
+        let processes: Vec<i32> = self.all().into_iter().collect();
+        Hold::new(true).continue_unseen(&processes, HELD_WITHIN)
     }
 
     /// Kills every process and waits until all are gone. Returns those that are not.
