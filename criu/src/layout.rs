@@ -8,6 +8,8 @@
 
 use prost::Message;
 
+use crate::wire;
+
 /// Bytes of a page; CRIU counts in pages of this size on x86-64.
 pub const PAGE_BYTES: u64 = 4096;
 
@@ -84,6 +86,11 @@ pub struct Layout {
     runs: Vec<Run>,
 }
 
+/// Numbers of the lists' fields.
+const GAPS: u32 = 1;
+const PAGES: u32 = 2;
+const KINDS: u32 = 3;
+
 const KIND_ZERO: u8 = 1;
 const KIND_LAZY: u8 = 2;
 
@@ -97,6 +104,19 @@ struct Encoded {
     /// One byte a run: bit 0 zero, bit 1 lazy.
     #[prost(bytes = "vec", tag = "3")]
     kinds: Vec<u8>,
+}
+
+/// How many numbers a list has, as far as the message can be read: what breaks it is found by decoding.
+fn count(message: &[u8], number: u32) -> usize {
+    let fields = wire::Fields::new(message).map_while(Result::ok).filter(|field| field.number == number);
+    let numbers = fields.map(|field| match field.value {
+        // Bytes, one for each run.
+        wire::Value::Bytes(bytes) if number == KINDS => bytes.len(),
+        // Packed numbers, each of which ends with the only byte whose highest bit is clear.
+        wire::Value::Bytes(bytes) => bytes.iter().filter(|byte| **byte < 0x80).count(),
+        wire::Value::Varint(_) | wire::Value::Fixed => 1,
+    });
+    numbers.sum()
 }
 
 impl Layout {
@@ -169,17 +189,17 @@ impl Layout {
     /// # Errors
     /// If the bytes are not a layout, or describe more than an address space can hold.
     pub fn decode(bytes: &[u8]) -> Result<Self, LayoutError> {
-        // A run takes at least three bytes, so the length bounds the number of runs before anything is allocated.
-        if bytes.len() / 3 > RUNS_MAX * 8 {
-            return Err(LayoutError::TooMany { runs: bytes.len() / 3 });
+        // Counted before decoding: a byte of the message can become eight bytes of memory.
+        for number in [GAPS, PAGES, KINDS] {
+            let runs = count(bytes, number);
+            if runs > RUNS_MAX {
+                return Err(LayoutError::TooMany { runs });
+            }
         }
         let encoded = Encoded::decode(bytes).map_err(LayoutError::Decode)?;
         let (gaps, pages, kinds) = (encoded.gaps.len(), encoded.pages.len(), encoded.kinds.len());
         if gaps != pages || pages != kinds {
             return Err(LayoutError::Uneven { gaps, pages, kinds });
-        }
-        if gaps > RUNS_MAX {
-            return Err(LayoutError::TooMany { runs: gaps });
         }
         let mut layout = Self { runs: Vec::with_capacity(gaps) };
         let mut end: u64 = 0;
@@ -210,6 +230,7 @@ impl Layout {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limited;
     use proptest::prelude::*;
 
     fn run(page: u64, pages: u64, zero: bool, lazy: bool) -> Run {
@@ -262,6 +283,35 @@ mod tests {
         assert!(matches!(Layout::decode(&beyond), Err(LayoutError::Run { index: 0, .. })));
         let uneven = Encoded { gaps: vec![1, 2], pages: vec![1], kinds: vec![0] }.encode_to_vec();
         assert!(matches!(Layout::decode(&uneven), Err(LayoutError::Uneven { .. })));
+    }
+
+    #[test]
+    fn as_many_runs_as_a_process_can_have_are_read() {
+        let runs =
+            |count: usize| Encoded { gaps: vec![1; count], pages: vec![300; count], kinds: vec![0; count] };
+        let decoded = Layout::decode(&runs(RUNS_MAX).encode_to_vec()).expect("as many as are allowed");
+        assert_eq!(decoded.runs().len(), RUNS_MAX);
+        let more = Layout::decode(&runs(RUNS_MAX + 1).encode_to_vec());
+        assert!(matches!(more, Err(LayoutError::TooMany { runs }) if runs == RUNS_MAX + 1), "{more:?}");
+    }
+
+    /// Lists whose numbers take as little room as can be, packed and not.
+    #[test]
+    fn too_many_runs_are_refused_before_memory_is_taken() {
+        limited::to(100 << 20, "layout::tests::too_many_runs_are_refused_before_memory_is_taken", || {
+            for number in [GAPS, PAGES, KINDS] {
+                let mut packed = Vec::new();
+                wire::put_bytes(&mut packed, number, &vec![1; 24 << 20]);
+                let refused = Layout::decode(&packed);
+                assert!(
+                    matches!(refused, Err(LayoutError::TooMany { runs }) if runs == 24 << 20),
+                    "{refused:?}"
+                );
+            }
+            let single = [(GAPS << 3) as u8, 1].repeat(12 << 20);
+            let refused = Layout::decode(&single);
+            assert!(matches!(refused, Err(LayoutError::TooMany { runs }) if runs == 12 << 20), "{refused:?}");
+        });
     }
 
     proptest! {

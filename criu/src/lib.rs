@@ -13,6 +13,8 @@ pub mod image;
 pub mod kdat;
 pub mod layout;
 pub mod lazy_pages;
+#[cfg(test)]
+mod limited;
 pub mod log;
 pub mod page_server;
 pub mod patch;

@@ -1,11 +1,11 @@
-"""A server that wants io_uring, which CRIU cannot dump.
+"""A server that wants an io_uring and a userfaultfd, which CRIU cannot dump.
 
-    --expect NAME|none    what io_uring_setup must answer at start: an errno by name, or a descriptor
-    POST /make            tries again, in the thread called `maker`
-    GET  /uring           {"descriptor": ..., "error": ...}
+    --expect NAME|none    what the calls that make them must answer at start: an errno by name, or a descriptor
+    POST /make?what=KIND  tries again, in the thread called `maker`: io_uring or userfaultfd
+                          {"descriptor": ..., "error": ...}
 
     uring.py --allow PID  run outside, as root: lifts the seccomp filter from the maker thread of the server with that pid until
-                          standard input ends. A ring is then made all the same, as one would be by a way nobody thought of.
+                          standard input ends. What is wanted is then made all the same, as it would be by a way nobody thought of.
                           (The kernel lets nobody pass a ring over a socket.)
 """
 
@@ -23,33 +23,37 @@ from serving import Checks, arguments, expect, serve
 ENTRIES = 8
 # The kernel's struct io_uring_params is 120 bytes long; all zeros asks for nothing special.
 PARAMETERS_BYTES = 120
+USER_MODE_ONLY = 1
 MAKER = "maker"
 
 
-class Ring:
+class Maker:
+    """A thread that makes them, and what came of it."""
+
+    CALLS = {
+        "io_uring": lambda: calls.libc.syscall(calls.SYS_IO_URING_SETUP, ENTRIES, ctypes.create_string_buffer(PARAMETERS_BYTES)),
+        # One that sees no faults of the kernel: others are root's.
+        "userfaultfd": lambda: calls.libc.syscall(calls.SYS_USERFAULTFD, os.O_CLOEXEC | USER_MODE_ONLY),
+    }
+
     def __init__(self):
-        self.descriptor, self.error = None, None
+        self.made = {}
         self.requests, self.replies = queue.Queue(), queue.Queue()
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
         calls.libc.prctl(calls.PR_SET_NAME, MAKER.encode(), 0, 0, 0)
         while True:
-            self.requests.get()
-            made = calls.libc.syscall(calls.SYS_IO_URING_SETUP, ENTRIES, ctypes.create_string_buffer(PARAMETERS_BYTES))
-            if made >= 0:
-                self.descriptor, self.error = made, None
-            else:
-                self.descriptor, self.error = None, errno.errorcode[ctypes.get_errno()]
-            self.replies.put(None)
+            descriptor = self.CALLS[self.requests.get()]()
+            error = None if descriptor >= 0 else errno.errorcode[ctypes.get_errno()]
+            self.replies.put((descriptor if descriptor >= 0 else None, error))
 
-    def make(self):
-        if self.descriptor is None:
-            self.requests.put(None)
-            self.replies.get()
-
-    def state(self):
-        return {"descriptor": self.descriptor, "error": self.error}
+    def make(self, what):
+        self.requests.put(what)
+        descriptor, error = self.replies.get()
+        if descriptor is not None:
+            self.made[descriptor] = what
+        return {"descriptor": descriptor, "error": error}
 
 
 def allow(pid):
@@ -73,23 +77,19 @@ def main():
         allow(options.allow)
         return
 
-    ring = Ring()
-    ring.make()
-    at_start = ring.error or "none"
+    maker = Maker()
+    at_start = {what: maker.make(what)["error"] or "none" for what in Maker.CALLS}
 
     def check():
-        if options.expect:
-            expect("answer of io_uring_setup", at_start, options.expect)
-        if ring.descriptor is not None:
-            expect("kind of the descriptor", os.readlink(f"/proc/self/fd/{ring.descriptor}"), "anon_inode:[io_uring]")
-
-    def make(query, body):
-        ring.make()
-        return 200, ring.state()
+        for what, answer in at_start.items():
+            if options.expect:
+                expect(f"answer to {what}", answer, options.expect)
+        for descriptor, what in maker.made.items():
+            expect("kind of the descriptor", os.readlink(f"/proc/self/fd/{descriptor}"), f"anon_inode:[{what}]")
 
     checks = Checks()
-    checks.add("uring", check)
-    serve(options, checks, {("GET", "/uring"): lambda query, body: (200, ring.state()), ("POST", "/make"): make})
+    checks.add("made", check)
+    serve(options, checks, {("POST", "/make"): lambda query, body: (200, maker.make(query["what"]))})
 
 
 if __name__ == "__main__":

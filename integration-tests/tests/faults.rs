@@ -1,5 +1,6 @@
 //! Bad input and bad luck: a clear error, the right exit code, the server still serving, nothing left behind.
 
+mod awkward;
 mod contents;
 mod criu;
 mod disk_cache;

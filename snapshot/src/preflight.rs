@@ -37,6 +37,16 @@ pub enum Obstacle {
         /// Which descriptor.
         fd: i32,
     },
+    /// A userfaultfd exists: CRIU cannot carry it, nor the memory that is registered with it.
+    #[error(
+        "process {pid} holds a userfaultfd (fd {fd}), which cannot be carried; close it in a pre hook, or start the server under `rewarm run`, which makes libraries fall back"
+    )]
+    Userfaultfd {
+        /// Which process.
+        pid: i32,
+        /// Which descriptor.
+        fd: i32,
+    },
     /// A process was stopped (SIGSTOP): CRIU would wait for it, with the whole server frozen.
     #[error(
         "process {pid} is stopped by a signal, and a dump would wait for it; let it go on first: kill -CONT {pid}"
@@ -250,6 +260,9 @@ fn descriptors(task: &Process, sockets: &mut BTreeMap<u64, i32>, obstacles: &mut
             }
             FDTarget::AnonInode(kind) if kind.contains("io_uring") => {
                 obstacles.push(Obstacle::IoUring { pid, fd: fd.fd });
+            }
+            FDTarget::AnonInode(kind) if kind.contains("userfaultfd") => {
+                obstacles.push(Obstacle::Userfaultfd { pid, fd: fd.fd });
             }
             FDTarget::Path(path) => file(pid, fd.fd, &path.to_string_lossy(), &mounts, obstacles),
             _ => {}

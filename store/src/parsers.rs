@@ -1,6 +1,8 @@
 //! The parsers of stored objects, for fuzzers outside this crate: what each takes from hostile bytes, as plain numbers; and
 //! boot objects as a forger would write them, for tests of those who read them.
 
+use std::collections::BTreeMap;
+
 use crate::codec::{self, Codec, Compression};
 use crate::digest::ChunkId;
 use crate::format::boot::{self, Leaf, LeafPlace, Root, RootRegion};
@@ -191,6 +193,34 @@ pub fn forged_length(bytes: &[u8], raw_bytes: u64, claimed: u64) -> (Vec<u8>, u6
     let mut root = boot::decode(bytes, raw_bytes, "store", "boot").expect("a boot object");
     let leaf = root.regions.iter_mut().find_map(|region| region.leaves.first_mut()).expect("content");
     leaf.bytes = claimed;
+    encode(root)
+}
+
+/// The same with other files in the skeleton: `forge` is given them by name, to change them.
+///
+/// # Panics
+/// If it is no boot object.
+#[must_use]
+pub fn forged_files(
+    bytes: &[u8],
+    raw_bytes: u64,
+    forge: impl FnOnce(&mut BTreeMap<String, Vec<u8>>),
+) -> (Vec<u8>, u64) {
+    let mut root = boot::decode(bytes, raw_bytes, "store", "boot").expect("a boot object");
+    let mut files = root.skeleton.iter().map(|(name, bytes)| (name.clone(), bytes.to_vec())).collect();
+    forge(&mut files);
+    root.skeleton = files.into_iter().map(|(name, bytes)| (name, bytes.into())).collect();
+    encode(root)
+}
+
+/// The same with another opaque part of the longest region.
+///
+/// # Panics
+/// If it is no boot object with content.
+#[must_use]
+pub fn forged_meta(bytes: &[u8], raw_bytes: u64, meta: Vec<u8>) -> (Vec<u8>, u64) {
+    let mut root = boot::decode(bytes, raw_bytes, "store", "boot").expect("a boot object");
+    root.regions.iter_mut().max_by_key(|region| region.bytes).expect("content").meta = meta.into();
     encode(root)
 }
 

@@ -186,3 +186,38 @@ fn decode(bytes: &[u8]) -> Result<AddressSpace, Fault> {
     }
     Ok(AddressSpace { exe: entry.exe, vmas: entry.vmas.into_iter().map(Vma::from).collect() })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limited;
+
+    #[test]
+    fn as_many_mappings_as_a_process_can_have_are_read() {
+        let mut message = Vec::new();
+        for page in 1..=VMAS_MAX as u64 {
+            let mut vma = Vec::new();
+            wire::put_number(&mut vma, 1, page * 4096);
+            wire::put_number(&mut vma, 2, page * 4096 + 4096);
+            wire::put_bytes(&mut message, VMA_FIELD, &vma);
+        }
+        assert_eq!(decode(&message).expect("as many as are allowed").vmas.len(), VMAS_MAX);
+        wire::put_bytes(&mut message, VMA_FIELD, &[]);
+        let more = decode(&message).expect_err("one more");
+        assert!(matches!(more, Fault::Limit { what: "number of mappings", .. }), "{more:?}");
+    }
+
+    #[test]
+    fn too_many_mappings_are_refused_before_memory_is_taken() {
+        limited::to(
+            100 << 20,
+            "image::mm::tests::too_many_mappings_are_refused_before_memory_is_taken",
+            || {
+                let mut empty = Vec::new();
+                wire::put_bytes(&mut empty, VMA_FIELD, &[]);
+                let refused = decode(&empty.repeat(16 << 20)).expect_err("sixteen million");
+                assert!(matches!(refused, Fault::Limit { what: "number of mappings", .. }), "{refused:?}");
+            },
+        );
+    }
+}

@@ -2,6 +2,7 @@
 //!
 //! Each is refused with its object named before memory is taken for what it claims: the commands run with a limit.
 
+use std::collections::BTreeMap;
 use std::fs;
 
 use rewarm_integration_tests::World;
@@ -13,6 +14,10 @@ use serde_json::{Value, json};
 
 use super::filling::snapshot_of;
 use crate::world_for;
+
+mod image;
+
+use image::Message;
 
 /// Data of any process of a restore, its command and the fetcher included. What is claimed is more, what is needed is less.
 const DATA_MAX: u64 = 1 << 30;
@@ -75,6 +80,12 @@ impl Scene {
         self.boot(&bytes, raw_bytes)
     }
 
+    /// Stores a snapshot of which CRIU's images were forged.
+    fn images(&self, forge: impl FnOnce(&mut BTreeMap<String, Vec<u8>>)) -> String {
+        let (bytes, raw_bytes) = parsers::forged_files(&self.boot, self.raw_bytes(), forge);
+        self.boot(&bytes, raw_bytes)
+    }
+
     /// The restore of a snapshot, in every mode, is refused with these texts and leaves nothing, and `verify` refuses it too.
     fn refused(&self, digest: &str, texts: &[&str]) {
         self.refused_otherwise(digest, texts, texts);
@@ -82,16 +93,21 @@ impl Scene {
 
     /// The same where `verify`, which knows nothing of processes, says something else.
     fn refused_otherwise(&self, digest: &str, texts: &[&str], verified: &[&str]) {
-        for mode in ["lazy", "eager"] {
-            let traces = self.world.traces();
-            let call = self.world.restore_call("plain", digest, self.server.port, &["--mode", mode]);
-            let output = call.under("prlimit", &[&format!("--data={DATA_MAX}:")]).fails(5);
-            output.says(texts);
-            no_residue(&self.world, &traces);
-        }
+        self.restore_fails(digest, 5, texts);
         let reference = self.world.reference("plain", digest);
         let output = self.world.rewarm().args(["verify", &reference]).fails(5);
         output.says(verified);
+    }
+
+    /// The restore of a snapshot, in every mode, ends with this code and these texts and leaves nothing.
+    fn restore_fails(&self, digest: &str, code: i32, texts: &[&str]) {
+        for mode in ["lazy", "eager"] {
+            let traces = self.world.traces();
+            let call = self.world.restore_call("plain", digest, self.server.port, &["--mode", mode]);
+            let output = call.under("prlimit", &[&format!("--data={DATA_MAX}:")]).fails(code);
+            output.says(texts);
+            no_residue(&self.world, &traces);
+        }
     }
 
     fn finish(self, before: &rewarm_integration_tests::checks::Answers) {
@@ -187,5 +203,87 @@ fn numbers_that_no_snapshot_has_are_refused_before_memory_is_taken() {
     let path = scene.world.store_folder().join("manifests").join(digest.hex());
     fs::File::create(path).and_then(|file| file.set_len(64 << 30)).expect("our own folder");
     scene.refused(&digest.to_string(), &["manifests/", "bytes of the object"]);
+    scene.finish(&before);
+}
+
+/// Fields of CRIU's messages: what belongs to the task and to the thread in its core image, and in the latter its credentials.
+const TASK: u32 = 3;
+const THREAD: u32 = 5;
+const CREDENTIALS: u32 = 10;
+
+/// A mount of a disk of the host, as CRIU would make it.
+fn host_mount() -> Vec<u8> {
+    const AUTO: u64 = 16;
+    let [kind, id, device, parent, flags, root, mountpoint, source, options, name] =
+        [1, 2, 3, 4, 5, 6, 7, 8, 9, 14];
+    let numbers = [(kind, AUTO), (id, 9999), (device, 0x801), (parent, 1), (flags, 0)];
+    let numbers =
+        numbers.into_iter().fold(Message::default(), |all, (number, value)| all.numbers(number, &[value]));
+    let texts = [(root, "/"), (mountpoint, "./host"), (source, "/dev/sda1"), (options, ""), (name, "ext4")];
+    texts.into_iter().fold(numbers, |all, (number, text)| all.text(number, text)).bytes()
+}
+
+/// CRIU gives tasks what the images say. Whoever may write the store must not become root by it.
+#[test]
+fn images_that_ask_for_more_rights_than_the_bundle_gives_are_refused() {
+    let Some((scene, before)) = Scene::new() else { return };
+    let core = |change: fn(Message) -> Message| {
+        scene.images(|files| image::change(files.get_mut("core-1.img").expect("the first task"), change))
+    };
+    let capabilities = core(|core| {
+        let all = [u64::from(u32::MAX), 0x1ff];
+        let sets = [9, 10, 11, 12, 19];
+        let credentials =
+            |credentials: Message| sets.iter().fold(credentials, |all_of, set| all_of.numbers(*set, &all));
+        core.inside(THREAD, |thread| thread.inside(CREDENTIALS, credentials))
+    });
+    let unfiltered = core(|core| core.inside(THREAD, |thread| thread.numbers(11, &[0]).numbers(12, &[])));
+    let privileged =
+        core(|core| core.inside(THREAD, |thread| thread.inside(CREDENTIALS, |all| all.numbers(18, &[0]))));
+    // The out-of-memory killer passes it over: -999 as a number of 64 bits.
+    let spared = core(|core| core.inside(TASK, |task| task.numbers(14, &[(-999_i64).cast_unsigned()])));
+    let mount = scene.images(|files| {
+        let (_, mounts) =
+            files.iter_mut().find(|(name, _)| name.starts_with("mountpoints-")).expect("mounts");
+        image::append(mounts, &host_mount());
+    });
+    let stray = scene.images(|files| drop(files.insert("iptables-9.img".to_owned(), b"*nat".to_vec())));
+    for (digest, text) in [
+        (&capabilities, "CAP_SYS_ADMIN, "),
+        (&unfiltered, "thread 1 has no filter of system calls"),
+        (&privileged, "thread 1 has not given up new privileges"),
+        (&spared, "thread 1 has oom_score_adj -999"),
+        (&mount, "mount of ext4 (/dev/sda1) at /host is not in the replica's configuration"),
+        (&stray, "image directory has iptables-9.img"),
+    ] {
+        scene.restore_fails(digest, 3, &["the images ask for more than the bundle allows", text]);
+    }
+    scene.finish(&before);
+}
+
+/// More mappings and more runs of pages than any process has, in some megabytes that would become gigabytes.
+#[test]
+fn more_mappings_than_any_process_has_are_refused() {
+    let Some((scene, before)) = Scene::new() else { return };
+    // Two bytes each: an empty message in the field of mappings.
+    let mappings = [14 << 3 | 2, 0].repeat((1 << 20) + 1);
+    let many =
+        scene.images(|files| image::set(files.get_mut("mm-1.img").expect("the first task"), &mappings));
+    scene.restore_fails(&many, 5, &["number of mappings is 1048577"]);
+    let claimed = scene.images(|files| {
+        let image = files.get_mut("mm-1.img").expect("the first task");
+        image[8..12].copy_from_slice(&2_000_000_000_u32.to_le_bytes());
+    });
+    scene.restore_fails(&claimed, 5, &["length of a record is 2000000000"]);
+    // A gap, a length and a kind for each run: 10^9 of them would take three gigabytes, these claim to be 24 million gaps.
+    let runs = |gaps: usize, pages: usize, kinds: usize| {
+        let mut meta = Message::default().text(1, &"\u{1}".repeat(gaps)).text(2, &"\u{1}".repeat(pages));
+        meta = meta.text(3, &"\0".repeat(kinds));
+        let (bytes, raw_bytes) = parsers::forged_meta(&scene.boot, scene.raw_bytes(), meta.bytes());
+        scene.boot(&bytes, raw_bytes)
+    };
+    let count = (1 << 20) + 1;
+    scene.restore_fails(&runs(count, count, count), 5, &["layout has 1048577 runs"]);
+    scene.restore_fails(&runs(24_000_000, 1, 1), 5, &["layout has 24000000 runs"]);
     scene.finish(&before);
 }

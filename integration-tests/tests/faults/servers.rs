@@ -15,6 +15,7 @@ use rewarm_integration_tests::garage::free_port;
 use rewarm_integration_tests::server::{Server, fixtures};
 use rewarm_integration_tests::{Replica, World, residue};
 use rewarm_report::Stage;
+use serde_json::Value;
 
 use crate::world_for;
 
@@ -183,9 +184,18 @@ fn a_connection_to_the_outside_is_refused_with_both_addresses() {
     world.finish();
 }
 
+/// What the kernel makes for a process and CRIU cannot dump, and how it is refused.
+const NOT_TO_BE_HAD: [(&str, &str); 2] =
+    [("io_uring", "holds an io_uring (fd "), ("userfaultfd", "holds a userfaultfd (fd ")];
+
+/// Asks the server to make one.
+fn made(replica: &Replica<'_>, what: &str) -> Value {
+    replica.ask("POST", &format!("/make?what={what}"), None).expect("an answer").json()
+}
+
 /// The seccomp profile answers ENOSYS, so libraries fall back to what CRIU can dump.
 #[test]
-fn io_uring_is_not_to_be_had() {
+fn io_uring_and_userfaultfd_are_not_to_be_had() {
     let server = Server::uring();
     let Some(world) = world_for(&server) else { return };
     let source = world.start("uring", &server);
@@ -194,8 +204,10 @@ fn io_uring_is_not_to_be_had() {
     let clones = world.restore("uring", "v1", server.port, &["--name", &world.name("clone")]);
     server_answers_as_before(&clones[0], &server, &before);
     // The profile is part of what comes back.
-    let answer = clones[0].ask("POST", "/make", Some("{}")).expect("an answer").json();
-    assert_eq!(answer["error"], "ENOSYS", "{answer}");
+    for (what, _) in NOT_TO_BE_HAD {
+        let answer = made(&clones[0], what);
+        assert_eq!(answer["error"], "ENOSYS", "{what}: {answer}");
+    }
     world.finish();
 }
 
@@ -231,30 +243,33 @@ fn amx_tiles_are_not_to_be_had() {
 
 /// One that was made all the same would make CRIU fail in the middle: it is found before anything is touched.
 #[test]
-fn an_io_uring_that_was_made_all_the_same_is_refused() {
+fn an_io_uring_or_a_userfaultfd_that_was_made_all_the_same_is_refused() {
     let server = Server::uring();
     let Some(world) = world_for(&server) else { return };
-    let source = world.start("uring", &server);
-    let init = inner_processes(&world)[0];
-    let mut allowing = Command::new("python3")
-        .arg(fixtures().join("uring.py"))
-        .args(["--allow", &init.to_string()])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .expect("start Python");
-    let mut line = String::new();
-    BufReader::new(allowing.stdout.take().expect("piped")).read_line(&mut line).expect("text");
-    assert_eq!(line.trim(), "allowed");
-    let made = source.ask("POST", "/make", Some("{}")).expect("an answer").json();
-    drop(allowing.stdin.take());
-    allowing.wait().expect("our own child");
-    assert!(made["descriptor"].is_u64(), "{made}");
-    let (before, traces) = (answers(&source, &server), world.traces());
-    world.snapshot_call(&source, "v1", &[]).fails(3).says(&["io_uring", "preflight"]);
-    server_answers_as_before(&source, &server, &before);
-    no_residue(&world, &traces);
-    nothing_visible(&world, &source);
+    for (what, refusal) in NOT_TO_BE_HAD {
+        let source = world.start("uring", &server);
+        let init = inner_processes(&world)[0];
+        let mut allowing = Command::new("python3")
+            .arg(fixtures().join("uring.py"))
+            .args(["--allow", &init.to_string()])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start Python");
+        let mut line = String::new();
+        BufReader::new(allowing.stdout.take().expect("piped")).read_line(&mut line).expect("text");
+        assert_eq!(line.trim(), "allowed");
+        let made = made(&source, what);
+        drop(allowing.stdin.take());
+        allowing.wait().expect("our own child");
+        assert!(made["descriptor"].is_u64(), "{what}: {made}");
+        let (before, traces) = (answers(&source, &server), world.traces());
+        world.snapshot_call(&source, "v1", &[]).fails(3).says(&[refusal, "preflight"]);
+        server_answers_as_before(&source, &server, &before);
+        no_residue(&world, &traces);
+        nothing_visible(&world, &source);
+        source.remove();
+    }
     world.finish();
 }
 
