@@ -265,8 +265,8 @@ fn of_two_snapshots_to_one_tag_the_later_one_is_refused(world: &World) {
         let folder = std::fs::read_dir(Path::new(world.store()).join("packs"));
         folder.into_iter().flatten().flatten().map(|entry| entry.file_name()).collect()
     };
-    let of_the_late_one = packs();
     let winner = call(&second).ok().json()["digest"].to_string();
+    let of_the_winner = packs();
     late.go_on();
     let late = late.wait();
     late.expect_code(1);
@@ -275,8 +275,8 @@ fn of_two_snapshots_to_one_tag_the_later_one_is_refused(world: &World) {
     assert_eq!(now["variants"].as_array().map(Vec::len), Some(1), "{now}");
     assert_eq!(now["variants"][0]["digest"].to_string(), winner);
     if world.store().starts_with('/') {
-        assert!(!of_the_late_one.is_empty());
-        let left: Vec<_> = packs().into_iter().filter(|pack| of_the_late_one.contains(pack)).collect();
+        assert!(!of_the_winner.is_empty());
+        let left: Vec<_> = packs().into_iter().filter(|pack| !of_the_winner.contains(pack)).collect();
         assert!(left.is_empty(), "packs of the snapshot that was refused: {left:?}");
     }
     for (replica, before) in [&first, &second].into_iter().zip(&before) {
