@@ -4,8 +4,8 @@ use crate::arena::ARENA_BYTES_MIN;
 
 const MIB: u64 = 1 << 20;
 /// The arena of a server that does not go on afterwards: with what the writer takes (256 MiB), and the program, its threads,
-/// codecs and requests (40 MiB seen), no more than 512 MiB.
-const STOPPED_BYTES: u64 = 192 * MIB;
+/// codecs and requests (90 MiB seen), no more than 512 MiB.
+const STOPPED_BYTES: u64 = 128 * MIB;
 /// From here on the chunks that wait for a full pack cannot fill an arena, whatever they hold of it: 32 MiB of the
 /// shortest chunks (64 KiB), each in a segment (2 MiB) of its own, hold 1 GiB.
 const AMPLE_BYTES: u64 = 2 << 30;

@@ -20,6 +20,11 @@ const TOO_SLOW: u64 = 500_000;
 
 const COUNTS_MAX: Duration = Duration::from_secs(30);
 
+const MIB: u64 = 1 << 20;
+
+/// How long the snapshot of one GiB over a slow way may take on a busy machine.
+const TAKES_MAX: Duration = Duration::from_secs(240);
+
 /// A world whose bucket takes so many bytes a second once it is told to.
 fn slow_world() -> Option<(World, Slow)> {
     let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
@@ -93,6 +98,40 @@ fn a_store_that_is_too_slow_for_a_frozen_server_is_given_up_at_the_deadline() {
         no_residue(&world, &traces);
         assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
         bucket_is_empty(&world, given_up);
+    }
+    world.finish();
+}
+
+/// Runs a call and writes its largest resident memory, in bytes, to the file that comes first.
+const MEASURED: &str = "import resource, subprocess, sys
+code = subprocess.call(sys.argv[2:])
+peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+open(sys.argv[1], 'w').write(str(peak << 10))
+sys.exit(code)";
+
+/// However much the server has, and however slow the store is: the pages that wait, 256 MiB that are on their way, and little else.
+#[test]
+fn a_snapshot_takes_no_more_memory_than_it_may() {
+    let Some((world, slow)) = slow_world() else { return };
+    let server = Server::memory_of(1024);
+    let source = world.start("large", &server);
+    let before = answers(&source, &server);
+    slow.throttle(100 * MIB);
+    // Each where nothing of it lies yet: what a store has is not held until it is stored.
+    for (part, flags, mib_max) in
+        [("goes-on", &["--freeze-memory", "64MiB"][..], 64 + 256 + 128), ("stops", &["--stop"], 512)]
+    {
+        let (report, store) = (world.files().join(part), format!("{}/{part}", world.store()));
+        let reference = format!("{store}/large@v1");
+        let call = world.rewarm().args(["snapshot", source.name(), &reference]).args(flags);
+        let report_path = report.display().to_string();
+        call.under("/usr/bin/python3", &["-c", MEASURED, &report_path]).timeout(TAKES_MAX).ok();
+        let peak: u64 = std::fs::read_to_string(report).expect("a report").parse().expect("a number");
+        assert!(peak > 64 * MIB, "{part}: {peak} bytes are not those of a snapshot");
+        assert!(peak <= mib_max * MIB, "{part}: {} MiB, at most {mib_max} are allowed", peak / MIB);
+        if part == "goes-on" {
+            server_answers_as_before(&source, &server, &before);
+        }
     }
     world.finish();
 }
