@@ -29,7 +29,7 @@ pub(crate) const DISK_FD: i32 = 5;
 
 /// The socket bears the version of the protocol: beside a command of a newer program, a fetcher of the older one serves its own
 /// until nobody needs it.
-const SOCKET: &str = "fetcher.4.sock";
+const SOCKET: &str = "fetcher.5.sock";
 const LOCK: &str = "fetcher.lock";
 const LOG: &str = "fetcher.log";
 

@@ -81,7 +81,7 @@ fn nobody_but_root_is_answered() {
     let state = world.state();
     open(state.parent().expect("a parent"));
     open(&state);
-    let socket = state.join("fetcher.4.sock");
+    let socket = state.join("fetcher.5.sock");
     open(&socket);
     let program = std::env::current_exe().expect("this program");
     // By its descriptor: other users may not enter the folder that it lies in.

@@ -113,7 +113,6 @@ fn killed_at_a_state<T>(
         work(helper)
     });
     world.control("");
-    std::fs::remove_file(seen)?;
     Ok(result)
 }
 
