@@ -27,16 +27,14 @@ fn a_server_gives_its_device_memory_back_and_takes_it_again() {
         let used = devices.used_mib(0);
         assert!(used >= 10, "{used} MiB used by {}", server.name);
         for round in 0..2 {
-            let awake = replica.entry().expect("it is listed");
             let paused = world.rewarm_json().args(["pause", replica.name()]).ok().json();
             assert_eq!(paused["device_bytes"], used << 20, "{paused}");
             assert_eq!(devices.used_mib(0), 0);
             let entry = replica.entry().expect("it is listed");
             assert_eq!((&entry["status"], &entry["device_bytes"]), (&"paused".into(), &0.into()), "{entry}");
             assert!(entry["wakes_in_seconds"].as_f64().is_some_and(|seconds| seconds > 0.0), "{entry}");
-            // Its copies are in host memory now, all but what of them was never written.
-            let host = |entry: &serde_json::Value| entry["host_bytes"].as_u64().expect("it is told");
-            assert!(host(&entry) > host(&awake) + (used << 19), "{awake} {entry}");
+            // Its copies are in host memory now, all but what of them is zero.
+            assert!(entry["host_bytes"].as_u64().is_some_and(|bytes| bytes > used << 19), "{entry}");
             printed(&world.rewarm().args(["wake", replica.name()]).ok(), "back in device memory");
             let entry = replica.entry().expect("it is listed");
             assert_eq!(
