@@ -44,6 +44,7 @@ fn restore_request() -> RestoreRequest {
         residents: Vec::new(),
         timeout_ms: 30_000,
         waits: false,
+        unblock: Vec::new(),
         device: None,
     }
 }

@@ -15,7 +15,7 @@ use prost::Message;
 use crate::image::files::{self, FileKind, OpenFile, Protocol, SocketState, Timerfd};
 use crate::image::mm::{self, MADV_HUGEPAGE, MADV_NOHUGEPAGE, Vma, VmaEntry};
 use crate::image::namespaces::Clocks;
-use crate::image::{Image, Kind, numbered, replace};
+use crate::image::{Image, Kind, core, numbered, pstree, replace};
 use crate::wire::{self, Broken};
 use crate::{Error, Fault};
 
@@ -39,6 +39,9 @@ const SHUTDOWN_BOTH: u64 = 3;
 
 /// Field of a mapping with its advice.
 const VMA_ADVICE: u32 = 9;
+
+/// SIGCHLD in a set of signals.
+const CHILD_SIGNAL: u64 = 1 << 16;
 
 const CLOCK_REALTIME: u32 = 0;
 /// Set with an absolute time.
@@ -211,6 +214,50 @@ pub fn advise_huge_pages(directory: &Path, pid: u32, ranges: &[Range<u64>]) -> c
         })
     })?;
     Ok(chosen)
+}
+
+/// Blocks SIGCHLD in every thread of the tasks whose handler would see that a child of theirs was stopped. Returns the threads, by
+/// their ids in the innermost pid namespace, that did not block it before: it has to be unblocked in them when the tree goes on.
+///
+/// For a tree that CRIU leaves stopped: each task is stopped by a signal of its own, so a parent that is not yet on its way to stop
+/// when its child has stopped runs the handler first, and nobody could take that back.
+///
+/// # Errors
+/// [`Error::Io`] or [`Error::Image`] if the tree or a thread cannot be read or written.
+pub fn block_child_stops(directory: &Path) -> crate::Result<Vec<u32>> {
+    let tasks = pstree::read(directory)?;
+    let parents: HashSet<u32> = tasks.iter().map(|task| task.parent).collect();
+    let mut changed = Vec::new();
+    for task in tasks.iter().filter(|task| parents.contains(&task.pid)) {
+        let main = core::read(directory, task.pid)?;
+        if main.is_ended() || !main.task.is_some_and(|task| task.hears_of_stops) {
+            continue;
+        }
+        for &thread in &task.threads {
+            let image = Image::read(&core::path(directory, thread), Kind::Core)?;
+            let block = |field: u32| {
+                move |part: &[u8]| {
+                    let blocked = wire::number(part, field)?.unwrap_or(0);
+                    let now = blocked | CHILD_SIGNAL;
+                    if now == blocked {
+                        Ok(None)
+                    } else {
+                        wire::with_numbers(part, &[(field, now)]).map(Some)
+                    }
+                }
+            };
+            let rewritten = image.rewrite(|record| {
+                let task = wire::with_messages(record, core::TASK_FIELD, block(core::TASK_BLOCKED))?;
+                let from = task.as_deref().unwrap_or(record);
+                let both = wire::with_messages(from, core::THREAD_FIELD, block(core::THREAD_BLOCKED))?;
+                Ok(both.or(task))
+            })?;
+            if rewritten {
+                changed.push(thread);
+            }
+        }
+    }
+    Ok(changed)
 }
 
 /// Sets the clocks from which a restored replica goes on, see [`crate::image::namespaces::clocks`]. Returns the number of

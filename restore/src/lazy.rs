@@ -50,6 +50,8 @@ pub(crate) struct Orders {
     pub(crate) passing: bool,
     /// What to fill first: pid inside its pid namespace, offset and length in the task's content.
     pub(crate) first: Vec<(u32, u64, u64)>,
+    /// See [`Lazy::unblock`].
+    pub(crate) unblock: Vec<u32>,
 }
 
 /// When a pager fills what nobody has asked for.
@@ -136,6 +138,7 @@ pub(crate) struct Lazy {
     shared: Vec<Segment>,
     /// Device memory that goes past the tasks.
     direct: Vec<DirectRegion>,
+    unblock: Vec<u32>,
 }
 
 /// Device memory of a task has a content stream of its own, named by the task's pid and this bit, which no pid has.
@@ -192,8 +195,15 @@ impl Lazy {
         let first = known.iter().filter_map(|&(region, offset, bytes)| Some((pid(region)?, offset, bytes)));
         let passing = images.len() == 1 && blueprint.devices.is_empty() && blueprint.direct.is_empty();
         let record = when == When::Recorded || (when == When::AtOnce && stream.working_set().is_some());
+        let mut unblock = Vec::new();
+        if when == When::Stopped || !shared.is_empty() || has_devices(blueprint) {
+            for directory in images {
+                unblock = patch::block_child_stops(directory)?;
+            }
+        }
         let orders = Orders {
             first: first.collect(),
+            unblock: unblock.clone(),
             tasks,
             devices,
             shared: shared.iter().map(|segment| segment.orders.clone()).collect(),
@@ -203,12 +213,18 @@ impl Lazy {
             passing,
         };
         let orders = memory_file(&orders).map_err(Cause::io("write the pager's orders"))?;
-        Ok(Self { stream, orders, when, passing, regions, shared, direct: blueprint.direct.clone() })
+        let direct = blueprint.direct.clone();
+        Ok(Self { stream, orders, when, passing, regions, shared, direct, unblock })
     }
 
     /// Whether the tree is filled while it is stopped.
     pub(crate) fn is_eager(&self) -> bool {
         self.when == When::Stopped
+    }
+
+    /// The threads, by their ids in the replica, in which SIGCHLD is blocked until a tree goes on that comes back stopped.
+    pub(crate) fn unblock(&self) -> &[u32] {
+        &self.unblock
     }
 
     /// Whether content is said to be done with as it is put into place.
@@ -253,8 +269,11 @@ impl Lazy {
 fn huge_pages_serve(blueprint: &Blueprint, clones: u64) -> bool {
     let tasks = blueprint.objects.iter().filter(|object| matches!(object.object, Object::Task { .. }));
     let content: u64 = tasks.map(|object| object.layout.stream_bytes()).sum();
-    let devices = !blueprint.devices.is_empty() || !blueprint.direct.is_empty();
-    devices || fresh::is_quick(content.saturating_mul(clones))
+    has_devices(blueprint) || fresh::is_quick(content.saturating_mul(clones))
+}
+
+fn has_devices(blueprint: &Blueprint) -> bool {
+    !blueprint.devices.is_empty() || !blueprint.direct.is_empty()
 }
 
 /// The tasks that have copies of device memory, with the region of what was dumped of them; a task of which nothing was has none.

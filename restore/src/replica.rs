@@ -97,6 +97,7 @@ impl Replica {
             residents: vec![self.pager(device.is_some())?],
             timeout_ms: u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX),
             waits,
+            unblock: lazy.unblock().to_vec(),
             device,
         };
         // The pager has a lease of its own: this command may end while memory is still being filled.

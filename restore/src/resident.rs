@@ -73,6 +73,8 @@ struct Started {
     command: UnixStream,
     tasks: Tasks,
     resumes: Resumes,
+    /// Threads in which SIGCHLD is blocked until then.
+    unblock: Vec<u32>,
 }
 
 /// When the pager lets a server go on that came back stopped.
@@ -154,7 +156,7 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
         (false, false) if shared => Resumes::MayRun,
         (false, false) => Resumes::Never,
     };
-    Ok(Started { holder, command, tasks: cgroup, resumes })
+    Ok(Started { holder, command, tasks: cgroup, resumes, unblock: orders.unblock })
 }
 
 /// The content of a file. Read by offset: all clones of a restore share the one position of the descriptor.
@@ -224,7 +226,7 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
             }
             Heard::Report(Report::MayRun) => {
                 if pager.resumes == Resumes::MayRun
-                    && let Err(error) = pager.tasks.resume()
+                    && let Err(error) = pager.tasks.resume(&pager.unblock)
                 {
                     return give_up(control, pager.holder, format!("let the server go on: {error}"));
                 }
@@ -235,7 +237,7 @@ fn relay(control: &Control, mut pager: Started) -> u8 {
             Heard::Report(_) => {}
             Heard::Done(_) => {
                 if pager.resumes == Resumes::Done
-                    && let Err(error) = pager.tasks.resume()
+                    && let Err(error) = pager.tasks.resume(&pager.unblock)
                 {
                     return give_up(control, pager.holder, format!("let the server go on: {error}"));
                 }

@@ -22,7 +22,7 @@ use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 /// Longest message in bytes. The largest are the captured output of a hook and a specification with a long environment.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Most descriptors in one message.
@@ -99,6 +99,9 @@ pub struct RestoreRequest {
     /// that it may run.
     #[serde(default)]
     pub waits: bool,
+    /// Threads, by their ids in the replica, in which the images block SIGCHLD until a server goes on that comes back stopped.
+    #[serde(default)]
+    pub unblock: Vec<u32>,
     /// Device state of the server, which CRIU leaves stopped in this case (`leave-stopped` in its configuration).
     #[serde(default)]
     pub device: Option<DeviceRequest>,

@@ -31,15 +31,19 @@ const STEP: Duration = Duration::from_millis(100);
 const HELD_WITHIN: Duration = Duration::from_secs(10);
 
 /// Processes that CRIU has left stopped: a signal lets them go on, which none of them sees.
-struct Stopped<'a>(Tasks<'a>);
+struct Stopped<'a> {
+    tasks: Tasks<'a>,
+    /// Threads, by their ids in the replica, in which SIGCHLD is blocked until then.
+    unblock: &'a [u32],
+}
 
 impl Group for Stopped<'_> {
     fn processes(&self) -> Vec<i32> {
-        self.0.processes()
+        self.tasks.processes()
     }
 
     fn freeze(&self) -> io::Result<()> {
-        self.0.freeze()
+        self.tasks.freeze()
     }
 
     fn thaw(&self) -> io::Result<()> {
@@ -47,7 +51,7 @@ impl Group for Stopped<'_> {
     }
 
     fn thaw_held(&self, hold: &mut Hold) -> io::Result<()> {
-        hold.continue_unseen(&self.processes(), HELD_WITHIN)
+        hold.continue_unseen(&self.processes(), self.unblock, HELD_WITHIN)
     }
 }
 
@@ -148,7 +152,8 @@ impl Replica {
             let socket =
                 if device.carried.is_direct() { Some(fds.next().ok_or_else(|| missing(1))?) } else { None };
             let left = deadline.saturating_duration_since(Instant::now());
-            self.begin_devices(parts, device, socket.map(|socket| Stream::new(socket, left)))?;
+            let stopped = Stopped { tasks: Tasks(&parts.cgroup), unblock: &request.unblock };
+            self.begin_devices(&stopped, device, socket.map(|socket| Stream::new(socket, left)))?;
         }
         Ok(pid)
     }
@@ -185,12 +190,11 @@ impl Replica {
     /// Lets a restored server go that CRIU left stopped, with its device memory back on the devices.
     fn begin_devices(
         &self,
-        parts: &Parts,
+        stopped: &Stopped<'_>,
         device: &DeviceRequest,
         stream: Option<Stream>,
     ) -> Result<(), Error> {
-        let stopped = Stopped(Tasks(&parts.cgroup));
-        let processes = device.carried.find(&stopped)?;
+        let processes = device.carried.find(stopped)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let (mut stream, mut inside) = (stream, InProcess::default());
         let source: &mut dyn DeviceStateSource = match &mut stream {
@@ -200,7 +204,7 @@ impl Replica {
         // Others may have taken it since the verdict.
         let needed = topology::placed(&device.carried.needed(), &device.pairs);
         room(&mut helper, &needed, Duration::ZERO).map_err(RoomError::given_up)?;
-        let resumed = order::begin(&mut helper, &stopped, processes, &device.pairs, source)
+        let resumed = order::begin(&mut helper, stopped, processes, &device.pairs, source)
             .map_err(|cause| Error::Begin(Box::new(cause)))?;
         let bytes = device.carried.bytes();
         let other = resumed.total.saturating_sub(resumed.restore);

@@ -59,6 +59,8 @@ pub struct TaskState {
     pub oom_score_adj: Option<i32>,
     /// The task reaps the orphans below it.
     pub subreaper: bool,
+    /// A handler of the task runs when a child of it is stopped by a signal or goes on. Held true where the image does not say.
+    pub hears_of_stops: bool,
 }
 
 /// One thread.
@@ -114,6 +116,17 @@ pub struct Ids {
     pub time: u32,
 }
 
+/// Fields of a thread's entry that hold the signals it blocks: of the whole task, which counts for a main thread, and of the thread.
+pub(crate) const TASK_FIELD: u32 = 3;
+pub(crate) const THREAD_FIELD: u32 = 5;
+pub(crate) const TASK_BLOCKED: u32 = 5;
+pub(crate) const THREAD_BLOCKED: u32 = 6;
+
+/// Place of SIGCHLD (17) among the actions: one for each signal from 1 on, but for SIGKILL (9).
+const CHILD_ACTION: usize = 15;
+const DEFAULT_OR_IGNORED: u64 = 1;
+const NO_CHILD_STOP: u64 = 1;
+
 #[derive(Clone, PartialEq, Message)]
 struct CoreEntry {
     #[prost(message, optional, tag = "3")]
@@ -134,8 +147,19 @@ struct TaskCoreEntry {
     old_seccomp_filter: Option<u32>,
     #[prost(int32, optional, tag = "14")]
     oom_score_adj: Option<i32>,
+    #[prost(message, repeated, tag = "15")]
+    actions: Vec<ActionEntry>,
     #[prost(bool, tag = "18")]
     subreaper: bool,
+}
+
+/// What a signal does.
+#[derive(Clone, Copy, PartialEq, Message)]
+struct ActionEntry {
+    #[prost(uint64, tag = "1")]
+    handler: u64,
+    #[prost(uint64, tag = "2")]
+    flags: u64,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -228,9 +252,13 @@ impl From<IdsEntry> for Ids {
 /// # Errors
 /// [`crate::Error::Io`] if there is none, [`crate::Error::Image`] if it is not what CRIU writes.
 pub fn read(directory: &Path, tid: u32) -> crate::Result<Thread> {
-    let path = directory.join(format!("core-{tid}.img"));
+    let path = path(directory, tid);
     let entry: CoreEntry = read_one(&path, Kind::Core)?;
     thread(entry).map_err(Error::image(path))
+}
+
+pub(crate) fn path(directory: &Path, tid: u32) -> PathBuf {
+    directory.join(format!("core-{tid}.img"))
 }
 
 /// Reads the namespaces of a task. A zombie has none.
@@ -260,7 +288,14 @@ fn thread(entry: CoreEntry) -> Result<Thread, Fault> {
             return Err(Fault::Value { what: "seccomp mode", seen: u64::from(seen), expected });
         }
     };
-    let state = TaskState { state: task.state, oom_score_adj: task.oom_score_adj, subreaper: task.subreaper };
+    let hears =
+        |action: &ActionEntry| action.handler > DEFAULT_OR_IGNORED && action.flags & NO_CHILD_STOP == 0;
+    let state = TaskState {
+        state: task.state,
+        oom_score_adj: task.oom_score_adj,
+        subreaper: task.subreaper,
+        hears_of_stops: task.actions.get(CHILD_ACTION).is_none_or(hears),
+    };
     Ok(Thread {
         name: if thread.name.is_empty() { task.name } else { thread.name },
         task: is_main.then_some(state),

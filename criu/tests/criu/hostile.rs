@@ -67,6 +67,7 @@ fn read_everything(directory: &Path) {
     let _ = patch::forward_alarms(directory, Duration::from_secs(1));
     let _ = patch::close_connections(directory, &[1, 2]);
     let _ = patch::advise_huge_pages(directory, 1, std::slice::from_ref(&(0..u64::MAX)));
+    let _ = patch::block_child_stops(directory);
     let clocks = namespaces::Clocks { monotonic: Duration::ZERO, boottime: Duration::ZERO };
     let _ = patch::set_clocks(directory, clocks);
 }

@@ -7,5 +7,6 @@ mod lazy_peer;
 mod needs;
 mod page_peer;
 mod program;
+mod stops;
 mod timers;
 mod world;

@@ -120,7 +120,8 @@ fn shared_memory_comes_back_in_every_mode_and_from_a_replica() {
 }
 
 /// The tree stands stopped until its shared memory is there, or with `eager` all of it: nobody in it is to see the signal that
-/// ends the stop, nor a parent that its child was stopped.
+/// ends the stop, nor a parent that its child was stopped. A child may have stopped before its
+/// parent begins to.
 #[test]
 fn a_server_that_stood_while_it_was_filled_sees_no_signal() {
     for mib in [0, 32] {

@@ -33,14 +33,14 @@ impl Tasks {
         self.all().into_iter().find(|&pid| inner_pid(pid) == Some(task))
     }
 
-    /// Lets every stopped process go on, so that none of them sees a signal. If this process dies in the middle, they die with it:
-    /// the shim would kill them anyway.
+    /// Lets every stopped process go on, so that none of them sees a signal. `unblock`: threads, by their ids in the innermost pid
+    /// namespace, in which SIGCHLD was blocked for that. If this process dies in the middle, they die with it: the shim would kill them anyway.
     ///
     /// # Errors
     /// The kernel's, or a thread that does not stand in time; some of them may be stopped still.
-    pub fn resume(&self) -> io::Result<()> {
+    pub fn resume(&self, unblock: &[u32]) -> io::Result<()> {
         let processes: Vec<i32> = self.all().into_iter().collect();
-        Hold::new(true).continue_unseen(&processes, HELD_WITHIN)
+        Hold::new(true).continue_unseen(&processes, unblock, HELD_WITHIN)
     }
 
     /// Kills every process and waits until all are gone. Returns those that are not.
