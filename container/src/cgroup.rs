@@ -130,7 +130,7 @@ impl Cgroup {
             .dirs()
             .iter()
             .filter_map(|dir| std::fs::read_to_string(dir.join("cgroup.procs")).ok())
-            .flat_map(|text| text.lines().filter_map(|line| line.parse().ok()).collect::<Vec<_>>())
+            .flat_map(|text| members(&text))
             .collect();
         pids.sort_unstable();
         pids.dedup();
@@ -310,6 +310,12 @@ fn remove_below(dir: &Path) -> io::Result<()> {
     std::fs::remove_dir(dir)
 }
 
+/// The processes that `cgroup.procs` names. One that is reaped while the kernel writes the list shows as 0 there, and a signal to
+/// process 0 goes to the sender's own group.
+fn members(list: &str) -> Vec<u32> {
+    list.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid > 0).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -328,5 +334,10 @@ mod tests {
         let v2 = Cgroup::of_mounts("cgroup2 /sys/fs/cgroup cgroup2 rw 0 0\n", "/x").expect("v2");
         assert_eq!(v2.freezer().expect("freezer"), Path::new("/sys/fs/cgroup/x/cgroup.freeze"));
         assert!(Cgroup::of_mounts("proc /proc proc rw 0 0\n", "/x").is_none());
+    }
+
+    #[test]
+    fn a_member_that_is_being_reaped_is_none() {
+        assert_eq!(members("17\n0\n4194303\n"), [17, 4_194_303]);
     }
 }

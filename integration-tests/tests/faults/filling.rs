@@ -301,12 +301,13 @@ fn the_first_restore_records_what_is_touched_and_later_ones_know() {
     let before = answers(&source, &server);
     world.snapshot(&source, "v1", &["--probe", &probe(&world)]);
     source.remove();
-    let clones = world.restore(server.name, "v1", server.port, &["--count", "2", "--mode", "lazy"]);
-    for clone in &clones {
-        server_answers_as_before(clone, &server, &before);
+    let flags = ["--count", "2", "--mode", "lazy", "-vv"];
+    let output = world.restore_call(server.name, "v1", server.port, &flags).ok();
+    for clone in Replica::of_restore(&world, server.port, &output) {
+        server_answers_as_before(&clone, &server, &before);
     }
     let first = working_sets(&world);
-    let [(name, bytes)] = &first[..] else { panic!("one of the two writes one: {first:?}") };
+    let [(name, bytes)] = &first[..] else { panic!("one of the two writes one: {first:?}\n{output}") };
     assert_eq!(name, "000000001.json");
     assert!((MIB / 4..48 * MIB).contains(bytes), "{bytes} bytes were touched");
     // Whether the fetcher still has it or reads it again: it is good enough not to be written again.
