@@ -310,7 +310,7 @@ fn remove_below(dir: &Path) -> io::Result<()> {
     std::fs::remove_dir(dir)
 }
 
-/// The processes that `cgroup.procs` names. One that is reaped while the kernel writes the list shows as 0 there, and a signal to
+/// The processes that `cgroup.procs` names. One that is not in the reader's pid namespace (any more) shows as 0 there, and a signal to
 /// process 0 goes to the sender's own group.
 fn members(list: &str) -> Vec<u32> {
     list.lines().filter_map(|line| line.parse().ok()).filter(|&pid| pid > 0).collect()

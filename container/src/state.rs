@@ -49,6 +49,8 @@ pub struct Entry {
     pub record: Option<Record>,
     /// How it ended, if it has.
     pub exit: Option<Exit>,
+    /// Its shim is gone and has not said how it ended.
+    is_orphaned: bool,
 }
 
 /// What [`State::sweep`] found.
@@ -144,7 +146,7 @@ impl State {
         if !paths.dir().exists() {
             return Ok(None);
         }
-        // The exit is read first: a shim writes it before it lets go of the lock.
+        // The lock is looked at first: a shim writes the exit down before it lets go of it.
         let locked = is_locked(&paths)?;
         let exit: Option<Exit> = read_json(&paths.exit());
         let record: Option<Record> = read_json(&paths.record());
@@ -155,7 +157,8 @@ impl State {
             (None, None) if locked => Status::Starting,
             (None, _) => Status::Crashed,
         };
-        Ok(Some(Entry { name: name.clone(), status, record, exit }))
+        let is_orphaned = !locked && exit.is_none();
+        Ok(Some(Entry { name: name.clone(), status, record, exit, is_orphaned }))
     }
 
     /// Takes a name. The directory of a stopped or crashed replica of this name is removed first.
@@ -210,14 +213,13 @@ impl State {
     /// # Errors
     /// If something cannot be removed.
     pub fn sweep(&self) -> Result<Vec<Swept>, Error> {
-        let crashed = |entry: &Entry| entry.status == Status::Crashed && entry.exit.is_none();
-        if !self.list()?.iter().any(crashed) {
+        if !self.list()?.iter().any(|entry| entry.is_orphaned) {
             return Ok(Vec::new());
         }
         let _lock = self.lock()?;
         let mut swept = Vec::new();
         // Looked at again under the lock: a name may just have been taken.
-        for entry in self.list()?.into_iter().filter(crashed) {
+        for entry in self.list()?.into_iter().filter(|entry| entry.is_orphaned) {
             self.bury(&entry)?;
             let paths = self.paths(&entry.name);
             let kept = entry.record.as_ref().is_some_and(|record| record.status != Status::Starting);
@@ -408,6 +410,40 @@ mod tests {
         let _claim = state.create(&name("a")).expect("free");
         assert!(state.sweep().expect("sweep").is_empty());
         assert_eq!(state.list().expect("list").len(), 1);
+    }
+
+    /// A shim that writes down how its replica ended is alive as long as it has the lock, whatever stands there by then.
+    #[test]
+    fn a_shim_in_its_last_steps_is_not_swept() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let state = State::open(dir.path(), "boot-1").expect("open");
+        let claim = state.create(&name("a")).expect("free");
+        let record = Record {
+            name: name("a"),
+            uuid: uuid::Uuid::nil(),
+            generation: 0,
+            created: Timestamp::now(),
+            origin: crate::record::Origin::Cold,
+            spec: crate::spec::Spec::default(),
+            status: Status::Crashed,
+            shim_pid: 1,
+            pid: None,
+            cgroup: "rewarm-no-such".into(),
+            published: Vec::new(),
+            device: None,
+            memory: None,
+        };
+        write_json(&claim.paths().record(), &record).expect("written");
+        assert_eq!(state.sweep().expect("sweep"), []);
+        assert!(!claim.paths().exit().exists(), "the shim writes it");
+        let (paths, exit) = (
+            claim.paths().clone(),
+            Exit { status: ExitStatus::Code(3), cause: Cause::Ended, ended: Timestamp::now() },
+        );
+        write_json(&paths.exit(), &exit).expect("written");
+        claim.hand_over();
+        assert_eq!(state.sweep().expect("sweep"), []);
+        assert_eq!(state.exit(&name("a")).expect("looked at"), Some(exit));
     }
 
     #[test]

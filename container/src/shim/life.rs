@@ -161,7 +161,8 @@ impl Replica {
         }
         let exit = exit_of(&self.lock());
         let status = if matches!(exit.cause, Cause::Resident(_)) { Status::Crashed } else { Status::Exited };
-        let results = [self.set_status(status), write_json(&self.paths.exit(), &exit)];
+        // In this order: who finds the status without the exit would take it for the end of a shim that died.
+        let results = [write_json(&self.paths.exit(), &exit), self.set_status(status)];
         for error in results.into_iter().filter_map(Result::err) {
             tracing::error!(error = %error, "write the exit down");
         }
