@@ -91,6 +91,15 @@ pub enum CallError {
         /// The deadline.
         seconds: u64,
     },
+    /// The program was replaced by one of another version while its owner ran.
+    #[error(
+        "the GPU helper speaks version {helper} of its protocol, and {} is needed: the program was replaced meanwhile",
+        wire::VERSION
+    )]
+    Version {
+        /// The helper's version.
+        helper: u32,
+    },
     /// The helper is another program than it should be.
     #[error("{call}: the GPU helper answered {seen}")]
     Protocol {
@@ -231,6 +240,7 @@ impl Helper {
                 running.driver = driver;
                 Ok(running)
             }
+            Answer::Hello { version, .. } => Err(CallError::Version { helper: version }),
             other => Err(CallError::Protocol { call, seen: format!("{other:?}") }),
         }
     }

@@ -52,8 +52,10 @@ pub enum Refusal {
     #[error("kernel.yama.ptrace_scope is 3: nobody may attach to a process until the next boot")]
     Yama,
     /// There is no driver that could be asked.
-    #[error("a process has the CUDA driver's library loaded, and {reason}")]
+    #[error("process {pid} has the CUDA driver's library loaded, and {reason}")]
     Driver {
+        /// The process.
+        pid: i32,
         /// What stands against it: a library that is missing, too old (before R570), or lacks a function.
         reason: String,
     },
@@ -192,7 +194,7 @@ impl Proc {
         purpose: Purpose,
     ) -> Vec<Refusal> {
         let mut refusals = Vec::new();
-        let mps = self.has_mps();
+        let mps = self.serves_mps().is_some();
         for &pid in processes {
             refusals.extend(self.tracer(pid));
             if mps && cuda.contains(&pid) {
@@ -227,8 +229,10 @@ impl Proc {
         })
     }
 
-    fn has_mps(&self) -> bool {
-        self.numbers("").into_iter().any(|pid| self.text(&format!("{pid}/comm")).starts_with(MPS))
+    /// The first process that serves MPS on this machine. Only its clients cannot be checkpointed.
+    #[must_use]
+    pub fn serves_mps(&self) -> Option<i32> {
+        self.numbers("").into_iter().find(|pid| self.text(&format!("{pid}/comm")).starts_with(MPS))
     }
 
     fn client_of_mps(&self, pid: i32) -> Option<Refusal> {

@@ -189,9 +189,9 @@ impl Replica {
     pub(super) fn examine(&self, parts: &Parts, purpose: Purpose, direct: bool) -> Result<Looked, Error> {
         let tasks = Tasks(&parts.cgroup);
         let processes = tasks.processes();
-        if !processes.iter().any(|pid| ranges::loads_driver(*pid)) {
+        let Some(&pid) = processes.iter().find(|pid| ranges::loads_driver(**pid)) else {
             return Ok(Looked::default());
-        }
+        };
         let proc = Proc::here();
         let mut refusals = proc.machine();
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -199,7 +199,7 @@ impl Replica {
             Ok(version) => version,
             // Nothing else can be asked.
             Err(CallError::NoDriver { reason }) => {
-                refusals.push(Refusal::Driver { reason });
+                refusals.push(Refusal::Driver { pid, reason });
                 return Err(Error::Unfit(Unfit(refusals)));
             }
             Err(error) => return Err(untouched(error)),

@@ -7,6 +7,7 @@ mod devices;
 mod direct;
 mod endings;
 mod failures;
+mod protocol;
 mod steps;
 mod world;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
             let nvml = rest.get(1).map_or(rewarm_gpu::nvml::LIBRARY, String::as_str);
             ExitCode::from(rewarm_gpu::helper::main(library.as_ref(), nvml.as_ref()))
         }
+        Some((verb, _)) if verb == "other-helper" => protocol::another_version(),
         Some((verb, rest)) if verb == "workload" => {
             match workload::Options::parse(rest).and_then(|options| workload::main(&options)) {
                 Ok(()) => ExitCode::SUCCESS,
@@ -34,11 +36,17 @@ fn main() -> ExitCode {
 }
 
 fn run() -> ExitCode {
-    let trials: Vec<Trial> =
-        [steps::trials(), devices::trials(), failures::trials(), endings::trials(), direct::trials()]
-            .into_iter()
-            .flatten()
-            .collect();
+    let trials: Vec<Trial> = [
+        steps::trials(),
+        devices::trials(),
+        failures::trials(),
+        endings::trials(),
+        direct::trials(),
+        protocol::trials(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 

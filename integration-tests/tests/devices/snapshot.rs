@@ -1,5 +1,7 @@
 //! Snapshots of servers with device memory, under the real CRIU.
 
+use std::path::Path;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rewarm_gpu_sim::{RELEASE_ENV, VERSION_ENV};
@@ -314,13 +316,32 @@ fn anonymous_mib(pid: u64) -> u64 {
     kib.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) >> 10
 }
 
+/// Whether CRIU alone, which is told of plugins only by its environment, dumps a process; and what it logged.
+fn criu_dumps(plugins: &Path) -> (bool, String) {
+    let images = tempfile::tempdir().expect("a folder");
+    let mut sleeping = Command::new("sleep");
+    sleeping.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    let mut sleeping = sleeping.spawn().expect("a program of every machine");
+    let mut dump = Command::new(rewarm_integration_tests::needs::criu().expect("it is needed"));
+    dump.args(["dump", "--leave-running", "--shell-job", "-v4", "-o", "log", "-t"]);
+    dump.arg(sleeping.id().to_string()).arg("-D").arg(images.path());
+    let output = dump.env("CRIU_LIBS_DIR", plugins).output().expect("it starts");
+    sleeping.kill().expect("it was left running");
+    sleeping.wait().expect("it ends");
+    (output.status.success(), std::fs::read_to_string(images.path().join("log")).expect("a log"))
+}
+
 #[test]
 fn no_plugin_of_criu_is_loaded() {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
     // CRIU fails at a plugin that it cannot load.
     let plugins = tempfile::tempdir().expect("a folder");
+    let (dumped, log) = criu_dumps(plugins.path());
+    assert!(dumped, "without a plugin: {log}");
     std::fs::write(plugins.path().join("cuda_plugin.so"), "no library").expect("write");
+    let (dumped, log) = criu_dumps(plugins.path());
+    assert!(!dumped && log.contains("cuda_plugin.so"), "with one: {log}");
     let name = world.name("plain");
     let output = world.run_call(&name, &server, &[]).env("CRIU_LIBS_DIR", plugins.path()).ok();
     let source = Replica::of_run(&world, name, server.port, &output);
@@ -388,9 +409,11 @@ fn what_the_driver_cannot_checkpoint_is_refused_before_anything_is_locked() {
     let old = devices.seen_by(world.run_call(&name, &server, &[])).env(VERSION_ENV, "12040").ok();
     let old = Replica::of_run(&world, name, server.port, &old);
     let before = answers(&old, &server);
-    let text = "supports CUDA 12.4, at least 12.8 (R570) is needed";
-    world.rewarm().args(["pause", old.name()]).fails(3).says(&[text]);
-    world.snapshot_call(&old, "v1", &[]).fails(3).says(&[text]);
+    let pid = old.entry().and_then(|entry| entry["pid"].as_u64()).expect("it is listed");
+    let process = format!("process {pid} has the CUDA driver's library loaded");
+    let texts = [&*process, "supports CUDA 12.4, at least 12.8 (R570) is needed"];
+    world.rewarm().args(["pause", old.name()]).fails(3).says(&texts);
+    world.snapshot_call(&old, "v1", &[]).fails(3).says(&texts);
     server_answers_as_before(&old, &server, &before);
     world.finish();
 }
