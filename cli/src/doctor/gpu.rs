@@ -17,13 +17,50 @@ const MODULE: &str = "/proc/driver/nvidia/version";
 const RELEASE_MIN: u32 = 570;
 
 pub(super) fn needs(places: &Places) -> Vec<Need> {
-    let mut needs = vec![];
-    match nvml::look(&places.libnvml) {
-        Ok(machine) => needs.extend(of_machine(&machine, &Proc::here())),
-        Err(silent) => needs.push(without_nvml(&silent, Path::new(MODULE).exists())),
-    }
+    let mut needs = seen(nvml::look(&places.libnvml), Path::new(MODULE).exists(), &Proc::here());
     needs.extend(places.ask_driver.as_deref().map(driver));
     needs
+}
+
+/// What NVML and `/proc` tell; the second also where the first is silent and the driver's `module` is there.
+fn seen(machine: Result<Machine, Silent>, module: bool, proc: &Proc) -> Vec<Need> {
+    match machine {
+        Ok(machine) => {
+            let mut needs = of_machine(&machine);
+            needs.extend(unfit(proc.machine().into_iter().chain(preflight::devices(&machine)).collect()));
+            needs.extend(proc.serves_mps().map(mps));
+            needs
+        }
+        Err(silent) => {
+            let mut needs = vec![without_nvml(&silent, module)];
+            if module {
+                needs.extend(unfit(proc.machine()));
+                needs.extend(proc.serves_mps().map(mps));
+            }
+            needs
+        }
+    }
+}
+
+fn unfit(refusals: Vec<Refusal>) -> Option<Need> {
+    if refusals.is_empty() {
+        return None;
+    }
+    Some(Need::degraded(
+        "gpu checkpoint",
+        preflight::Unfit(refusals).to_string(),
+        "servers that use CUDA can be neither snapshotted nor paused",
+        "use whole GPUs of an x86_64 machine whose processes root may trace",
+    ))
+}
+
+fn mps(pid: i32) -> Need {
+    Need::degraded(
+        "gpu mps",
+        format!("process {pid} serves MPS"),
+        "servers that share a GPU by it can be neither snapshotted nor paused",
+        "start servers where they do not reach its pipe, or end it: echo quit | nvidia-cuda-mps-control",
+    )
 }
 
 fn without_nvml(silent: &Silent, module: bool) -> Need {
@@ -38,7 +75,7 @@ fn without_nvml(silent: &Silent, module: bool) -> Need {
     Need::ok("gpu", "none, so servers that use CUDA have no place here")
 }
 
-fn of_machine(machine: &Machine, proc: &Proc) -> Vec<Need> {
+fn of_machine(machine: &Machine) -> Vec<Need> {
     let describe = |gpu: &nvml::Gpu| {
         format!("{} with {} of {} free", gpu.name, bytes(gpu.free_bytes), bytes(gpu.total_bytes))
     };
@@ -53,15 +90,6 @@ fn of_machine(machine: &Machine, proc: &Proc) -> Vec<Need> {
             format!("{}, at least {RELEASE_MIN} is needed", machine.release),
             "servers that use CUDA can be neither snapshotted nor paused",
             "install a driver of R580 or newer",
-        ));
-    }
-    let refusals: Vec<Refusal> = proc.machine().into_iter().chain(preflight::devices(machine)).collect();
-    if !refusals.is_empty() {
-        needs.push(Need::degraded(
-            "gpu checkpoint",
-            preflight::Unfit(refusals).to_string(),
-            "servers that use CUDA can be neither snapshotted nor paused",
-            "use whole GPUs of an x86_64 machine whose processes root may trace",
         ));
     }
     if machine.gpus.iter().any(|gpu| gpu.persistent == Some(false)) {
@@ -116,7 +144,7 @@ mod tests {
 
     fn told(machine: &Machine) -> Vec<(&'static str, State)> {
         let proc = Proc::at(Path::new("/no/such/proc"), preflight::ARCHITECTURE);
-        of_machine(machine, &proc).iter().map(|need| (need.name, need.state)).collect()
+        seen(Ok(machine.clone()), true, &proc).iter().map(|need| (need.name, need.state)).collect()
     }
 
     #[test]
@@ -136,7 +164,37 @@ mod tests {
             .filter(|(_, state)| *state == State::Degraded)
             .map(|(name, _)| name)
             .collect();
-        assert_eq!(names, ["gpu driver", "gpu checkpoint", "gpu persistence"]);
+        assert_eq!(names, ["gpu driver", "gpu persistence", "gpu checkpoint"]);
+    }
+
+    #[test]
+    fn what_proc_tells_is_told_without_nvml_too() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let write = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::create_dir_all(path.parent().expect("below the folder")).expect("a folder");
+            std::fs::write(path, text).expect("write");
+        };
+        write("version", "Linux version 4.4.0 #1 SMP Sun Jan 10 15:06:54 PST 2016");
+        write("sys/kernel/yama/ptrace_scope", "3\n");
+        write("17/comm", "nvidia-cuda-mps\n");
+        let proc = Proc::at(folder.path(), "aarch64");
+        let silent = || nvml::look(Path::new("/no/such/libnvidia-ml.so.1")).expect_err("there is none");
+        let machine = machine("580.95.05", nvml::Sharing::Whole, true);
+        for (seen, first) in
+            [(seen(Err(silent()), true, &proc), State::Degraded), (seen(Ok(machine), true, &proc), State::Ok)]
+        {
+            let names: Vec<_> = seen.iter().map(|need| (need.name, need.state)).collect();
+            let degraded = State::Degraded;
+            assert_eq!(names, [("gpu", first), ("gpu checkpoint", degraded), ("gpu mps", degraded)]);
+            for word in ["aarch64", "gVisor", "ptrace_scope is 3"] {
+                assert!(seen[1].found.contains(word), "{word}: {}", seen[1].found);
+            }
+            assert!(seen[2].found.contains("process 17"), "{}", seen[2].found);
+        }
+        // Without a driver none of it is anybody's business.
+        let names: Vec<_> = seen(Err(silent()), false, &proc).iter().map(|need| need.name).collect();
+        assert_eq!(names, ["gpu"]);
     }
 
     #[test]
