@@ -222,13 +222,23 @@ mod tests {
 
     #[test]
     fn every_preset_is_understood_and_survives_json() {
-        for (name, _) in PRESETS {
+        for (name, text) in PRESETS {
+            let says = text.contains("not tried") || name == "generic";
+            assert!(says, "{name} does not say what was not tried");
             let engine = Engine::load(name).unwrap_or_else(|error| panic!("{name}: {error}"));
             let json = serde_json::to_value(&engine).expect("JSON");
             assert_eq!(serde_json::from_value::<Engine>(json).expect("JSON"), engine, "{name}");
         }
+        let paths = |steps: &[Step]| -> Vec<String> {
+            let path = |step: &Step| step.post.clone().or(step.get.clone()).unwrap_or_default();
+            steps.iter().map(|step| path(step).split('?').next().unwrap_or_default().to_owned()).collect()
+        };
+        // Whatever is asked to sleep has nothing in work any more, and what is asked to answer goes on before.
         let vllm = Engine::load("vllm").expect("a preset");
-        assert!(vllm.before.iter().any(|step| step.post.as_deref() == Some("/sleep?level=1")));
+        assert_eq!(paths(&vllm.before), ["/pause", "/sleep", "/wake_up"]);
+        assert_eq!(paths(&vllm.after), ["/wake_up", "/resume", "/health", "/v1/completions"]);
+        let sglang = Engine::load("sglang").expect("a preset");
+        assert_eq!(paths(&sglang.before), ["/pause_generation", "/release_memory_occupation"]);
     }
 
     #[test]
