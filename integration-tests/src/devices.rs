@@ -154,6 +154,16 @@ impl Devices {
         done.expect("a GPU");
     }
 
+    /// Puts another GPU into the place of one, with as much memory. Nothing may use it.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn replace(&self, index: usize, uuid: u128, name: &str) {
+        let device = &self.mounts[index];
+        fs::write(device.join("uuid"), format!("{uuid:032x}")).expect("a GPU");
+        fs::write(device.join("name"), name).expect("a GPU");
+    }
+
     /// Takes a GPU away, as if the machine had fewer, or brings it back.
     ///
     /// # Panics

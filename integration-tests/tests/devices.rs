@@ -4,9 +4,11 @@ mod content;
 mod direct;
 mod engine;
 mod given;
+mod kinds;
 mod look;
 mod luck;
 mod pause;
+mod refused;
 mod snapshot;
 mod soak;
 

@@ -1,5 +1,6 @@
-//! `rewarm run --gpu`: devices and libraries that a replica is given, by a forged CDI file.
+//! `rewarm run --gpu`: devices and libraries that a replica is given, by a forged CDI file or as a forged machine shows them.
 
+use std::path::Path;
 use std::time::Duration;
 
 use rewarm_gpu_sim::NODES_ENV;
@@ -84,5 +85,122 @@ fn a_child_that_keeps_a_device_open_is_refused_before_anything_is_locked() {
     assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
     devices.control("");
     server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// What a folder becomes for the program that is started: `/dev` with two GPUs, what the driver says of them, its libraries (from
+/// the folder `given`) in `driver`, the loader's cache. In a mount namespace of its own, so neither others nor a container see any
+/// of it.
+const MACHINE: &str = r#"set -e
+mount -t tmpfs forged "$0/driver"
+cp "$0"/given/*.so.1 "$0/driver"
+printf 'include /etc/ld.so.conf\n%s\n' "$0/driver" > "$0/driver/conf"
+/sbin/ldconfig -X -C "$0/driver/cache" -f "$0/driver/conf"
+mount --bind "$0/driver/cache" /etc/ld.so.cache
+mount -t tmpfs forged "$0/dev"
+for name in null zero full random urandom tty ptmx fuse net userfaultfd; do
+  if [ -d /dev/$name ]; then mkdir "$0/dev/$name"; mount --rbind /dev/$name "$0/dev/$name"
+  elif [ -e /dev/$name ]; then : > "$0/dev/$name"; mount --bind /dev/$name "$0/dev/$name"; fi
+done
+for name in pts shm; do mkdir "$0/dev/$name"; mount --rbind /dev/$name "$0/dev/$name"; done
+ln -s /proc/self/fd "$0/dev/fd"
+mknod "$0/dev/nvidia0" c 10 237
+mknod "$0/dev/nvidia1" c 10 237
+mknod "$0/dev/nvidiactl" c 10 229
+mount --move "$0/dev" /dev
+mount -t tmpfs forged /proc/driver
+cp -r "$0/nvidia" /proc/driver
+exec "$@"
+"#;
+
+fn uuid(index: usize) -> String {
+    format!("GPU-00000000-0000-0000-0000-0000000000d{index}")
+}
+
+/// A folder for [`MACHINE`], and a CDI file for the same GPUs in its folder `cdi`.
+fn machine(devices: &Devices) -> TempDir {
+    let folder = tempfile::tempdir().expect("a folder");
+    let at = |name: &str| folder.path().join(name);
+    std::os::unix::fs::symlink(devices.libraries(), at("given")).expect("a link");
+    for name in ["dev", "driver", "cdi", "none"] {
+        std::fs::create_dir(at(name)).expect("a folder");
+    }
+    for index in 0..2 {
+        let gpu = at(&format!("nvidia/gpus/0000:0{index}:00.0"));
+        std::fs::create_dir_all(&gpu).expect("a folder");
+        let text = format!("Model: \t\t x\nGPU UUID: \t {}\nDevice Minor: \t {index}\n", uuid(index));
+        std::fs::write(gpu.join("information"), text).expect("write");
+    }
+    let nodes = |name: &str, indices: &[usize]| {
+        let path = |index: &usize| serde_json::json!({"path": format!("/dev/nvidia{index}")});
+        let nodes: Vec<_> = indices.iter().map(path).collect();
+        serde_json::json!({"name": name, "containerEdits": {"deviceNodes": nodes}})
+    };
+    let named = [("0", 0), ("1", 1), (&*uuid(0), 0), (&*uuid(1), 1)];
+    let mut listed: Vec<_> = named.map(|(name, index)| nodes(name, &[index])).into();
+    listed.push(nodes("all", &[0, 1]));
+    let library = at("driver/libcuda.so.1");
+    let text = serde_json::json!({
+        "cdiVersion": "0.5.0", "kind": "nvidia.com/gpu",
+        "devices": listed,
+        "containerEdits": {
+            "deviceNodes": [{"path": "/dev/nvidiactl"}],
+            "mounts": [{"hostPath": library, "containerPath": library}],
+        },
+    });
+    std::fs::write(at("cdi/nvidia.json"), text.to_string()).expect("write");
+    folder
+}
+
+/// What the call does on that machine.
+fn on(machine: &Path, call: Rewarm) -> Rewarm {
+    let folder = machine.display().to_string();
+    call.under("unshare", &["--mount", "--propagation", "private", "sh", "-c", MACHINE, &folder])
+}
+
+#[test]
+fn all_gpus_or_one_by_its_identity_arrive_with_and_without_a_cdi_file() {
+    let Some((world, devices)) = world_with(&[64, 64]) else { return };
+    let machine = machine(&devices);
+    let driver = machine.path().join("driver");
+    let library = driver.join("libcuda.so.1").display().to_string();
+    let second = uuid(1);
+    let all = ["nvidia0", "nvidia1", "nvidiactl"];
+    for (cdi, wanted, expected) in [
+        ("cdi", "all", &all[..]),
+        ("cdi", &second, &all[1..]),
+        ("none", "all", &all),
+        ("none", &second, &all[1..]),
+    ] {
+        let mut server = devices.server(16);
+        server.command[2].clone_from(&library);
+        server.env.retain(|(name, _)| name != NODES_ENV);
+        server.env.push((NODES_ENV.to_owned(), "/dev/nvidia1:/dev/nvidiactl".to_owned()));
+        let given = |call: Rewarm| {
+            on(machine.path(), devices.seen_by(call).env("REWARM_CDI", machine.path().join(cdi)))
+        };
+        let name = world.name(&format!("{cdi}-{}", expected.len()));
+        let output = given(world.run_call(&name, &server, &["--gpu", wanted])).ok();
+        let source = Replica::of_run(&world, name.clone(), server.port, &output);
+        let before = answers(&source, &server);
+        assert_eq!(source.sh("cd /dev; ls -d nvidia*").lines().collect::<Vec<_>>(), expected, "{name}");
+        // Without a CDI file: all of the driver's libraries that the loader's cache has.
+        let libraries: &[&str] =
+            if cdi == "none" { &["libcuda.so.1", "libnvidia-ml.so.1"] } else { &["libcuda.so.1"] };
+        let found = source.sh(&format!("grep -q {library} /proc/1/maps && ls {}", driver.display()));
+        assert_eq!(found.lines().collect::<Vec<_>>(), libraries, "{name}");
+        if wanted != "all" {
+            world.snapshot(&source, "v1", &[]);
+            let flags = ["--name", &world.name("clone")];
+            let call = world.restore_call(source.short(), "v1", server.port, &flags);
+            let clones = Replica::of_restore(&world, server.port, &given(call).ok());
+            server_answers_as_before(&clones[0], &server, &before);
+            clones[0].remove();
+        }
+        source.remove();
+    }
+    let call = world.run_call(&world.name("no"), &devices.server(16), &["--gpu", &uuid(7)]);
+    let call = devices.seen_by(call).env("REWARM_CDI", machine.path().join("none"));
+    on(machine.path(), call).fails(3).says(&[&format!("there is no GPU {}", uuid(7)), &second]);
     world.finish();
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
+use rewarm_integration_tests::replica::names;
 use rewarm_integration_tests::{Replica, World};
 use rewarm_report::{Operation, Stage};
 
@@ -234,6 +235,43 @@ fn a_shim_killed_in_any_step_of_the_driver_leaves_nothing_on_the_device() {
         let _ = world.rewarm().args(["rm", source.name()]).run();
         no_residue(&world, &traces);
     }
+    world.finish();
+}
+
+#[test]
+fn a_shim_killed_while_the_driver_restores_a_clone_leaves_nothing() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    let (traces, used) = (world.traces(), devices.used_mib(0));
+    let clone = world.name("clone");
+    let restore = || devices.seen_by(world.restore_call("device", "v1", server.port, &["--name", &clone]));
+    for step in ["restore", "unlock"] {
+        devices.control(&format!("{step} wait 2000"));
+        let running = restore().spawn();
+        devices.await_rule(&world);
+        let unfinished = Replica::in_the_making(&world, clone.clone());
+        let pid = unfinished.entry().and_then(|entry| entry["pid"].as_u64()).expect("it is restored");
+        // The command would end the clone: first the kernel has to.
+        running.signal(Signal::SIGSTOP);
+        kill_shim(&unfinished);
+        world.await_state("the kernel ends the clone", Duration::from_secs(10), || {
+            let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+            !status.contains("State:") || status.contains("State:\tZ")
+        });
+        running.signal(Signal::SIGCONT);
+        running.wait().expect_code(1);
+        devices.control("");
+        let listed = world.rewarm_json().arg("ps").ok();
+        assert_eq!(names(&listed), [source.name()], "{step}: {listed}");
+        no_residue(&world, &traces);
+        assert_eq!(devices.used_mib(0), used, "{step}");
+    }
+    let clones = Replica::of_restore(&world, server.port, &restore().ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    server_answers_as_before(&source, &server, &before);
     world.finish();
 }
 
