@@ -24,7 +24,9 @@ class Bench:
         device.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6g", "simulated", str(device)], check=True)
         (device / "uuid").write_text(f"{0xD0:032x}")
+        self.control = self.work / "control"
         self.env = os.environ | {
+            "REWARM_SIM_CONTROL": str(self.control),
             "REWARM_LIBCUDA": str(self.inside / "libcuda.so.1"),
             "REWARM_LIBNVML": str(self.inside / "libnvidia-ml.so.1"),
             "REWARM_SIM_DEVICES": str(options.devices),
@@ -74,8 +76,11 @@ class Bench:
         self.rewarm("snapshot", name, reference, "--stop", *flags)
         self.rewarm("rm", name)
 
-    def restores(self, names):
-        """For each snapshot, in turns: medians of the time to ready less that within the driver, in seconds, and of the driver's."""
+    def restores(self, names, rate):
+        """For each snapshot, in turns: medians of the time to ready less that within the driver, in seconds, and of the driver's.
+
+        The driver's restore call moves at most `rate` GB a second, or as much as it can with 0."""
+        self.control.write_text(f"restore rate {round(rate * 1e9 / 2**20)}\n" if rate else "")
         seen = {name: ([], []) for name in names}
         for turn, name in ((turn, name) for turn in range(self.options.rounds + 1) for name in names):
             reference, (ours, driver) = f"{self.work / 'store'}/{name}@v1", seen[name]
@@ -96,20 +101,28 @@ def main():
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--mib", type=int, default=1024)
+    parser.add_argument("--only", choices=["pauses", "restores"])
+    parser.add_argument("--rates", type=float, nargs="+", default=[0.5, 1, 0], help="GB/s that the driver restores at; 0: as fast as it goes")
     bench = Bench(parser.parse_args())
     print("simulated driver; medians of", bench.options.rounds, "rounds; 'ours' is all but the time within the driver's calls")
-    for processes in (1, 8):
+    for processes in (1, 8) if bench.options.only != "restores" else ():
         shares = bench.pauses(processes)
         print(f"{processes} process(es) of 16 MiB: ours of pause {shares['pause'] * 1000:.1f} ms, of wake {shares['wake'] * 1000:.1f} ms")
+    if bench.options.only == "pauses":
+        return
     bench.keep("device", "")
     bench.keep("direct", "", "--gpu-direct")
     bench.keep("host", "--host")
-    seen = bench.restores(["device", "direct", "host"])
-    host, _ = seen["host"]
-    print(f"restore of {bench.options.mib} MiB of host memory: {host:.3f} s")
-    for name, what in (("device", "device memory"), ("direct", "device memory past the server's own")):
-        ours, driver = seen[name]
-        print(f"the same bytes of {what}: {ours:.3f} s and {driver:.3f} s in the driver; ours {ours / host:.2f} times")
+    moved = bench.options.mib * 2**20 / 1e9
+    for rate in bench.options.rates:
+        seen = bench.restores(["device", "direct", "host"], rate)
+        host, _ = seen["host"]
+        print(f"driver slowed to {rate} GB/s:" if rate else "driver as fast as it goes:")
+        print(f"  restore of {bench.options.mib} MiB of host memory: {host:.3f} s")
+        for name, what in (("device", "device memory"), ("direct", "device memory past the server's own")):
+            ours, driver = seen[name]
+            reached = f"{moved / driver:.2f} GB/s" if driver else "no call"
+            print(f"  the same bytes of {what}: {ours:.3f} s and {driver:.3f} s in the driver ({reached}); ours {ours / host:.2f} times")
 
 
 main()
