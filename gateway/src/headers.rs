@@ -17,7 +17,6 @@ const HELD: HeaderName = HeaderName::from_static("x-rewarm-held-ms");
 /// Says which replica answered.
 const REPLICA: HeaderName = HeaderName::from_static("x-rewarm-replica");
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-pub(crate) const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const KEEP_ALIVE: HeaderName = HeaderName::from_static("keep-alive");
 const PROXY_CONNECTION: HeaderName = HeaderName::from_static("proxy-connection");
 
@@ -53,7 +52,6 @@ struct Seen {
     encoded: bool,
     expects: bool,
     has_id: bool,
-    has_trace: bool,
 }
 
 impl Seen {
@@ -70,7 +68,6 @@ impl Seen {
             } else {
                 seen.expects |= *name == EXPECT;
                 seen.has_id |= *name == REQUEST_ID;
-                seen.has_trace |= *name == TRACEPARENT;
             }
         }
         seen
@@ -157,9 +154,8 @@ pub(crate) fn for_replica(parts: &mut Parts) {
     }
     // A header that `Connection` names is gone, whichever it was.
     let is_there = |seen: bool, name: HeaderName| seen && parts.headers.contains_key(name);
-    let [host, id, trace] =
-        [(seen.hosts > 0, HOST), (seen.has_id, REQUEST_ID), (seen.has_trace, TRACEPARENT)]
-            .map(|(seen, name)| is_there(seen, name));
+    let [host, id] =
+        [(seen.hosts > 0, HOST), (seen.has_id, REQUEST_ID)].map(|(seen, name)| is_there(seen, name));
     if !host {
         // HTTP/2 has it in its target, HTTP/1.0 may have none.
         let host = parts.uri.authority().and_then(|authority| HeaderValue::from_str(authority.as_str()).ok());
@@ -171,9 +167,6 @@ pub(crate) fn for_replica(parts: &mut Parts) {
     }
     if !id && let Ok(id) = HeaderValue::from_bytes(&random_digits::<32>()) {
         parts.headers.insert(REQUEST_ID, id);
-    }
-    if !trace && let Ok(trace) = HeaderValue::from_bytes(&random_trace()) {
-        parts.headers.insert(TRACEPARENT, trace);
     }
     if parts.uri.scheme().is_some() || parts.uri.authority().is_some() {
         let path = parts.uri.path_and_query().map_or("/", hyper::http::uri::PathAndQuery::as_str);
@@ -210,14 +203,6 @@ pub(crate) fn for_client(
     if let Some(held) = held {
         headers.insert(HELD, HeaderValue::from(u64::try_from(held.as_millis()).unwrap_or(u64::MAX)));
     }
-}
-
-/// A trace of which nothing is recorded, as W3C writes it: version, trace, parent, flags.
-fn random_trace() -> [u8; 55] {
-    let mut text = *b"00-00000000000000000000000000000000-0000000000000000-00";
-    text[3..35].copy_from_slice(&random_digits::<32>());
-    text[36..52].copy_from_slice(&random_digits::<16>());
-    text
 }
 
 /// So many random hexadecimal digits.
@@ -280,12 +265,10 @@ mod tests {
         let seen: Vec<String> = parts
             .headers
             .iter()
-            .filter(|(name, _)| *name != TRACEPARENT)
             .map(|(name, value)| format!("{name}: {}", value.to_str().expect("text")))
             .collect();
         assert_eq!(seen, ["te: trailers", "x-request-id: mine", "host: a.example"]);
         assert_eq!(parts.uri, "/v1?q=1");
-        assert_eq!(parts.headers[TRACEPARENT].len(), 55);
     }
 
     #[test]
@@ -305,7 +288,7 @@ mod tests {
         for_replica(&mut parts);
         let mut names: Vec<&str> = parts.headers.keys().map(HeaderName::as_str).collect();
         names.sort_unstable();
-        assert_eq!(names, ["host", "traceparent", "x-request-id", "x-third"]);
+        assert_eq!(names, ["host", "x-request-id", "x-third"]);
         assert_eq!(parts.headers[HOST], "localhost");
         assert_ne!(
             parts.headers[REQUEST_ID], "mine",

@@ -16,8 +16,7 @@ use opentelemetry_http::HeaderExtractor;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::{SdkTracer, Span};
 
-use crate::headers::TRACEPARENT;
-
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
 const TRACESTATE: HeaderName = HeaderName::from_static("tracestate");
 /// Spans wait for their collector by the thousand: what strangers write into them is bounded. W3C asks for so much of a `tracestate`.
 const STATE_BYTES_MAX: usize = 512;

@@ -22,7 +22,8 @@ async fn a_request_and_its_answer_over_kept_connections() {
             head.starts_with("get /a?b=c http/1.1\r\n") && head.contains("host: x.example\r\n"),
             "{head}"
         );
-        assert!(head.contains("x-request-id: ") && head.contains("traceparent: 00-"), "{head}");
+        // A trace that nobody records would keep the replica from recording its own.
+        assert!(head.contains("x-request-id: ") && !head.contains("traceparent"), "{head}");
         replica.say(OK).await;
         let answer = client.hear("ok").await.to_lowercase();
         assert!(
