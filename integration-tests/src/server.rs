@@ -121,6 +121,14 @@ impl Server {
         Self::python("clock", "clock.py", &[]).asking(Question::get("/sleep?ms=100").except(&["/took_ms"]))
     }
 
+    /// Plays the HTTP interface of an inference engine, as its documentation has it: `vllm`, `sglang` or `llamacpp`.
+    #[must_use]
+    pub fn engine(name: &'static str) -> Self {
+        let mut server = Self::python(name, "engine.py", &["--engine", name]);
+        server.questions = vec![Question::get("/check")];
+        server
+    }
+
     /// A server with an open loopback connection to its own helper process.
     #[must_use]
     pub fn helper() -> Self {

@@ -164,19 +164,35 @@ impl Engine {
 /// [`Error::Step`] with the first step that failed in all its attempts, and what it failed with in the last.
 pub async fn take(steps: &[Step], dial: &dyn Dial, port: Option<u16>) -> Result<()> {
     for step in steps {
-        let mut attempt = 0;
-        while let Err(failure) = step.attempt(dial, port).await {
-            attempt += 1;
-            if attempt > step.retries {
-                return Err(Error::Step { step: step.name.clone(), attempts: attempt, failure });
-            }
-            tokio::time::sleep(step.pause.map_or(PAUSE, |pause| pause.0)).await;
-        }
+        step.take(dial, port).await?;
     }
     Ok(())
 }
 
+/// Takes steps in their order, each whether the one before it failed or not, and gives the failures. For a server that serves
+/// others: one that was told to wait would wait for ever if the step that lets it go on were left out.
+pub async fn take_all(steps: &[Step], dial: &dyn Dial, port: Option<u16>) -> Vec<Error> {
+    let mut failures = Vec::new();
+    for step in steps {
+        failures.extend(step.take(dial, port).await.err());
+    }
+    failures
+}
+
 impl Step {
+    /// In as many attempts as it may have.
+    async fn take(&self, dial: &dyn Dial, port: Option<u16>) -> Result<()> {
+        let mut attempts = 0;
+        while let Err(failure) = self.attempt(dial, port).await {
+            attempts += 1;
+            if attempts > self.retries {
+                return Err(Error::Step { step: self.name.clone(), attempts, failure });
+            }
+            tokio::time::sleep(self.pause.map_or(PAUSE, |pause| pause.0)).await;
+        }
+        Ok(())
+    }
+
     /// One attempt; what it failed with.
     async fn attempt(&self, dial: &dyn Dial, port: Option<u16>) -> Result<(), String> {
         let timeout = self.timeout.map_or(HOOK_TIMEOUT, |timeout| timeout.0);

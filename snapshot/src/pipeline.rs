@@ -319,10 +319,11 @@ impl Attempt {
         }
         let Some(replica) = &self.replica else { return };
         let mut failures = Vec::new();
-        if let Some(engine) = &self.request.engine
-            && let Err(error) = engine::take(&engine.after, &replica.inside, replica.port()).await
-        {
-            failures.push(format!("a step of the engine failed on the source: {error}"));
+        if let Some(engine) = &self.request.engine {
+            let failed = engine::take_all(&engine.after, &replica.inside, replica.port()).await;
+            let failed =
+                failed.iter().map(|error| format!("a step of the engine failed on the source: {error}"));
+            failures.extend(failed);
         }
         if let Some(hook) = &self.request.post
             && let Err(error) = hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await

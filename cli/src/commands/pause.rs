@@ -1,6 +1,8 @@
 //! `rewarm pause`
 
+use rewarm_container::Status;
 use rewarm_container::dial::Inside;
+use rewarm_container::shim::Client;
 use rewarm_probe::engine;
 use serde::Serialize;
 
@@ -21,15 +23,29 @@ struct Report {
 pub(crate) async fn run(args: &Pause, global: &Global) -> Result<u8, Cause> {
     let state = replicas::open(global)?;
     let client = replicas::connect(&state, &args.name)?;
-    if let Some(hook) = &args.pre {
-        let port = client.status()?.spec.ports.first().copied();
-        hook.run(&Inside::new(client.clone()), port, args.hook_timeout).await?;
+    let record = client.status()?;
+    let (inside, port) = (Inside::new(client.clone()), record.spec.ports.first().copied());
+    // What does not serve answers nothing; the pause says why it cannot be paused.
+    let serves = record.status == Status::Ready;
+    if let Some(hook) = args.pre.as_ref().filter(|_| serves) {
+        hook.run(&inside, port, args.hook_timeout).await?;
     }
-    if let Some(engine) = &args.engine {
-        let port = client.status()?.spec.ports.first().copied();
-        engine::take(&engine.before, &Inside::new(client.clone()), port).await?;
-    }
-    let paused = client.pause(args.lock_timeout)?;
+    let engine = args.engine.as_ref().filter(|_| serves);
+    let drained = match engine {
+        Some(engine) => engine::take(&engine.before, &inside, port).await.map_err(Cause::from),
+        None => Ok(()),
+    };
+    let paused = match drained.and_then(|()| Ok(client.pause(args.lock_timeout)?)) {
+        Ok(paused) => paused,
+        Err(cause) => {
+            if let Some(engine) = engine.filter(|_| is_ready(&client)) {
+                for error in engine::take_all(&engine.after, &inside, port).await {
+                    render::warn(&format!("a step of the engine failed: {error}"));
+                }
+            }
+            return Err(cause);
+        }
+    };
     let report = Report {
         name: args.name.to_string(),
         device_bytes: paused.device_bytes,
@@ -49,4 +65,9 @@ pub(crate) async fn run(args: &Pause, global: &Global) -> Result<u8, Cause> {
         format!("{} is paused: took {took}{freed}; wakes in about {wakes}\n", report.name)
     })?;
     Ok(0)
+}
+
+/// Whether the server goes on. One that is stranded would answer nothing.
+fn is_ready(client: &Client) -> bool {
+    client.status().is_ok_and(|record| record.status == Status::Ready)
 }

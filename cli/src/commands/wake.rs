@@ -23,7 +23,14 @@ pub(crate) async fn run(args: &Wake, global: &Global) -> Result<u8, Cause> {
     let woken = client.wake()?;
     if let Some(engine) = &args.engine {
         let port = client.status()?.spec.ports.first().copied();
-        engine::take(&engine.after, &Inside::new(client.clone()), port).await?;
+        let mut failures =
+            engine::take_all(&engine.after, &Inside::new(client.clone()), port).await.into_iter();
+        if let Some(first) = failures.next() {
+            for error in failures {
+                render::warn(&format!("a step of the engine failed: {error}"));
+            }
+            return Err(first.into());
+        }
     }
     if let Some(hook) = &args.post {
         let port = client.status()?.spec.ports.first().copied();

@@ -1,5 +1,7 @@
 //! `--engine`: steps around a snapshot, a pause and a wake.
 
+use std::time::Duration;
+
 use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
@@ -63,18 +65,28 @@ fn a_step_that_fails_is_named_and_leaves_the_server_serving() {
         format!("[[{list}]]\nname = '{word}'\ncommand = 'echo {word} >> /tmp/steps'\n")
     };
     let (first, last) = (note("before", "first"), note("after", "last"));
+    // What lets the server go on is done although another step before it fails.
     let file = write(&format!(
-        "{first}[[before]]\nname = 'absent'\ncommand = 'exit 3'\nretries = 2\npause = '10ms'\n{last}"
+        "{first}[[before]]\nname = 'absent'\ncommand = 'exit 3'\nretries = 2\npause = '10ms'\n\
+         [[after]]\nname = 'lost'\ncommand = 'exit 4'\n{last}"
     ));
-    let output = world.snapshot_call(&source, "v1", &["--engine", &file]).fails(1);
-    output.says(&["step \"absent\" failed 3 times: ended with exit status: 3", "serving"]);
-    assert_eq!(noted(source.name()), "first\nlast\n", "what was begun is undone");
-    server_answers_as_before(&source, &server, &before);
+    let flags = ["--engine", &file];
+    for call in [
+        world.snapshot_call(&source, "v1", &flags),
+        world.rewarm().args(["pause", source.name()]).args(flags),
+    ] {
+        let output = call.fails(1);
+        output.says(&["step \"absent\" failed 3 times: ended with exit status: 3"]);
+        output.says(&["step \"lost\" failed at once: ended with exit status: 4"]);
+        assert_eq!(noted(source.name()), "first\nlast\n", "what was begun is undone: {output}");
+        server_answers_as_before(&source, &server, &before);
+        source.sh("rm /tmp/steps");
+    }
     let file = write(&format!("{first}{last}"));
     world.snapshot(&source, "v1", &["--engine", &file]);
     let call = world.restore_call("plain", "v1", server.port, &["--name", &world.name("clone")]);
     let clones = Replica::of_restore(&world, server.port, &call.ok());
-    assert_eq!(noted(clones[0].name()), "first\nlast\nfirst\nlast\n");
+    assert_eq!(noted(clones[0].name()), "first\nlast\n");
     clones[0].remove();
     // After a restore a step that fails kills the clone.
     let traces = world.traces();
@@ -86,4 +98,97 @@ fn a_step_that_fails_is_named_and_leaves_the_server_serving() {
     let output = world.snapshot_call(&source, "v3", &["--engine", "tgi"]).fails(2);
     output.says(&["vllm, sglang, torch, llamacpp, generic"]);
     world.finish();
+}
+
+#[test]
+fn a_pause_that_fails_takes_the_steps_that_let_the_server_go_on() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let step = |list: &str, word: &str| {
+        format!("[[{list}]]\nname = '{word}'\ncommand = 'echo {word} >> /tmp/steps'\n")
+    };
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("engine.toml");
+    std::fs::write(&file, step("before", "drain") + &step("after", "go on")).expect("write");
+    let file = file.display().to_string();
+    let call = |verb: &str| world.rewarm().args([verb, source.name(), "--engine", &file]);
+    let noted = || source.sh("cat /tmp/steps");
+    devices.control("checkpoint result 801");
+    call("pause").fails(1).says(&["not supported (801); the server runs on"]);
+    devices.control("");
+    assert_eq!(noted(), "drain\ngo on");
+    server_answers_as_before(&source, &server, &before);
+    // One that is paused already is asked nothing.
+    call("pause").ok();
+    call("pause").fails(1).says(&["is paused"]);
+    call("wake").ok();
+    assert_eq!(noted(), "drain\ngo on\ndrain\ngo on");
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// The servers know the documented paths and refuse what comes out of order; there is nothing of the engines in them.
+#[test]
+fn presets_call_what_their_engines_document_in_an_order_that_these_allow() {
+    const VLLM: [&str; 7] = [
+        "POST /pause",
+        "POST /sleep",
+        "POST /wake_up",
+        "POST /wake_up",
+        "POST /resume",
+        "GET /health",
+        "POST /v1/completions",
+    ];
+    const SGLANG: [&str; 6] = [
+        "POST /pause_generation",
+        "POST /release_memory_occupation",
+        "POST /resume_memory_occupation",
+        "POST /continue_generation",
+        "GET /health",
+        "POST /generate",
+    ];
+    const LLAMACPP: [&str; 2] = ["GET /health", "POST /completion"];
+    // vLLM answers what it has in work first; SGLang has only a way to end it, and llama.cpp has neither.
+    for (engine, steps, work) in [
+        ("vllm", &VLLM[..], Some(("/v1/completions", 200))),
+        ("sglang", &SGLANG, Some(("/generate", 500))),
+        ("llamacpp", &LLAMACPP, None),
+    ] {
+        let server = Server::engine(engine);
+        let Some(world) = world_for(&server) else { return };
+        let source = &world.start(engine, &server);
+        let before = answers(source, &server);
+        std::thread::scope(|scope| {
+            let asked = work.map(|(path, status)| {
+                let ask =
+                    move || source.ask("POST", path, Some("{\"seconds\": 3}")).expect("an answer").status;
+                (status, scope.spawn(ask))
+            });
+            let running = u64::from(asked.is_some());
+            world.await_state("it has that in work", Duration::from_secs(10), || {
+                source.json("/steps")["running"] == running
+            });
+            world.snapshot(source, "v1", &["--engine", engine]);
+            if let Some((status, asked)) = asked {
+                assert_eq!(asked.join().expect("no panic"), status, "{engine}");
+            }
+        });
+        let work = work.map(|(path, _)| format!("POST {path}"));
+        let expected: Vec<&str> = work.as_deref().into_iter().chain(steps.iter().copied()).collect();
+        assert_eq!(source.json("/steps")["steps"], serde_json::json!(expected));
+        server_answers_as_before(source, &server, &before);
+        let clones = world.restore(engine, "v1", server.port, &["--name", &world.name("clone")]);
+        assert_eq!(clones[0].json("/steps")["steps"], serde_json::json!(expected));
+        server_answers_as_before(&clones[0], &server, &before);
+        // A pause and a wake take the same steps.
+        for verb in ["pause", "wake"] {
+            world.rewarm().args([verb, source.name(), "--engine", engine]).ok();
+        }
+        let again: Vec<&str> = expected.iter().chain(steps).copied().collect();
+        assert_eq!(source.json("/steps")["steps"], serde_json::json!(again));
+        server_answers_as_before(source, &server, &before);
+        world.finish();
+    }
 }
