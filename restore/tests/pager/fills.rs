@@ -23,6 +23,8 @@ pub(crate) fn trials() -> Vec<Trial> {
             a_working_set_is_recorded_and_comes_first,
         ),
         Trial::test("fills::the_subject_runs_before_all_is_there", the_subject_runs_before_all_is_there),
+        Trial::test("fills::faults_go_ahead_of_the_background", faults_go_ahead_of_the_background),
+        Trial::test("fills::neighbours_of_a_fault_come_along", neighbours_of_a_fault_come_along),
     ]
 }
 
@@ -167,7 +169,20 @@ fn run_recorded(scene: &Scene) -> Result<(WorkingSet, u64), Failed> {
 
 fn the_subject_runs_before_all_is_there() -> Result<(), Failed> {
     let mut scene = Scene::new(seed());
-    (scene.touch_first, scene.shape.dense, scene.shape.pages) = (10, true, 4000);
+    scene.touch_first = 10;
+    touched_early(scene)
+}
+
+/// What is touched is what the background fills last.
+fn faults_go_ahead_of_the_background() -> Result<(), Failed> {
+    let mut scene = Scene::new(seed());
+    scene.touch_last = 10;
+    touched_early(scene)
+}
+
+/// What the subject touches is there long before all is.
+fn touched_early(mut scene: Scene) -> Result<(), Failed> {
+    (scene.shape.dense, scene.shape.pages) = (true, 4000);
     // 250 chunks of 10 ms, in two threads: more than a second.
     (scene.manner.delay_us, scene.manner.chunk) = (10_000, 256 << 10);
     let mut world = World::start(&scene);
@@ -175,7 +190,7 @@ fn the_subject_runs_before_all_is_there() -> Result<(), Failed> {
     let start = std::time::Instant::now();
     world.go_on();
     if world.line() != "touched" {
-        return Err("the subject did not touch its first pages".into());
+        return Err("the subject did not touch its pages".into());
     }
     let touched = start.elapsed();
     world.go_on();
@@ -184,8 +199,41 @@ fn the_subject_runs_before_all_is_there() -> Result<(), Failed> {
     let present = std::time::Duration::from_micros(summary.present_us);
     assert!(present < PATIENCE);
     if touched * 4 > present {
-        return Err(format!("first pages after {touched:?}, all after {present:?}").into());
+        return Err(format!("pages after {touched:?}, all after {present:?}").into());
     }
+    let status = world.end_of_subject();
+    if status.success() { Ok(()) } else { Err(format!("{status}").into()) }
+}
+
+/// One fault brings its chunk: who goes on to the next page finds it there.
+fn neighbours_of_a_fault_come_along() -> Result<(), Failed> {
+    /// Pages of a chunk.
+    const CHUNK: u64 = 64;
+    /// The restorer touches one page in each of four areas. The subject may be faster than what follows the first 64 KiB
+    /// of a chunk.
+    const FAULTS_MAX: u64 = 4 + 8;
+    let mut scene = Scene::new(seed());
+    (scene.mode, scene.shape.dense, scene.shape.pages) = (Mode::LazyWhenTold, true, 4000);
+    (scene.manner.chunk, scene.touch_last, scene.operations) = (CHUNK * 4096, 4 * CHUNK, 0);
+    let mut world = World::start(&scene);
+    world.hear_until(|report| *report == Report::Finished);
+    world.go_on();
+    if world.line() != "touched" {
+        return Err("the subject did not touch its pages".into());
+    }
+    world.tell(Command::Fill);
+    // It waits until all is in place: nothing else faults.
+    let heard = world.hear_all();
+    let Heard::Done(summary) = heard else { return Err(format!("{heard:?}").into()) };
+    let chunks = scene.touch_last / CHUNK;
+    if summary.faults < chunks || summary.faults > FAULTS_MAX + chunks {
+        return Err(format!("{} faults for {chunks} chunks: {summary:?}", summary.faults).into());
+    }
+    // Four chunks that the restorer touched, and those of the subject.
+    if summary.fault_bytes != (4 + chunks) * CHUNK * 4096 {
+        return Err(format!("{} bytes came by faults: {summary:?}", summary.fault_bytes).into());
+    }
+    world.go_on();
     let status = world.end_of_subject();
     if status.success() { Ok(()) } else { Err(format!("{status}").into()) }
 }

@@ -39,6 +39,8 @@ pub(crate) struct Orders {
     pub(crate) protected: u64,
     /// Wait for a line on standard input, touch so many pages of the first area, say so, wait for another line.
     pub(crate) touch_first: u64,
+    /// The same with so many pages at the end of the last area.
+    pub(crate) touch_last: u64,
 }
 
 /// What a page must hold.
@@ -173,9 +175,12 @@ fn try_play(orders: &Orders) -> Result<(), String> {
         }
     }
     protected.protect(true).map_err(|error| format!("unprotect: {error}"))?;
-    if orders.touch_first > 0 {
+    if orders.touch_first + orders.touch_last > 0 {
         wait_for_a_line()?;
         (0..orders.touch_first as usize).try_for_each(|page| held[0].check(seed, page))?;
+        let last = &held[held.len() - 1];
+        let end = last.pages.len();
+        (end - orders.touch_last as usize..end).try_for_each(|page| last.check(seed, page))?;
         println!("touched");
         wait_for_a_line()?;
     }

@@ -116,6 +116,7 @@ pub(crate) struct Scene {
     pub(crate) threads: u64,
     pub(crate) operations: u64,
     pub(crate) touch_first: u64,
+    pub(crate) touch_last: u64,
     pub(crate) protected: u64,
     pub(crate) mode: Mode,
     /// The subject is stopped before its first touch.
@@ -134,6 +135,7 @@ impl Scene {
             threads: 2,
             operations: 1500,
             touch_first: 0,
+            touch_last: 0,
             protected: 0,
             mode: Mode::Lazy,
             stop: false,
@@ -178,6 +180,7 @@ impl World {
             operations: scene.operations,
             stop: scene.stop,
             touch_first: scene.touch_first,
+            touch_last: scene.touch_last,
             protected: scene.protected,
         };
         let mut program = this_program(&Role::Subject(orders));
