@@ -295,17 +295,23 @@ fn untouched(copies: &[ranges::Range], runs: &[(u64, u64, u64)]) -> Vec<(u64, u6
 }
 
 fn orders(layout: &Layout, pid: u32, base: u64, images: &Path) -> Result<TaskOrders, Cause> {
-    let vmas = mm::read(images, pid)?.vmas;
-    let lazy = layout.placed().filter(|(_, run)| run.lazy && !run.zero);
-    let zeros = layout.runs().iter().filter(|run| run.lazy && run.zero);
-    Ok(TaskOrders {
-        pid,
-        base,
-        bytes: layout.stream_bytes(),
-        zeros: zeros.map(|run| (run.vaddr, run.end() - run.vaddr)).collect(),
-        mappings: vmas.iter().filter(|vma| vma.can_be_lazy()).map(mapping).collect(),
-        runs: lazy.map(|(offset, run)| (run.vaddr, run.stream_bytes(), offset)).collect(),
-    })
+    Ok(TaskOrders::of(layout, pid, base, &mm::read(images, pid)?.vmas))
+}
+
+impl TaskOrders {
+    /// What a task with these mappings lacks.
+    pub(crate) fn of(layout: &Layout, pid: u32, base: u64, vmas: &[Vma]) -> Self {
+        let lazy = layout.placed().filter(|(_, run)| run.lazy && !run.zero);
+        let zeros = layout.runs().iter().filter(|run| run.lazy && run.zero);
+        Self {
+            pid,
+            base,
+            bytes: layout.stream_bytes(),
+            zeros: zeros.map(|run| (run.vaddr, run.end() - run.vaddr)).collect(),
+            mappings: vmas.iter().filter(|vma| vma.can_be_lazy()).map(mapping).collect(),
+            runs: lazy.map(|(offset, run)| (run.vaddr, run.stream_bytes(), offset)).collect(),
+        }
+    }
 }
 
 fn mapping(vma: &Vma) -> (u64, u64, bool, u8) {

@@ -17,6 +17,8 @@ mod preflight;
 mod receive;
 mod skeleton;
 mod stream;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 pub use arena::ARENA_BYTES_MIN;
 pub use error::{Cause, Error, Result};

@@ -4,9 +4,12 @@
 //! chunk arrives, where the kernel stops. A failure names the seed; `REWARM_SEED` repeats it. `REWARM_ROUNDS` sets how many runs
 //! there are. `tests/pager` does the same with real processes, where a run cannot be repeated.
 //!
+//! What is filled is made up, or was stored by a dump and read from its store (`simulation/dumped.rs`).
+//!
 //! The pager's main thread is played here ([`Case::serve`]), since the real one waits for descriptors; faults, events, the gate and
 //! filling are those that serve real tasks.
 
+mod dumped;
 mod machine;
 mod schedule;
 
@@ -15,7 +18,7 @@ use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use machine::{Machine, Virtual, stored};
+use machine::{Machine, Virtual, token};
 use rewarm_sys::uffd::Event;
 use schedule::{GivenUp, Random, Schedule, mix};
 
@@ -49,7 +52,7 @@ enum Mistake {
     ForgetsRemoves,
     /// A fault gets zeros before anybody looks whether content belongs there.
     ZerosFirst,
-    /// One chunk in eight has the content of another.
+    /// One chunk in eight has a wrong byte.
     WrongChunk,
     /// A child that was forked is not filled.
     ForgetsChildren,
@@ -59,8 +62,8 @@ enum Mistake {
 
 /// The content stream, of which chunks arrive late.
 struct Stored {
+    content: Arc<Vec<u8>>,
     seed: u64,
-    bytes: u64,
     mistake: Mistake,
     random: Mutex<Random>,
     arrived: Mutex<BTreeSet<u64>>,
@@ -70,7 +73,7 @@ struct Stored {
 impl Source for Stored {
     fn chunk(&self, _task: u32, offset: u64) -> Range<u64> {
         let start = offset / (CHUNK * PAGE) * CHUNK * PAGE;
-        start..(start + CHUNK * PAGE).min(self.bytes)
+        start..(start + CHUNK * PAGE).min(self.content.len() as u64)
     }
 
     fn read(&self, _task: u32, chunk: Range<u64>, out: &mut dyn FnMut(&[u8])) -> Result<(), SourceError> {
@@ -81,11 +84,11 @@ impl Source for Stored {
         if self.released.lock().unwrap_or_else(PoisonError::into_inner).contains(&chunk.start) {
             return Err(SourceError::Released);
         }
-        let mut bytes = Vec::with_capacity((chunk.end - chunk.start) as usize);
-        let wrong = self.mistake == Mistake::WrongChunk && mix(chunk.start ^ self.seed).is_multiple_of(8);
-        for page in chunk.start / PAGE..chunk.end / PAGE {
-            let token = stored(self.seed, if wrong { page + CHUNK } else { page });
-            (0..PAGE / 8).for_each(|_| bytes.extend(token.to_le_bytes()));
+        let mut bytes = self.content[chunk.start as usize..chunk.end as usize].to_vec();
+        if self.mistake == Mistake::WrongChunk && mix(chunk.start ^ self.seed).is_multiple_of(8) {
+            // The last byte of a page somewhere in it.
+            let page = mix(chunk.start) as usize % (bytes.len() / PAGE as usize);
+            bytes[(page + 1) * PAGE as usize - 1] ^= 1;
         }
         self.arrived.lock().unwrap_or_else(PoisonError::into_inner).insert(chunk.start);
         out(&bytes);
@@ -142,6 +145,42 @@ fn plan(areas: &[Laid], stream: u64) -> Plan {
         }
     }
     Plan::new(areas.iter().map(mapping).collect(), &runs, stream * PAGE).expect("areas make a plan")
+}
+
+/// What a task has, where, and what the pager knows of it.
+struct Memory {
+    /// The first page of each area, and what should be in its pages.
+    areas: Vec<(u64, Vec<u64>)>,
+    plan: Plan,
+    content: Arc<Vec<u8>>,
+}
+
+impl Memory {
+    /// Of pages that differ.
+    fn made_up(seed: u64, random: &mut Random) -> Self {
+        let (areas, stream) = areas(random);
+        Self::of(seed, &areas, stream)
+    }
+
+    fn of(seed: u64, areas: &[Laid], stream: u64) -> Self {
+        let word = |page: u64| (mix(seed ^ page.wrapping_mul(0x1_0001)) | 1).to_le_bytes();
+        let content: Vec<u8> = (0..stream).flat_map(|page| word(page).repeat(PAGE as usize / 8)).collect();
+        let tokens: Vec<u64> = content.chunks(PAGE as usize).map(token).collect();
+        let right = |page: &Option<u64>| page.map_or(0, |page| tokens[page as usize]);
+        let held = areas.iter().map(|(start, pages)| (*start, pages.iter().map(right).collect())).collect();
+        Self { areas: held, plan: plan(areas, stream), content: Arc::new(content) }
+    }
+
+    fn source(&self, seed: u64, mistake: Mistake) -> Stored {
+        Stored {
+            content: self.content.clone(),
+            seed,
+            mistake,
+            random: Mutex::new(Random::new(mix(seed))),
+            arrived: Mutex::default(),
+            released: Mutex::default(),
+        }
+    }
 }
 
 /// The pager's main thread and what it knows.
@@ -293,20 +332,19 @@ fn thread(schedule: &Arc<Schedule>, me: usize, work: impl FnOnce() -> Result<(),
     }
 }
 
-/// One run. What went wrong, if anything did.
+/// One run with memory that is made up. What went wrong, if anything did.
 fn run(seed: u64, mistake: Mistake) -> Result<(), String> {
     let mut random = Random::new(seed);
-    let (areas, stream) = areas(&mut random);
+    let memory = Memory::made_up(seed, &mut random);
+    run_with(seed, mistake, &memory, random)
+}
+
+/// One run. What went wrong, if anything did.
+fn run_with(seed: u64, mistake: Mistake, memory: &Memory, mut random: Random) -> Result<(), String> {
+    let stream = memory.content.len() as u64 / PAGE;
     let threads = 1 + random.below(2) as usize;
-    let machine = Machine::new(seed, &areas, threads);
-    let source = Arc::new(Stored {
-        seed,
-        bytes: stream * PAGE,
-        mistake,
-        random: Mutex::new(Random::new(mix(seed))),
-        arrived: Mutex::default(),
-        released: Mutex::default(),
-    });
+    let machine = Machine::new(seed, &memory.areas, threads);
+    let source = Arc::new(memory.source(seed, mistake));
     let engine = Arc::new(Engine::new(source.clone(), random.below(2) == 0).expect("an eventfd"));
     let mut case = Case {
         mistake,
@@ -318,7 +356,7 @@ fn run(seed: u64, mistake: Mistake) -> Result<(), String> {
         again: VecDeque::new(),
         spaces: 0,
     };
-    case.watch(machine.task(), false, State::new(&plan(&areas, stream)));
+    case.watch(machine.task(), false, State::new(&memory.plan));
     engine.set_finished();
     let extents = (0..random.below(6)).map(|_| {
         let offset = random.below(stream) * PAGE;
@@ -366,19 +404,23 @@ fn rounds() -> u64 {
     std::env::var("REWARM_ROUNDS").ok().and_then(|text| text.parse().ok()).unwrap_or(150)
 }
 
-#[test]
+/// The seed that was asked for, or so many new ones.
 #[expect(clippy::disallowed_methods, reason = "a seed that no run had before")]
-fn every_page_is_right_whatever_happens_in_whatever_order() {
+fn seeds(rounds: u64) -> Range<u64> {
     let given = std::env::var("REWARM_SEED").ok().and_then(|text| text.parse::<u64>().ok());
-    let seeds = given.map_or_else(
+    given.map_or_else(
         || {
             let new = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
             let new = mix(new.map_or(1, |time| time.as_nanos() as u64));
-            new..new.saturating_add(rounds())
+            new..new.saturating_add(rounds)
         },
         |seed| seed..seed + 1,
-    );
-    for seed in seeds {
+    )
+}
+
+#[test]
+fn every_page_is_right_whatever_happens_in_whatever_order() {
+    for seed in seeds(rounds()) {
         if let Err(wrong) = run(seed, Mistake::None) {
             panic!("seed {seed} (repeat with REWARM_SEED): {wrong}");
         }
@@ -414,12 +456,10 @@ fn a_seed_gives_the_same_run_again() {
 fn what_cannot_be_written_from_outside_is_copied_before() {
     let areas: Vec<Laid> =
         (0..3).map(|n| ((n + 1) << 20, (n * 10..(n + 1) * 10).map(Some).collect())).collect();
-    let machine = Machine::new(5, &areas, 1);
-    let (random, arrived) = (Mutex::new(Random::new(1)), Mutex::default());
-    let released = Mutex::default();
-    let source = Stored { seed: 5, bytes: 30 * PAGE, mistake: Mistake::None, random, arrived, released };
-    let engine = Engine::new(Arc::new(source), false).expect("an eventfd");
-    let state = State::new(&plan(&areas, 30));
+    let memory = Memory::of(5, &areas, 30);
+    let machine = Machine::new(5, &memory.areas, 1);
+    let engine = Engine::new(Arc::new(memory.source(5, Mistake::None)), false).expect("an eventfd");
+    let state = State::new(&memory.plan);
     let space = Arc::new(Space::new(0, TASK, false, Arc::new(machine.task()), state));
     engine.set_finished();
     // Of the first area five pages are read-only, the second stays registered.
@@ -429,7 +469,8 @@ fn what_cannot_be_written_from_outside_is_copied_before() {
     let left = give_back(&engine, &space, &writable).expect("all can be had");
     let left: Vec<_> = left.iter().map(|piece| (piece.offset / PAGE, piece.length / PAGE)).collect();
     assert_eq!(left, [(5, 5), (20, 10)]);
-    let expected = |pages: Range<u64>| pages.map(|page| Some(stored(5, page))).collect::<Vec<_>>();
+    let content: Vec<_> = memory.content.chunks(PAGE as usize).map(|page| Some(token(page))).collect();
+    let expected = |pages: Range<usize>| content[pages].to_vec();
     let area = |number: u64, pages: Range<u64>| {
         machine.seen((number << 20) + pages.start..(number << 20) + pages.end)
     };

@@ -1,4 +1,5 @@
-//! The kernel and the tasks of a simulation: address spaces whose pages are tokens, and threads that use them.
+//! The kernel and the tasks of a simulation: address spaces whose pages are tokens, and threads that use them. A token stands for
+//! all bytes of a page: it is made of them where the pager puts them in, and of what was stored.
 //!
 //! Each page is there twice: as the tasks see it, and as it would be if all memory had been there from the start. A load
 //! compares the two. The order of the kernel's steps is that of Linux 6: memory counts as changing (`EAGAIN`) from before
@@ -135,18 +136,19 @@ pub(super) struct Virtual {
     space: usize,
 }
 
-/// What belongs into a page of the content stream.
-pub(super) fn stored(seed: u64, page: u64) -> u64 {
-    mix(seed ^ page.wrapping_mul(0x1_0001)) | 1
+/// What a page with these bytes is: 0 if all of them are.
+pub(super) fn token(page: &[u8]) -> u64 {
+    assert_eq!(page.len() as u64, PAGE, "pages are filled whole");
+    let words = page.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")));
+    if page.iter().all(|byte| *byte == 0) { 0 } else { words.fold(PAGE, |sum, word| mix(sum ^ word)) | 1 }
 }
 
 impl Machine {
-    /// A task with these areas. Each of `threads` uses its own.
-    pub(super) fn new(seed: u64, areas: &[super::Laid], threads: usize) -> Arc<Self> {
+    /// A task with these areas: the first page of each, and what should be in its pages. Each of `threads` uses its own.
+    pub(super) fn new(seed: u64, areas: &[(u64, Vec<u64>)], threads: usize) -> Arc<Self> {
         let mut space = AddressSpace { threads: vec![Thread::default(); threads], ..AddressSpace::default() };
         for (index, (start, pages)) in areas.iter().enumerate() {
-            for (number, page) in (*start..).zip(pages) {
-                let right = page.map_or(0, |page| stored(seed, page));
+            for (number, &right) in (*start..).zip(pages) {
                 space.pages.insert(number, Page { seen: None, right, registered: true });
             }
             space.borders.insert(*start);
@@ -502,11 +504,6 @@ impl Userfault for Virtual {
 
     fn copy(&self, target: u64, source: &[u8]) -> Progress {
         self.machine.go_on();
-        let token = |page: &[u8]| {
-            let first: [u8; 8] = page[..8].try_into().expect("a page has eight bytes");
-            // A page whose bytes belong to several would not look like any of them.
-            if page.chunks(8).all(|word| word == first) { u64::from_le_bytes(first) } else { 2 }
-        };
         let tokens: Vec<u64> = source.chunks(PAGE as usize).map(token).collect();
         self.machine.lock().put(self.space, target / PAGE, &tokens)
     }
