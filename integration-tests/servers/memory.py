@@ -4,6 +4,8 @@
     --content random|text|zero|gaps
                             gaps: random, and every third page is there and zero
     --shared                the memory is shared, not private
+    --shared-by memfd|system_v
+                            it is a memfd's, or a System V segment
     --read-only             nobody may write it any more
     --sparse N              only every N-th page is ever touched
     --fork                  a child has the same memory, copied on write, with some pages of its own
@@ -31,10 +33,31 @@ CHURN_SECONDS = 0.002
 ZERO_PAGE = bytes(PAGE)
 
 
+def of_memfd(size):
+    descriptor = os.memfd_create("memory")
+    os.ftruncate(descriptor, size)
+    return memoryview(mmap.mmap(descriptor, size))
+
+
+def of_system_v(size):
+    # CRIU takes the number 0, which the first segment of a namespace has, for no segment and restores that one itself.
+    calls.system_v_segment(PAGE)
+    return calls.system_v_segment(size)
+
+
+# How new memory is made.
+NEW = {
+    None: lambda size: calls.view(calls.anonymous(size), size),
+    "anonymous": lambda size: memoryview(mmap.mmap(-1, size)),
+    "memfd": of_memfd,
+    "system_v": of_system_v,
+}
+
+
 class Memory:
     """Memory, and what must be in it."""
 
-    def __init__(self, content, sparse, shared=False):
+    def __init__(self, content, sparse, shared=None):
         self.content, self.sparse, self.shared = content, sparse, shared
         self.blocks = []
         self.digests = []
@@ -44,7 +67,7 @@ class Memory:
         size = mib * BLOCK
         if not size:
             return
-        whole = memoryview(mmap.mmap(-1, size)) if self.shared else calls.view(calls.anonymous(size), size)
+        whole = NEW[self.shared](size)
         for index in range(mib):
             piece = whole[index * BLOCK : (index + 1) * BLOCK]
             self.fill(piece, len(self.blocks))
@@ -212,13 +235,14 @@ def main():
     parser.add_argument("--mib", type=int, default=64)
     parser.add_argument("--content", choices=("random", "text", "zero", "gaps"), default="random")
     parser.add_argument("--sparse", type=int, default=1, metavar="N", help="a divisor of 256")
-    parser.add_argument("--shared", action="store_true")
+    parser.add_argument("--shared", action="store_const", const="anonymous", dest="shared_by")
+    parser.add_argument("--shared-by", choices=[kind for kind in NEW if kind])
     parser.add_argument("--read-only", action="store_true")
     parser.add_argument("--fork", action="store_true")
     parser.add_argument("--churn", default="", metavar="KIND,...")
     options = parser.parse_args()
 
-    memory = Memory(options.content, options.sparse, options.shared)
+    memory = Memory(options.content, options.sparse, options.shared_by)
     memory.grow(options.mib)
     if options.read_only:
         memory.protect()

@@ -138,7 +138,14 @@ impl Server {
     /// Memory of every kind that CRIU and the pager treat in different ways.
     #[must_use]
     pub fn memory() -> Self {
-        let flags = ["--mib", "64", "--fork", "--churn", "mprotect,mremap,madvise,mmap,heap"];
+        Self::changing(64)
+    }
+
+    /// The same with private memory of `mib` MiB.
+    #[must_use]
+    pub fn changing(mib: u32) -> Self {
+        let mib = mib.to_string();
+        let flags = ["--mib", &mib, "--fork", "--churn", "mprotect,mremap,madvise,mmap,heap"];
         Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
@@ -169,6 +176,13 @@ impl Server {
         let mib = mib.to_string();
         let all = [&["--mib", &mib, "--shared"], flags].concat();
         Self::python("memory", "memory.py", &all).asking(Question::get("/digest"))
+    }
+
+    /// Shared memory of `mib` MiB of one kind (`memfd`, `system_v`) that a server and a child of it map, by a digest of all of it.
+    #[must_use]
+    pub fn shared_by(kind: &str, mib: u32) -> Self {
+        let flags = ["--mib", &mib.to_string(), "--shared-by", kind, "--fork"];
+        Self::python("memory", "memory.py", &flags).asking(Question::get("/digest"))
     }
 
     /// A server and a child with handlers of the signals that come of being stopped and continued, and `mib` MiB of shared memory.

@@ -149,6 +149,34 @@ fn a_server_that_stood_while_it_was_filled_sees_no_signal() {
     }
 }
 
+/// Files in memory and System V segments, which CRIU finds again by other means than anonymous memory. What the pager writes does
+/// not pass through an image: from a slow store the server stands while they come.
+#[test]
+fn memfds_and_segments_of_system_v_are_written_while_the_server_stands() {
+    for kind in ["memfd", "system_v"] {
+        let server = Server::shared_by(kind, SHARED_MIB);
+        let Some((world, slow)) = far(&server) else { return };
+        let before = answers_of(&world, &server);
+        let running = standing(&world, &slow, &server, "60s");
+        let passed = slow.passed();
+        while slow.passed() < passed + 4 * MIB {
+            assert_eq!(states(&world), ['T', 'T'], "server and child, {kind}");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        slow.throttle(0);
+        let output = running.wait();
+        output.expect_code(0);
+        let replica = Replica::of_restore(&world, server.port, &output).remove(0);
+        server_answers_as_before(&replica, &server, &before);
+        await_present(&world, &replica);
+        replica.remove();
+        let name = world.name("eager");
+        let eager = world.restore(server.name, "v1", server.port, &["--mode", "eager", "--name", &name]);
+        server_answers_as_before(&eager[0], &server, &before);
+        world.finish();
+    }
+}
+
 /// What the pager cannot write goes through CRIU.
 #[test]
 fn shared_memory_that_nobody_may_write_comes_back() {
