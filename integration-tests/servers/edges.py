@@ -2,8 +2,9 @@
 
 Held from the start, and looked at by `/check`: a reservation of 16 GiB with a few pages in it, thousands of mappings,
 a mapping that grows downwards, locked memory, a child that goes on when its parent has ended. Done anew by each `/check`:
-a process is started, pages are given up (`MADV_FREE`), memory is locked, huge pages are asked for, a userfaultfd of its own
-is asked for, which a replica does not get.
+a process is started, memory that nobody looked at before is moved, given up, unmapped, write-protected and inherited, the heap
+grows, pages are given up (`MADV_FREE`), memory is locked, huge pages are asked for, a userfaultfd of its own is asked for,
+which a replica does not get.
 """
 
 import ctypes
@@ -198,6 +199,71 @@ class Huge:
             same("memory in huge pages", self.address + number * BLOCK, block("huge", number))
 
 
+class Changing:
+    """MiBs that nobody has looked at since they were written; each `/check` takes the next one and changes it in every way."""
+
+    QUARTER = BLOCK // 4
+
+    def __init__(self, count):
+        self.places = [calls.anonymous(BLOCK) for _ in range(count)]
+        for number, address in enumerate(self.places):
+            put(address, block("changing", number))
+        self.taken = 0
+
+    def content(self, quarter):
+        """What was written into a quarter of the MiB that is looked at."""
+        at = quarter * self.QUARTER
+        return block("changing", self.taken)[at : at + self.QUARTER]
+
+    def check(self):
+        if self.taken == len(self.places):
+            return
+        start = self.places[self.taken]
+        child, tell = self.fork(start)
+        try:
+            self.change(*(start + number * self.QUARTER for number in range(4)))
+        finally:
+            os.close(tell)
+        expect("exit of a child that has what its parent had", os.waitpid(child, 0)[1], 0)
+        self.taken += 1
+
+    def fork(self, start):
+        """A child that looks at this memory when its parent has changed it."""
+        told, tell = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(tell)
+            os.read(told, 1)
+            os._exit(ctypes.string_at(start, BLOCK) != block("changing", self.taken))
+        os.close(told)
+        return child, tell
+
+    def change(self, moved, given, cut, protected):
+        quarter = self.QUARTER
+        elsewhere = ctypes.c_void_p(calls.anonymous(quarter))
+        moving = calls.MREMAP_MAYMOVE | calls.MREMAP_FIXED
+        calls.succeed(calls.libc.mremap(moved, quarter, quarter, moving, elsewhere))
+        calls.succeed(calls.libc.madvise(given, quarter, calls.MADV_DONTNEED))
+        calls.succeed(calls.libc.munmap(cut, quarter // 2))
+        calls.succeed(calls.libc.mprotect(protected, quarter, calls.PROT_READ))
+        same("memory that was moved", elsewhere.value, self.content(0))
+        same("memory that was given up", given, bytes(quarter))
+        same("the half that was not unmapped", cut + quarter // 2, self.content(2)[quarter // 2 :])
+        same("memory that may only be read", protected, self.content(3))
+        calls.succeed(calls.libc.mprotect(protected, quarter, PROT))
+        put(protected, self.content(0))
+        same("memory that may be written again", protected, self.content(0))
+
+
+def grow_heap():
+    """Pages above the heap, next to what is being filled."""
+    old = calls.succeed(calls.libc.sbrk(16 * PAGE))
+    first = -(-old // PAGE) * PAGE
+    same("new page of the heap", first, bytes(15 * PAGE))
+    put(first, page(1))
+    same("written page of the heap", first, page(1))
+
+
 def own_userfaultfd():
     """A userfaultfd cannot be dumped, so nobody gets one; libraries go another way then, as on a kernel without."""
     for flags in (os.O_CLOEXEC, os.O_CLOEXEC | USER_MODE_ONLY):
@@ -219,6 +285,8 @@ def main():
     checks.add("locked", Locked().check)
     checks.add("locking", Locking().check)
     checks.add("execute", execute)
+    checks.add("changing", Changing(16).check)
+    checks.add("heap", grow_heap)
     checks.add("given_up", GivenUp().check)
     checks.add("huge", Huge().check)
     checks.add("own_userfaultfd", own_userfaultfd)

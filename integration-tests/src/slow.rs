@@ -21,6 +21,8 @@ struct Wrong {
     /// Who holds it passes; the others wait behind.
     line: Mutex<()>,
     stalled: AtomicBool,
+    /// An answer of more bytes stays on its way; 0 for none.
+    held_above: AtomicU64,
     /// A connection is cut when so many bytes have come back over it; 0 for never.
     cut_after: AtomicU64,
     /// One request out of so many is not answered: its connection is cut; 0 for never.
@@ -47,6 +49,12 @@ impl Wrong {
 }
 
 impl Wrong {
+    /// Whether an answer of so many bytes stays where it is for now.
+    fn holds(&self, length: u64) -> bool {
+        let limit = self.held_above.load(Ordering::Relaxed);
+        self.stalled.load(Ordering::Relaxed) || (limit > 0 && length > limit)
+    }
+
     /// Whether this is the beginning of a request that is not to be answered.
     fn refuses(&self, piece: &[u8]) -> bool {
         let begins = [&b"GET "[..], b"HEAD "].iter().any(|verb| piece.starts_with(verb));
@@ -111,6 +119,11 @@ impl Slow {
         self.wrong.stalled.store(stalled, Ordering::Relaxed);
     }
 
+    /// Whether answers of more than so many bytes stay on their way, over connections that stay open, while others pass; 0 for none.
+    pub fn hold_above(&self, bytes: u64) {
+        self.wrong.held_above.store(bytes, Ordering::Relaxed);
+    }
+
     /// Cuts each connection when so many bytes have come back over it; 0 for never.
     pub fn cut_after(&self, bytes: u64) {
         self.wrong.cut_after.store(bytes, Ordering::Relaxed);
@@ -167,10 +180,11 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
     });
     let (mut from, mut to) = (server, client);
     let mut piece = vec![0; PIECE];
-    let mut carried = 0;
+    let (mut carried, mut length) = (0, 0);
     loop {
         let count = from.read(&mut piece)?;
-        while wrong.stalled.load(Ordering::Relaxed) && !wrong.ended.load(Ordering::Relaxed) {
+        length = content_length(&piece[..count]).unwrap_or(length);
+        while wrong.holds(length) && !wrong.ended.load(Ordering::Relaxed) {
             std::thread::sleep(POLL);
         }
         wrong.wait_for(count);
@@ -186,6 +200,13 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
         to.write_all(&piece[..count])?;
         wrong.passed.fetch_add(count as u64, Ordering::Relaxed);
     }
+}
+
+/// What the head of an answer says of its length, if this piece begins one.
+fn content_length(piece: &[u8]) -> Option<u64> {
+    let head = piece.starts_with(b"HTTP/").then(|| String::from_utf8_lossy(piece))?;
+    let mut lines = head.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.split_once(':'));
+    lines.find(|(name, _)| name.eq_ignore_ascii_case("content-length"))?.1.trim().parse().ok()
 }
 
 #[cfg(test)]
