@@ -37,3 +37,29 @@ fn a_server_runs_answers_takes_commands_and_stops() {
     world.state.remove(&world::name("a")).expect("rm");
     world.nothing_is_left();
 }
+
+/// Where memory runs short the kernel may kill the server, never who watches over it.
+#[test]
+fn the_kernel_spares_the_shim_and_not_the_server() {
+    if !needs(&["root", "runc"]) {
+        return;
+    }
+    let world = World::new();
+    let client = world.run("a", &world::server());
+    let shim = client.status().expect("status").shim_pid;
+    let adjustment = |of: &str| {
+        let text = std::fs::read_to_string(format!("/proc/{of}/oom_score_adj")).expect("it lives");
+        text.trim().to_owned()
+    };
+    // Only who may (CAP_SYS_RESOURCE) spares himself; others stay as they were.
+    let spared = rewarm_sys::process::may_change_limits().then(|| "-999".to_owned());
+    assert_eq!(adjustment(&shim.to_string()), spared.unwrap_or_else(|| adjustment("self")));
+    for of in ["1", "self"] {
+        let output = client.exec(exec(&format!("cat /proc/{of}/oom_score_adj")), None).expect("exec");
+        assert_eq!(output.stdout.trim(), "0", "of {of} in the container");
+    }
+    client.stop(Duration::from_secs(10)).expect("stop");
+    drop(client);
+    world.state.remove(&world::name("a")).expect("rm");
+    world.nothing_is_left();
+}
