@@ -50,9 +50,9 @@ impl Wrong {
 
 impl Wrong {
     /// Whether an answer of so many bytes stays where it is for now.
-    fn holds(&self, length: u64) -> bool {
+    fn holds_long(&self, length: u64) -> bool {
         let limit = self.held_above.load(Ordering::Relaxed);
-        self.stalled.load(Ordering::Relaxed) || (limit > 0 && length > limit)
+        limit > 0 && length > limit
     }
 
     /// Whether this is the beginning of a request that is not to be answered.
@@ -180,11 +180,31 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
     });
     let (mut from, mut to) = (server, client);
     let mut piece = vec![0; PIECE];
-    let (mut carried, mut length) = (0, 0);
+    let mut carried = 0;
+    // Of the answer under way: its length, and what the server has still to send of it.
+    let (mut length, mut left) = (0, 0_u64);
+    // What was held back of it.
+    let mut kept = io::Cursor::new(Vec::new());
     loop {
-        let count = from.read(&mut piece)?;
-        length = content_length(&piece[..count]).unwrap_or(length);
-        while wrong.holds(length) && !wrong.ended.load(Ordering::Relaxed) {
+        let mut count = kept.read(&mut piece)?;
+        if count == 0 {
+            count = from.read(&mut piece)?;
+            match content_length(&piece[..count]) {
+                Some((head, body)) => (length, left) = (body, (head + body).saturating_sub(count as u64)),
+                None => left = left.saturating_sub(count as u64),
+            }
+            if wrong.holds_long(length) {
+                // Taken from the server all the same, which reads no more than some at a time and would keep others waiting.
+                let mut all = piece[..count].to_vec();
+                Read::by_ref(&mut from).take(left).read_to_end(&mut all)?;
+                (kept, left) = (io::Cursor::new(all), 0);
+                while wrong.holds_long(length) && !wrong.ended.load(Ordering::Relaxed) {
+                    std::thread::sleep(POLL);
+                }
+                continue;
+            }
+        }
+        while wrong.stalled.load(Ordering::Relaxed) && !wrong.ended.load(Ordering::Relaxed) {
             std::thread::sleep(POLL);
         }
         wrong.wait_for(count);
@@ -202,11 +222,18 @@ fn carry(client: &TcpStream, port: u16, wrong: &Arc<Wrong>) -> io::Result<()> {
     }
 }
 
-/// What the head of an answer says of its length, if this piece begins one.
-fn content_length(piece: &[u8]) -> Option<u64> {
-    let head = piece.starts_with(b"HTTP/").then(|| String::from_utf8_lossy(piece))?;
-    let mut lines = head.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.split_once(':'));
-    lines.find(|(name, _)| name.eq_ignore_ascii_case("content-length"))?.1.trim().parse().ok()
+/// The lengths of an answer's head and of its body, if this piece begins one.
+fn content_length(piece: &[u8]) -> Option<(u64, u64)> {
+    let text = piece.starts_with(b"HTTP/").then(|| String::from_utf8_lossy(piece))?;
+    let head = piece.windows(4).position(|bytes| bytes == b"\r\n\r\n").map_or(piece.len(), |at| at + 4);
+    let mut lines = text.lines().take_while(|line| !line.is_empty()).filter_map(|line| line.split_once(':'));
+    lines
+        .find(|(name, _)| name.eq_ignore_ascii_case("content-length"))?
+        .1
+        .trim()
+        .parse()
+        .ok()
+        .map(|body| (head as u64, body))
 }
 
 #[cfg(test)]

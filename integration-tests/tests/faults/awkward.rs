@@ -8,7 +8,9 @@ use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Replica, World, residue};
 
-use super::filling::{LARGE_MIB, MIB, TOLD_MAX, answers_of, await_present, entry, far, nothing_fills};
+use super::filling::{
+    LARGE_MIB, MIB, TOLD_MAX, answers_of, await_present, entry, far, lazily, nothing_fills,
+};
 use crate::world_for;
 
 #[test]
@@ -33,6 +35,27 @@ fn awkward_memory_comes_back_in_every_mode() {
 
 /// Longer than any answer to who asks for what a fault waits for, and shorter than any to who asks for the rest.
 const SHORT: u64 = 2 * MIB;
+
+/// All that it does is done while memory is filled: what lies in front of it does not come before.
+#[test]
+fn awkward_memory_is_used_while_it_is_filled() {
+    let server = Server::edges(LARGE_MIB);
+    let Some((world, slow)) = far(&server) else { return };
+    slow.throttle(16 * MIB);
+    let replica = lazily(&world, &server, "60s");
+    slow.hold_above(SHORT);
+    slow.throttle(0);
+    for _ in 0..3 {
+        assert_eq!(entry(&replica)["memory"], "filling");
+        let _ = answers(&replica, &server);
+    }
+    assert_eq!(entry(&replica)["memory"], "filling");
+    slow.hold_above(0);
+    await_present(&world, &replica);
+    nothing_fills(&world);
+    let _ = answers(&replica, &server);
+    world.finish();
+}
 
 fn children(parent: i32) -> Vec<i32> {
     let threads = std::fs::read_dir(format!("/proc/{parent}/task")).into_iter().flatten().flatten();

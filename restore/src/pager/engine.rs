@@ -240,6 +240,13 @@ impl<U: Userfault> Engine<U> {
                 self.work.notify_all();
                 Ok(Need::Nothing)
             }
+            // Whoever is busy with it may have begun before anybody waited, and its content come with a long request.
+            Need::Left(offset) => {
+                if !self.source.is_near(space.task, offset) {
+                    self.source.want(space.task, offset);
+                }
+                Ok(Need::Nothing)
+            }
             need => {
                 if need == Need::Nothing {
                     self.counters.faults_zero.fetch_add(1, Ordering::Relaxed);
@@ -381,7 +388,7 @@ impl<U: Userfault> Engine<U> {
                 self.nudge();
                 Ok(())
             }
-            Need::Nothing | Need::Again => Ok(()),
+            Need::Nothing | Need::Left(_) | Need::Again => Ok(()),
         }
     }
 

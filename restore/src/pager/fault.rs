@@ -17,8 +17,10 @@ static ZEROS: [u8; PAGE as usize] = [0; PAGE as usize];
 /// What a fault needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Need {
-    /// Nothing: it is answered, or a busy thread will.
+    /// Nothing: it is answered.
     Nothing,
+    /// The content at this place of the stream, which a busy thread brings and answers with.
+    Left(u64),
     /// The content at this place of the stream.
     Content(u64),
     /// Another try after events were read.
@@ -37,7 +39,7 @@ pub(super) fn answer<U: Userfault>(space: &Space<U>, fault: Fault, may_leave: bo
         if let Some(piece) = state.pending.at(page) {
             let offset = piece.offset + (page - piece.vaddr);
             if may_leave && space.leave(fault.address, offset) {
-                return Ok(Need::Nothing);
+                return Ok(Need::Left(offset));
             }
             return Ok(Need::Content(offset));
         }

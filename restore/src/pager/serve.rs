@@ -351,7 +351,7 @@ impl Pager {
         match self.engine.take_fault(space, fault)? {
             Need::Again => self.again.push_back((Arc::clone(space), fault)),
             Need::Gone => space.set_gone(),
-            Need::Nothing | Need::Content(_) => {}
+            Need::Nothing | Need::Left(_) | Need::Content(_) => {}
         }
         Ok(())
     }

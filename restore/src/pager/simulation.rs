@@ -264,7 +264,7 @@ impl Case {
         match self.engine.take_fault(space, fault)? {
             Need::Again => self.again.push_back((space.clone(), fault)),
             Need::Gone => space.set_gone(),
-            Need::Nothing | Need::Content(_) => {}
+            Need::Nothing | Need::Left(_) | Need::Content(_) => {}
         }
         Ok(())
     }
