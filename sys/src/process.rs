@@ -21,6 +21,14 @@ pub enum Ended {
     Signal(i32),
 }
 
+/// The number that a process or thread has in its innermost pid namespace; `None` if it is gone.
+#[must_use]
+pub fn innermost_id(id: i32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{id}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().next_back()?.parse().ok()
+}
+
 /// Makes this process the one to which orphans among its descendants are given.
 ///
 /// # Errors

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_sys::hold::Hold;
+use rewarm_sys::process::innermost_id;
 
 /// How long killed tasks may take to be gone before the pager lets go of their memory all the same: exiting needs the
 /// processor only, but a large memory takes its time.
@@ -30,7 +31,7 @@ impl Tasks {
     /// The process that has this pid inside its own pid namespace.
     #[must_use]
     pub fn host_pid(&self, task: u32) -> Option<i32> {
-        self.all().into_iter().find(|&pid| inner_pid(pid) == Some(task))
+        self.all().into_iter().find(|&pid| innermost_id(pid) == Some(task))
     }
 
     /// Lets every stopped process go on, so that none of them sees a signal. `unblock`: threads, by their ids in the innermost pid
@@ -129,12 +130,6 @@ fn lives(pid: i32) -> bool {
     // The name in parentheses may hold anything, the state follows the last one.
     let state = stat.rsplit_once(')').map(|(_, rest)| rest.trim_start().as_bytes());
     state.is_some_and(|state| !matches!(state.first(), None | Some(b'Z' | b'X')))
-}
-
-fn inner_pid(pid: i32) -> Option<u32> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_whitespace().next_back()?.parse().ok()
 }
 
 #[cfg(test)]

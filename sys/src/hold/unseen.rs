@@ -19,6 +19,8 @@ use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::Pid;
 
+use crate::process::innermost_id;
+
 use super::{EVENT_STOP, Hold, STEP, about, exists, has_ended, let_go, pass_on, threads};
 
 /// Bytes of the kernel's signal set.
@@ -127,7 +129,7 @@ impl Hold {
         if unblock.is_empty() {
             return Ok(());
         }
-        let chosen = |thread: &i32| inner_id(*thread).is_some_and(|inner| unblock.contains(&inner));
+        let chosen = |thread: &i32| innermost_id(*thread).is_some_and(|inner| unblock.contains(&inner));
         let all = processes.iter().flat_map(|&process| threads(process));
         for thread in all.filter(|thread| self.held.contains(thread)).filter(chosen) {
             let pid = Pid::from_raw(thread);
@@ -243,13 +245,6 @@ fn children(process: i32) -> Vec<i32> {
         text.split_whitespace().filter_map(|child| child.parse().ok()).collect::<Vec<i32>>()
     };
     threads(process).into_iter().flat_map(of).collect()
-}
-
-/// The number of a thread in its innermost pid namespace.
-fn inner_id(thread: i32) -> Option<u32> {
-    let status = std::fs::read_to_string(format!("/proc/{thread}/status")).ok()?;
-    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
-    line.split_whitespace().next_back()?.parse().ok()
 }
 
 fn mask_of(thread: Pid) -> io::Result<u64> {
