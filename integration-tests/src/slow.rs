@@ -12,14 +12,16 @@ const PIECE: usize = 16 << 10;
 /// Bytes that the kernel takes in for a connection before they are passed on.
 const RECEIVED_MAX: usize = 128 << 10;
 const POLL: Duration = Duration::from_millis(10);
+/// Shorter waits are saved up: a busy machine sleeps some milliseconds too long each time, and a rate would be a fraction of it.
+const WAIT_MIN: Duration = Duration::from_millis(4);
 
 /// What goes wrong. Nothing does at first.
 #[derive(Debug, Default)]
 struct Wrong {
     /// Bytes a second over all connections, there and back; 0 for as fast as it goes.
     rate: AtomicU64,
-    /// Who holds it passes; the others wait behind.
-    line: Mutex<()>,
+    /// Who holds it passes; the others wait behind. What was not waited for yet.
+    line: Mutex<Duration>,
     stalled: AtomicBool,
     /// An answer of more bytes stays on its way; 0 for none.
     held_above: AtomicU64,
@@ -42,8 +44,11 @@ impl Wrong {
     fn wait_for(&self, bytes: usize) {
         let rate = self.rate.load(Ordering::Relaxed);
         if rate > 0 {
-            let _turn = self.line.lock().unwrap_or_else(PoisonError::into_inner);
-            std::thread::sleep(Duration::from_secs_f64(bytes as f64 / rate as f64));
+            let mut owed = self.line.lock().unwrap_or_else(PoisonError::into_inner);
+            *owed += Duration::from_secs_f64(bytes as f64 / rate as f64);
+            if *owed >= WAIT_MIN {
+                std::thread::sleep(std::mem::take(&mut *owed));
+            }
         }
     }
 }

@@ -32,7 +32,7 @@ fn programs_that_become_others_while_they_are_filled_hold_what_they_made() {
     await_second(&world, &replica);
     // What the child that stays lacks is still on its way.
     assert_eq!(entry(&replica)["memory"], "filling");
-    slow.throttle(64 * MIB);
+    slow.throttle(0);
     let _ = answers(&replica, &server);
     await_present(&world, &replica);
     nothing_fills(&world);

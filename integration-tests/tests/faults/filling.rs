@@ -72,7 +72,7 @@ pub(crate) fn await_crash(world: &World, replica: &Replica<'_>) -> String {
     let list = world.rewarm().args(["ps", "--all"]).ok().stdout;
     let reason = exit["reason"].as_str().expect("a reason").to_owned();
     assert!(list.contains(&reason), "{reason:?} is missing in\n{list}");
-    assert_eq!(pagers(world), [] as [i32; 0]);
+    world.await_state("the pager has ended", TOLD_MAX, || pagers(world).is_empty());
     reason
 }
 

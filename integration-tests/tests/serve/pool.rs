@@ -141,6 +141,11 @@ fn a_server_that_dies_is_replaced_and_its_request_is_told() {
     let died = http::get(port, "/die").expect("an answer");
     assert_eq!(died.status, 502, "{}", died.text());
     assert_eq!(died.json()["error"]["type"], "replica_lost");
+    // Until its end is known, and nothing is tried twice here, it would be asked again.
+    let name = first.json()["name"].as_str().expect("a name").to_owned();
+    world.await_state("the dead one is known", Duration::from_secs(60), || {
+        serving.replicas().iter().all(|(other, status)| *other != name || status != "ready")
+    });
     let second = http::get(port, "/who").expect("an answer");
     assert_eq!(second.status, 200, "{}", second.text());
     assert_ne!(first.json()["name"], second.json()["name"]);
