@@ -144,13 +144,15 @@ fn the_exit_of_a_server_is_told_as_it_was() {
         let exit = client.wait().expect("wait");
         assert_eq!((exit.status, exit.cause), (status, Cause::Ended));
     }
-    let client = world.prepare("deaf", &shell("sleep 60"), Origin::Cold);
+    let client = world.prepare("deaf", &shell("sleep 600"), Origin::Cold);
     client.start(Duration::from_secs(20)).expect("start");
     client.commit().expect("commit");
     let began = std::time::Instant::now();
-    let exit = client.stop(Duration::from_secs(30)).expect("stop");
+    // What ending takes on a busy machine is far from what would be waited for.
+    let patience = Duration::from_secs(300);
+    let exit = client.stop(patience).expect("stop");
     assert_eq!((exit.status, exit.cause), (ExitStatus::Signal(9), Cause::Stopped));
-    assert!(began.elapsed() < Duration::from_secs(10), "a server that is deaf to SIGTERM is not waited for");
+    assert!(began.elapsed() < patience / 2, "a server that is deaf to SIGTERM is not waited for");
 }
 
 #[test]
