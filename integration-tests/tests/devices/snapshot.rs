@@ -316,8 +316,10 @@ fn anonymous_mib(pid: u64) -> u64 {
     kib.and_then(|kib| kib.trim().parse::<u64>().ok()).unwrap_or(0) >> 10
 }
 
-/// Whether CRIU alone, which is told of plugins only by its environment, dumps a process; and what it logged.
-fn criu_dumps(plugins: &Path) -> (bool, String) {
+/// What CRIU alone, which is told of plugins only by its environment, logs of errors with plugins when it dumps a process.
+/// Whether the dump succeeds is left out: the process is no container, so what other tests do to the namespaces of the
+/// machine, and what this one inherited, can fail it.
+fn errors_with_plugins(plugins: &Path) -> Vec<String> {
     let images = tempfile::tempdir().expect("a folder");
     let mut sleeping = Command::new("sleep");
     sleeping.arg("60").stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
@@ -325,10 +327,12 @@ fn criu_dumps(plugins: &Path) -> (bool, String) {
     let mut dump = Command::new(rewarm_integration_tests::needs::criu().expect("it is needed"));
     dump.args(["dump", "--leave-running", "--shell-job", "-v4", "-o", "log", "-t"]);
     dump.arg(sleeping.id().to_string()).arg("-D").arg(images.path());
-    let output = dump.env("CRIU_LIBS_DIR", plugins).output().expect("it starts");
+    dump.env("CRIU_LIBS_DIR", plugins).output().expect("it starts");
     sleeping.kill().expect("it was left running");
     sleeping.wait().expect("it ends");
-    (output.status.success(), std::fs::read_to_string(images.path().join("log")).expect("a log"))
+    let log = std::fs::read_to_string(images.path().join("log")).expect("a log");
+    assert!(log.contains("Dumping processes"), "it went on to where plugins are loaded: {log}");
+    log.lines().filter(|line| line.contains("Error") && line.contains("plugin")).map(str::to_owned).collect()
 }
 
 #[test]
@@ -337,11 +341,10 @@ fn no_plugin_of_criu_is_loaded() {
     let Some(world) = world_for(&server) else { return };
     // CRIU fails at a plugin that it cannot load.
     let plugins = tempfile::tempdir().expect("a folder");
-    let (dumped, log) = criu_dumps(plugins.path());
-    assert!(dumped, "without a plugin: {log}");
+    assert_eq!(errors_with_plugins(plugins.path()), Vec::<String>::new());
     std::fs::write(plugins.path().join("cuda_plugin.so"), "no library").expect("write");
-    let (dumped, log) = criu_dumps(plugins.path());
-    assert!(!dumped && log.contains("cuda_plugin.so"), "with one: {log}");
+    let errors = errors_with_plugins(plugins.path());
+    assert!(errors.iter().any(|line| line.contains("cuda_plugin.so")), "{errors:?}");
     let name = world.name("plain");
     let output = world.run_call(&name, &server, &[]).env("CRIU_LIBS_DIR", plugins.path()).ok();
     let source = Replica::of_run(&world, name, server.port, &output);
