@@ -59,6 +59,7 @@ fn run() -> io::Result<()> {
     }
     rewarm_sys::confine::confine(USER, USER, None)?;
     allow_many_files();
+    take_small_pages();
     let line = Line::new(socket);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let (told, heard) = mpsc::unbounded_channel();
@@ -93,6 +94,15 @@ fn allow_many_files() {
         Err(error) => {
             tracing::warn!(%error, "the limit of open files stays as it is: raise it with ulimit -n")
         }
+    }
+}
+
+/// Takes no huge pages. What a held request needs are a few buffers of which the beginning is used: in huge pages, for which the
+/// allocator asks, it is all there, and 10,000 of them take 360 MiB instead of 220. Its parent stays as it is, since replicas
+/// inherit from it.
+fn take_small_pages() {
+    if let Err(error) = nix::sys::prctl::set_thp_disable(true) {
+        tracing::warn!(%error, "held requests take more memory than they need: huge pages cannot be turned off");
     }
 }
 
