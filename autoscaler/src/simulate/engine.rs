@@ -40,7 +40,8 @@ pub(super) struct Engine<'a> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Due {
     Answer { replica: ReplicaId, service: Duration, early: bool },
-    Start { replica: ReplicaId, tier: Tier, began: Moment },
+    /// `expected` is what the pool was told, and what tells this start from others of the same place.
+    Start { replica: ReplicaId, tier: Tier, began: Moment, expected: Moment },
 }
 
 impl<'a> Engine<'a> {
@@ -135,12 +136,12 @@ impl<'a> Engine<'a> {
                 }
                 self.tell(Event::Finished { service: service.as_secs_f64(), early });
             }
-            Due::Start { replica, tier, began } => {
+            Due::Start { replica, tier, began, expected } => {
                 // A start that was given up; its place may be another's by now, or it may have been begun again.
                 if self
                     .pool
                     .find(replica)
-                    .is_none_or(|found| !found.is_starting() || found.since() != self.now)
+                    .is_none_or(|found| !found.is_starting() || found.since() != expected)
                 {
                     return;
                 }
@@ -198,9 +199,10 @@ impl<'a> Engine<'a> {
         match step {
             Step::Undrain(replica) => self.pool.undrain(replica, self.now),
             Step::Wake(replica) => {
-                let expected = self.now + self.scenario.wake.draw(&mut self.random);
+                let expected = self.now + Duration::from_secs_f64(self.times.expected().wake);
                 self.pool.wake(replica, expected).expect("an unlimited ledger has room");
-                self.begin(expected, replica, Tier::Wake);
+                let took = self.scenario.wake.draw(&mut self.random);
+                self.begin(took, replica, Tier::Wake, expected);
             }
             // Nothing is restored here in order to wait.
             Step::Claim(replica) => self.pool.claim(replica),
@@ -209,9 +211,11 @@ impl<'a> Engine<'a> {
                     Some(samples) => (Tier::Restore, samples),
                     None => (Tier::Cold, &self.scenario.cold),
                 };
-                let expected = self.now + samples.draw(&mut self.random);
+                // No more than a live pool knows: not what this start will take, but what starts have taken.
+                let expected = self.now + Duration::from_secs_f64(self.times.expected().restore);
                 let replica = self.pool.start(tier, expected).expect("an unlimited ledger has room");
-                self.begin(expected, replica, tier);
+                let took = samples.draw(&mut self.random);
+                self.begin(took, replica, tier, expected);
             }
             Step::Drain(replica) => {
                 if self.pool.drain(replica, self.now) {
@@ -222,9 +226,9 @@ impl<'a> Engine<'a> {
         }
     }
 
-    fn begin(&mut self, expected: Moment, replica: ReplicaId, tier: Tier) {
+    fn begin(&mut self, took: Duration, replica: ReplicaId, tier: Tier, expected: Moment) {
         self.account.started(tier);
-        self.push(expected, Due::Start { replica, tier, began: self.now });
+        self.push(self.now + took, Due::Start { replica, tier, began: self.now, expected });
     }
 
     /// A drained replica goes back to the warm ones without cost, where there is room.
