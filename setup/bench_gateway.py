@@ -170,18 +170,20 @@ def main():
             program.wait(timeout=60)
     assert totals["cut_off"] == 0 and totals["refused_full"] == 0, totals
 
+    spread = lambda rounds, which, digits: "{:.{d}f} ({:.{d}f} to {:.{d}f})".format(  # noqa: E731
+        *(pick([one[which] for one in rounds]) for pick in (statistics.median, min, max)), d=digits
+    )
     middle = lambda rounds, which: statistics.median(one[which] for one in rounds)  # noqa: E731
     base_fast, base_paced = (middle(kind["direct"], 1) for kind in (fast, paced))
-    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.release()}, {CONNECTIONS} connections, {options.rounds} rounds of {options.seconds} s, medians")
+    print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.release()}, {CONNECTIONS} connections, {options.rounds} rounds of {options.seconds} s, medians (least to most)")
     print(f"half load: {half:.0f} requests a second, the same for all\n")
     print("| | requests/s | of nginx | p99, as fast as it goes | p99 at half load | p99 added to direct | of what nginx adds |")
     print("|---|---|---|---|---|---|---|")
     nginx_rate, nginx_added = middle(fast["nginx"], 0), middle(paced["nginx"], 1) - base_paced
     for name in NAMES:
-        rate, p99 = middle(fast[name], 0), middle(paced[name], 1)
-        added = p99 - base_paced
+        rate, added = middle(fast[name], 0), middle(paced[name], 1) - base_paced
         proxied = name != "direct"
-        print(f"| {name} | {rate:.0f} | {rate / nginx_rate:.2f} | {middle(fast[name], 1):.2f} ms | {p99:.2f} ms | "
+        print(f"| {name} | {spread(fast[name], 0, 0)} | {rate / nginx_rate:.2f} | {spread(fast[name], 1, 1)} ms | {spread(paced[name], 1, 1)} ms | "
               + (f"{added:.2f} ms | {added / nginx_added:.2f} |" if proxied and nginx_added > 0 else "| |"))
 
 
