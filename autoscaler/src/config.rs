@@ -153,6 +153,7 @@ impl Default for Config {
             queue: QueueLimits::NONE,
             replica_memory: 1 << 30,
             seed: 1,
+            clairvoyant: false,
         };
         Self { scenario, service: ServiceTime::default(), policies: Vec::new() }
     }
@@ -301,7 +302,7 @@ mod tests {
     fn everything_can_be_set() {
         let config = read(
             "restore = '2s'\nwake = '100ms'\ncold = '30s'\nwarm = 2\nconcurrency = 4\nmin = 1\nmax = 9\ntarget_wait = '2s'\n\
-             seed = 7\nreplica_memory_gib = 1.5\nqueue = { max = 10, deadline = '3s' }\n\
+             seed = 7\nclairvoyant = true\nreplica_memory_gib = 1.5\nqueue = { max = 10, deadline = '3s' }\n\
              service = { base = '10ms', input_per_s = 100, output = '1ms' }\n\
              [policy.rewarm]\npatience = 0.5\nfloor = false\n[policy.wide]\nkind = 'kpa'\nstable_window = '2m'",
         )
@@ -311,6 +312,7 @@ mod tests {
         assert_eq!(config.scenario.queue, QueueLimits { max: 10, deadline: Duration::from_secs(3) });
         assert_eq!(config.service, ServiceTime { base_s: 0.01, input_per_s: 100.0, output_s: 0.001 });
         assert_eq!(config.scenario.replica_memory, 3 << 29);
+        assert!(config.scenario.clairvoyant);
         let names: Vec<&str> = config.policies.iter().map(|spec| spec.name.as_str()).collect();
         assert_eq!(names, ["rewarm", "wide"]);
         let PolicyKind::Rewarm(settings) = &config.policies[0].kind else { panic!("rewarm") };

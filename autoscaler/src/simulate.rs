@@ -43,6 +43,9 @@ pub struct Scenario {
     pub replica_memory: u64,
     /// For what is drawn.
     pub seed: u64,
+    /// Requests go to the replica that will be busy the longest anyway, which no gateway can know: how far any routing is from the
+    /// best.
+    pub clairvoyant: bool,
 }
 
 /// Replays `trace` through the policy.

@@ -74,6 +74,17 @@ fn a_fixed_pool_is_charged_until_the_last_answer() {
     assert_eq!(outcome.replica_seconds_per_request, 16.0 * 10.0 / 2.0);
 }
 
+#[test]
+fn who_knows_when_answers_end_needs_less() {
+    let trace = generated(1200);
+    let mut config = Config::default();
+    let blind = outcome(&trace, &config, "rewarm");
+    config.scenario.clairvoyant = true;
+    let sighted = outcome(&trace, &config, "rewarm");
+    let costs = [sighted, blind].map(|outcome| outcome.replica_seconds_per_request);
+    assert!(costs[0] < costs[1], "{costs:?}");
+}
+
 /// The goals for which the policy was made: nearly all in time, for less than Knative asks.
 #[test]
 fn rewarm_is_in_time_and_cheaper_than_kpa() {

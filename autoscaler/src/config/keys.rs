@@ -137,6 +137,7 @@ impl Keys for Config {
             "max",
             "target_wait",
             "seed",
+            "clairvoyant",
             "replica_memory_gib",
             "queue",
             "service",
@@ -167,6 +168,9 @@ impl Keys for Config {
                     .as_integer()
                     .and_then(|seed| u64::try_from(seed).ok())
                     .ok_or_else(|| bad(key, place, value, "a whole number from 0 up"))?;
+            }
+            "clairvoyant" => {
+                scenario.clairvoyant = bool_value(value).ok_or_else(|| bad(key, place, value, BOOL))?;
             }
             "replica_memory_gib" => {
                 let gib = number(value).ok_or_else(|| bad(key, place, value, NUMBER))?;

@@ -1,7 +1,7 @@
 //! The loop over events: answers and starts that are due, arrivals, the policy's timer, deadlines.
 
 use std::cmp::Reverse;
-use std::collections::BinaryHeap;
+use std::collections::{BinaryHeap, HashMap};
 use std::time::Duration;
 
 use super::account::{Account, Outcome};
@@ -10,7 +10,7 @@ use crate::config::PolicySpec;
 use crate::ledger::{Ledger, Memory};
 use crate::moment::Moment;
 use crate::policy::{Event, Policy, StartSeconds, View};
-use crate::pool::{Pool, ReplicaId, Retired, Shape, Tier};
+use crate::pool::{Pool, ReplicaId, Retired, Shape, State, Tier};
 use crate::queue::Queue;
 use crate::start_times::StartTimes;
 use crate::steer::{Step, Victim, next_step};
@@ -32,6 +32,8 @@ pub(super) struct Engine<'a> {
     /// Answers and starts that are on their way. The number keeps equal moments in the order in which they were begun.
     due: BinaryHeap<Reverse<(Moment, u64, Due)>>,
     begun: u64,
+    /// When the last of a replica's answers will have been sent, where the scenario is clairvoyant.
+    ends: HashMap<ReplicaId, Moment>,
     random: fastrand::Rng,
     account: Account,
     now: Moment,
@@ -39,9 +41,18 @@ pub(super) struct Engine<'a> {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Due {
-    Answer { replica: ReplicaId, service: Duration, early: bool },
+    Answer {
+        replica: ReplicaId,
+        service: Duration,
+        early: bool,
+    },
     /// `expected` is what the pool was told, and what tells this start from others of the same place.
-    Start { replica: ReplicaId, tier: Tier, began: Moment, expected: Moment },
+    Start {
+        replica: ReplicaId,
+        tier: Tier,
+        began: Moment,
+        expected: Moment,
+    },
 }
 
 impl<'a> Engine<'a> {
@@ -74,6 +85,7 @@ impl<'a> Engine<'a> {
             times: StartTimes::new(StartSeconds { wake, restore }),
             due: BinaryHeap::new(),
             begun: 0,
+            ends: HashMap::new(),
             random: fastrand::Rng::with_seed(scenario.seed),
             account: Account::new(limits.target_wait, trace.requests.len()),
             now: Moment::START,
@@ -255,7 +267,25 @@ impl<'a> Engine<'a> {
         }
         let spare = self.policy.spare(&self.view());
         let spare = if self.now.since(came) >= spare.age { 0 } else { spare.replicas };
+        if self.scenario.clairvoyant {
+            let id = self.last_to_end(spare)?;
+            return self.pool.assign_to(id, self.now).then_some(id);
+        }
         self.pool.assign(self.now, spare)
+    }
+
+    /// Of the replicas with a free slot the one that will be busy the longest anyway; `spare` of those that serve will end before it.
+    fn last_to_end(&self, spare: u32) -> Option<ReplicaId> {
+        let serving = || {
+            let serving = self.pool.replicas().filter(|r| matches!(r.state(), State::Ready | State::Busy));
+            serving.map(|replica| {
+                (self.ends.get(&replica.id()).copied(), Reverse(replica.id()), replica.in_flight())
+            })
+        };
+        let free = serving().filter(|(_, _, in_flight)| *in_flight < self.scenario.limits.concurrency);
+        let (end, Reverse(id), _) = free.max()?;
+        let sooner = serving().filter(|(other, replica, _)| (*other, *replica) < (end, Reverse(id))).count();
+        (sooner >= spare as usize).then_some(id)
     }
 
     fn dispatch(&mut self, request: &Request, came: Moment, replica: ReplicaId) {
@@ -263,6 +293,10 @@ impl<'a> Engine<'a> {
         let early =
             found.tier() != Tier::Wake && found.assigned() <= u64::from(self.scenario.limits.concurrency);
         self.account.waited(self.now.since(came));
+        if self.scenario.clairvoyant {
+            let end = self.ends.entry(replica).or_default();
+            *end = (*end).max(self.now + request.service);
+        }
         self.push(self.now + request.service, Due::Answer { replica, service: request.service, early });
     }
 
