@@ -230,8 +230,17 @@ impl Classify for Failure {
 /// # Errors
 /// [`CallError`].
 pub fn find(helper: &mut Helper, group: &dyn Group) -> Result<Vec<Process>, CallError> {
+    find_beside(helper, group, &[])
+}
+
+/// The same, and those of `known` are not asked again: a process that uses CUDA does so to its end, by the same thread.
+fn find_beside(helper: &mut Helper, group: &dyn Group, known: &[Process]) -> Result<Vec<Process>, CallError> {
     let mut found = Vec::new();
     for pid in group.processes() {
+        if let Some(process) = known.iter().find(|process| process.pid == pid) {
+            found.push(process.clone());
+            continue;
+        }
         if !ranges::loads_driver(pid) {
             continue;
         }
@@ -252,9 +261,24 @@ pub fn suspend(
     lock_timeout: Duration,
     state: &mut dyn DeviceState,
 ) -> Result<Suspended, Failure> {
+    suspend_found(helper, group, Vec::new(), lock_timeout, state)
+}
+
+/// The same for a group in which [`find`] has just found these processes.
+///
+/// # Errors
+/// As of [`suspend`].
+pub fn suspend_found(
+    helper: &mut Helper,
+    group: &dyn Group,
+    mut found: Vec<Process>,
+    lock_timeout: Duration,
+    state: &mut dyn DeviceState,
+) -> Result<Suspended, Failure> {
     let mut attempts = 1;
     loop {
-        let mut work = Work { helper, group, hold: Hold::new(false), processes: Vec::new() };
+        let processes = std::mem::take(&mut found);
+        let mut work = Work { helper, group, hold: Hold::new(false), processes };
         match work.suspend(lock_timeout, state) {
             Ok(suspended) => return Ok(suspended),
             Err(cause) => {
@@ -322,12 +346,12 @@ impl Work<'_> {
         sink: &mut dyn DeviceStateSink,
     ) -> Result<Suspended, Cause> {
         let began = Instant::now();
-        self.processes = find(self.helper, self.group)?;
+        self.processes = find_beside(self.helper, self.group, &self.processes)?;
         self.before(Step::Lock, State::RUNNING)?;
         let bytes_max = self.bytes_max()?;
         let mut driver = self.phase(Step::Lock, |helper, process| helper.lock(process.pid, lock_timeout))?;
         self.hold_all()?;
-        let now = find(self.helper, self.group)?;
+        let now = find_beside(self.helper, self.group, &self.processes)?;
         let known = |pid| self.processes.iter().any(|process| process.pid == pid);
         if let Some(new) = now.iter().find(|process| !known(process.pid)) {
             return Err(Cause::Began { pid: new.pid, attempts: 1 });

@@ -4,6 +4,7 @@
 //! Reads `/proc` and what NVML told. What only the driver can see (managed memory, CUDA IPC of before R610) is left to it: a
 //! checkpoint that it refuses is undone, and the server goes on.
 
+use std::cell::OnceCell;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -194,11 +195,15 @@ impl Proc {
         purpose: Purpose,
     ) -> Vec<Refusal> {
         let mut refusals = Vec::new();
-        let mps = self.serves_mps().is_some();
+        // All processes of the machine are looked through for it: only where one of these could reach it.
+        let serves_mps = OnceCell::new();
         for &pid in processes {
             refusals.extend(self.tracer(pid));
-            if mps && cuda.contains(&pid) {
-                refusals.extend(self.client_of_mps(pid));
+            if cuda.contains(&pid)
+                && let Some(client) = self.client_of_mps(pid)
+                && *serves_mps.get_or_init(|| self.serves_mps().is_some())
+            {
+                refusals.push(client);
             }
             if purpose == Purpose::Snapshot {
                 refusals.extend(self.devices(pid, cuda.contains(&pid), given));

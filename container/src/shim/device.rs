@@ -91,9 +91,10 @@ impl Away {
     }
 }
 
-/// What NVML tells, as far as it tells something, and the bytes of the server on each device.
+/// The processes that use CUDA, what NVML tells, as far as it tells something, and the bytes of the server on each device.
 #[derive(Debug, Default)]
 pub(super) struct Looked {
+    pub(super) processes: Vec<Process>,
     pub(super) machine: Option<Machine>,
     used: BTreeMap<Uuid, u64>,
 }
@@ -220,7 +221,11 @@ impl Replica {
             let limit = if direct { None } else { parts.cgroup.memory_left() };
             refusals.extend(preflight::host_memory(needed, free, limit));
         }
-        if refusals.is_empty() { Ok(Looked { machine, used }) } else { Err(Error::Unfit(Unfit(refusals))) }
+        if refusals.is_empty() {
+            Ok(Looked { processes: found, machine, used })
+        } else {
+            Err(Error::Unfit(Unfit(refusals)))
+        }
     }
 
     /// Whether a snapshot of the server's devices can be begun, and the bytes that it has on them.
@@ -268,14 +273,16 @@ impl Replica {
         }
         // The driver's own threads have to run; what the lease froze is frozen again when all is done.
         parts.cgroup.thaw()?;
-        let looked = self.examine(parts, Purpose::Snapshot, direct.is_some())?;
+        let mut looked = self.examine(parts, Purpose::Snapshot, direct.is_some())?;
         if let Some(file) = direct {
             let bytes = looked.used.values().sum();
             reserve(&file, bytes).context("reserve memory for", "device memory")?;
             self.change(|inner| inner.kept = Some(InFile::new(file)));
         }
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let suspended = self.with_state(|state| order::suspend(&mut helper, &tasks, LOCK_TIMEOUT, state));
+        let found = std::mem::take(&mut looked.processes);
+        let suspended =
+            self.with_state(|state| order::suspend_found(&mut helper, &tasks, found, LOCK_TIMEOUT, state));
         if !suspended.as_ref().is_ok_and(|suspended| !suspended.processes.is_empty()) {
             self.change(|inner| inner.kept = None);
         }
@@ -340,9 +347,10 @@ impl Replica {
         if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
             return Ok(());
         }
-        self.examine(parts, Purpose::Pause, false)?;
+        let found = self.examine(parts, Purpose::Pause, false)?.processes;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        order::suspend(&mut helper, &tasks, LEAVE_LOCK_TIMEOUT, &mut InProcess::default())?;
+        let state = &mut InProcess::default();
+        order::suspend_found(&mut helper, &tasks, found, LEAVE_LOCK_TIMEOUT, state)?;
         Ok(())
     }
 

@@ -25,10 +25,11 @@ impl Replica {
         if self.lock().frozen_by.is_some() {
             return Err(self.busy_with("it is frozen"));
         }
-        let looked = self.examine(parts, Purpose::Pause, false)?;
+        let mut looked = self.examine(parts, Purpose::Pause, false)?;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let tasks = Tasks(&parts.cgroup);
-        let suspended = order::suspend(&mut helper, &tasks, lock_timeout, &mut InProcess::default())?;
+        let (found, state) = (std::mem::take(&mut looked.processes), &mut InProcess::default());
+        let suspended = order::suspend_found(&mut helper, &tasks, found, lock_timeout, state)?;
         let (bytes, in_driver) = (suspended.bytes(), suspended.driver);
         let away = Away::new(suspended.processes, &looked);
         self.change(|inner| inner.paused = Some(away));

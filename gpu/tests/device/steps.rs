@@ -27,6 +27,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             a_process_that_begins_meanwhile_is_suspended_too,
         ),
         Trial::test(
+            "steps::what_was_found_before_may_have_ended_and_others_begun",
+            what_was_found_before_may_have_ended_and_others_begun,
+        ),
+        Trial::test(
             "steps::the_driver_allows_the_moves_of_the_table_and_no_others",
             the_driver_allows_the_moves_of_the_table_and_no_others,
         ),
@@ -172,6 +176,26 @@ fn a_process_that_begins_meanwhile_is_suspended_too() -> Result<(), Failed> {
     order::resume(&mut helper, &group, &suspended.processes, &[], &mut InProcess::default())?;
     first.is_whole();
     begin.is_whole();
+    Ok(())
+}
+
+fn what_was_found_before_may_have_ended_and_others_begun() -> Result<(), Failed> {
+    let mut world = World::new(&[128]);
+    let (stays, ends) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4", "--seed", "2"]));
+    let late = world.serve(&["--mib", "8", "--late"]);
+    let mut helper = world.helper();
+    let found = order::find(&mut helper, &world.group)?;
+    let found_pids: BTreeSet<i32> = found.iter().map(|process| process.pid).collect();
+    assert_eq!(found_pids, [stays.pid, ends.pid].into());
+    world.kill(ends.pid);
+    late.ask("POST", "/begin", "")?;
+    let state = &mut InProcess::default();
+    let suspended = order::suspend_found(&mut helper, &world.group, found, LOCK, state)?;
+    let pids: BTreeSet<i32> = suspended.processes.iter().map(|process| process.pid).collect();
+    assert_eq!(pids, [stays.pid, late.pid].into());
+    order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
+    stays.is_whole();
+    late.is_whole();
     Ok(())
 }
 
