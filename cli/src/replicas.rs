@@ -94,6 +94,9 @@ pub(crate) struct View {
     /// Milliseconds from the moment in which the replica was made until its memory was complete.
     #[serde(skip_serializing_if = "Option::is_none")]
     present_ms: Option<i64>,
+    /// It was drained for a pause or a snapshot, and is to go on yet.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    drained: bool,
     #[serde(skip_serializing_if = "Option::is_none")]
     exit: Option<Ended>,
 }
@@ -189,6 +192,7 @@ impl From<&Entry> for View {
             usage: record.filter(|_| alive).map(Usage::of),
             memory,
             present_ms,
+            drained: alive && record.is_some_and(|record| record.drained.is_some()),
             exit: entry.exit.as_ref().map(Ended::from),
         }
     }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use rewarm_probe::Resume;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
@@ -90,6 +91,9 @@ pub struct Record {
     /// Whether a restored replica's memory is complete; absent before it is restored, and after a cold start.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub memory: Option<Memory>,
+    /// Set from the moment in which a command begins to drain it until it goes on: what it goes on by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drained: Option<Resume>,
 }
 
 /// Device memory of a replica.

@@ -15,13 +15,15 @@
 //!
 //! **Leases**: the connection that made the replica is its lease until `commit`: if it breaks, everything is killed and
 //! removed, the directory included. A connection that asked for a dump or a freeze holds a lease on that: if it breaks,
-//! the dump is given up and the server goes on.
+//! the dump is given up and the server goes on. One that drained the server for that is bound to let it go on, and the shim
+//! does it in its place.
 //!
 //! **States**: `starting -> ready <-> frozen`, `ready <-> paused` (which outlasts the command that asked for it), any of them `-> stopping -> exited`, and any `-> crashed` if the shim dies.
 
 mod children;
 pub mod client;
 mod device;
+mod drained;
 mod dump;
 mod exec;
 mod executable;

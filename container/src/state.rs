@@ -432,6 +432,7 @@ mod tests {
             published: Vec::new(),
             device: None,
             memory: None,
+            drained: None,
         };
         write_json(&claim.paths().record(), &record).expect("written");
         assert_eq!(state.sweep().expect("sweep"), []);

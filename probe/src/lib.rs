@@ -16,6 +16,7 @@ mod keys;
 pub mod limits;
 mod ready;
 mod recorded;
+mod resume;
 mod target;
 
 pub use compare::{Compare, Difference, Located, Selection};
@@ -26,3 +27,4 @@ pub use file::{Probe, Request};
 pub use hook::{Hook, HookReport};
 pub use ready::{Ready, wait_ready};
 pub use recorded::{Answer, Body, Exchange, Question, Recorded, ReplayReport, replay};
+pub use resume::Resume;

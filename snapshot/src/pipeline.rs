@@ -7,7 +7,7 @@ use std::time::Duration;
 use rewarm_container::dial::Inside;
 use rewarm_container::shim::Client;
 use rewarm_container::{Name, Net, Record, State, Status};
-use rewarm_probe::{Engine, Hook, Probe, Recorded, engine};
+use rewarm_probe::{Engine, Hook, Probe, Recorded, Resume, engine};
 use rewarm_report::{Aftermath, Clock, Stage};
 use rewarm_store::{Compression, Published, Reference, Session, SessionOptions, SigningKey, Store, Target};
 
@@ -179,6 +179,10 @@ impl Attempt {
         let (Status::Ready, Some(pid)) = (record.status, record.pid) else {
             return Err(Cause::State { status: record.status.to_string() });
         };
+        if record.drained.is_some() && self.resume_by().is_empty() {
+            // Its clones would wait as it does.
+            return Err(Cause::State { status: "drained".to_owned() });
+        }
         let rules = Rules {
             tcp_close: self.request.tcp_close,
             private_net: record.spec.net == Net::Private,
@@ -225,8 +229,14 @@ impl Attempt {
     }
 
     async fn drain(&mut self) -> std::result::Result<(), Cause> {
-        self.drained = true;
         let replica = self.replica.as_ref().expect("connected at the preflight");
+        let resume = self.resume_by();
+        if !resume.is_empty() {
+            // Killed from here on, this command leaves it to the shim.
+            let client = replica.client.clone();
+            blocking(move || client.drain(resume)).await?;
+        }
+        self.drained = true;
         if let Some(hook) = &self.request.pre {
             hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await?;
         }
@@ -318,23 +328,26 @@ impl Attempt {
             return;
         }
         let Some(replica) = &self.replica else { return };
-        let mut failures = Vec::new();
-        if let Some(engine) = &self.request.engine {
-            let failed = engine::take_all(&engine.after, &replica.inside, replica.port()).await;
-            let failed =
-                failed.iter().map(|error| format!("a step of the engine failed on the source: {error}"));
-            failures.extend(failed);
+        let resume = self.resume_by();
+        if resume.is_empty() {
+            return;
         }
-        if let Some(hook) = &self.request.post
-            && let Err(error) = hook.run(&replica.inside, replica.port(), self.request.hook_timeout).await
-        {
-            failures.push(format!("the post hook failed on the source: {error}"));
-        }
+        let failures = resume.take(&replica.inside, replica.port()).await;
+        let (client, whole) = (replica.client.clone(), failures.is_empty());
+        // A shim that is gone is seen by what follows.
+        let _ = blocking(move || client.resumed(whole)).await;
         // The snapshot itself is as good as without them: clones take these steps for themselves.
-        for warning in failures {
+        for failure in failures {
+            let warning = format!("the source is to go on, but {failure}");
             self.context.clock.progress().warning(&warning);
             self.warnings.push(warning);
         }
+    }
+
+    /// What the source goes on by after it was drained.
+    fn resume_by(&self) -> Resume {
+        let Request { engine, post, hook_timeout, .. } = &self.request;
+        Resume::new(engine.as_ref(), post.as_ref(), *hook_timeout)
     }
 
     fn tag(&self) -> &str {

@@ -2,8 +2,8 @@
 
 use rewarm_container::Status;
 use rewarm_container::dial::Inside;
-use rewarm_container::shim::Client;
-use rewarm_probe::engine;
+use rewarm_container::shim::{Client, Paused};
+use rewarm_probe::{Engine, Resume, engine};
 use serde::Serialize;
 
 use crate::args::{Global, Pause};
@@ -30,21 +30,9 @@ pub(crate) async fn run(args: &Pause, global: &Global) -> Result<u8, Cause> {
     if let Some(hook) = args.pre.as_ref().filter(|_| serves) {
         hook.run(&inside, port, args.hook_timeout).await?;
     }
-    let engine = args.engine.as_ref().filter(|_| serves);
-    let drained = match engine {
-        Some(engine) => engine::take(&engine.before, &inside, port).await.map_err(Cause::from),
-        None => Ok(()),
-    };
-    let paused = match drained.and_then(|()| Ok(client.pause(args.lock_timeout)?)) {
-        Ok(paused) => paused,
-        Err(cause) => {
-            if let Some(engine) = engine.filter(|_| is_ready(&client)) {
-                for error in engine::take_all(&engine.after, &inside, port).await {
-                    render::warn(&format!("a step of the engine failed: {error}"));
-                }
-            }
-            return Err(cause);
-        }
+    let paused = match args.engine.as_ref().filter(|_| serves) {
+        Some(engine) => drained(args, engine, &client, &inside, port).await?,
+        None => client.pause(args.lock_timeout)?,
     };
     let report = Report {
         name: args.name.to_string(),
@@ -65,6 +53,30 @@ pub(crate) async fn run(args: &Pause, global: &Global) -> Result<u8, Cause> {
         format!("{} is paused: took {took}{freed}; wakes in about {wakes}\n", report.name)
     })?;
     Ok(0)
+}
+
+/// Pauses it between the steps of its engine; those after it are left to the wake. Killed from here on, this command leaves it to
+/// the shim to let the server go on.
+async fn drained(
+    args: &Pause,
+    engine: &Engine,
+    client: &Client,
+    inside: &Inside,
+    port: Option<u16>,
+) -> Result<Paused, Cause> {
+    let resume = Resume::new(Some(engine), None, args.hook_timeout);
+    client.drain(resume.clone())?;
+    let drained = engine::take(&engine.before, inside, port).await.map_err(Cause::from);
+    let paused = drained.and_then(|()| Ok(client.pause(args.lock_timeout)?));
+    if paused.is_err() {
+        let able = is_ready(client);
+        let failures = if able { resume.take(inside, port).await } else { Vec::new() };
+        for failure in &failures {
+            render::warn(&format!("the server is to go on, but {failure}"));
+        }
+        client.resumed(able && failures.is_empty())?;
+    }
+    paused
 }
 
 /// Whether the server goes on. One that is stranded would answer nothing.

@@ -2,7 +2,7 @@
 
 use std::time::SystemTime;
 
-use rewarm_container::{Cause as Why, Entry, Memory, Origin};
+use rewarm_container::{Cause as Why, Entry, Memory, Origin, Status};
 use serde::Serialize;
 
 use crate::args::{Global, Ps};
@@ -38,6 +38,10 @@ fn row(entry: &Entry) -> Vec<String> {
         },
         None if record.and_then(|record| record.memory) == Some(Memory::Filling) => {
             format!("{}, filling", entry.status)
+        }
+        // It serves nothing before what it goes on by is done.
+        None if entry.status == Status::Ready && record.is_some_and(|record| record.drained.is_some()) => {
+            format!("{}, drained", entry.status)
         }
         None => entry.status.to_string(),
     };

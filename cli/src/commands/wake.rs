@@ -1,7 +1,8 @@
 //! `rewarm wake`
 
+use rewarm_container::Record;
 use rewarm_container::dial::Inside;
-use rewarm_probe::engine;
+use rewarm_probe::Resume;
 use serde::Serialize;
 
 use crate::args::{Global, Wake};
@@ -21,20 +22,26 @@ pub(crate) async fn run(args: &Wake, global: &Global) -> Result<u8, Cause> {
     let state = replicas::open(global)?;
     let client = replicas::connect(&state, &args.name)?;
     let woken = client.wake()?;
-    if let Some(engine) = &args.engine {
-        let port = client.status()?.spec.ports.first().copied();
-        let mut failures =
-            engine::take_all(&engine.after, &Inside::new(client.clone()), port).await.into_iter();
-        if let Some(first) = failures.next() {
-            for error in failures {
-                render::warn(&format!("a step of the engine failed: {error}"));
-            }
-            return Err(first.into());
-        }
+    let Record { spec, drained, .. } = client.status()?;
+    let (given, owed) = (Resume::new(args.engine.as_ref(), args.post.as_ref(), args.hook_timeout), drained);
+    // What is given takes the place of what the pause left to do, each for itself.
+    let due = owed.is_some();
+    let Resume { steps, hook, hook_timeout } = owed.unwrap_or_default();
+    let resume = Resume {
+        steps: if args.engine.is_some() { given.steps } else { steps },
+        hook_timeout: if given.hook.is_some() { given.hook_timeout } else { hook_timeout },
+        hook: given.hook.or(hook),
+    };
+    let failures = resume.take(&Inside::new(client.clone()), spec.ports.first().copied()).await;
+    if due {
+        client.resumed(failures.is_empty())?;
     }
-    if let Some(hook) = &args.post {
-        let port = client.status()?.spec.ports.first().copied();
-        hook.run(&Inside::new(client.clone()), port, args.hook_timeout).await?;
+    let mut failures = failures.into_iter();
+    if let Some(first) = failures.next() {
+        for failure in failures {
+            render::warn(&format!("the server is to go on, but {failure}"));
+        }
+        return Err(first.into());
     }
     let report = Report {
         name: args.name.to_string(),

@@ -13,6 +13,7 @@ use std::sync::Mutex;
 use std::time::Duration;
 
 use rewarm_gpu::carried::Carried;
+use rewarm_probe::Resume;
 
 use crate::error::{Context, Error};
 use crate::record::{Exit, Record};
@@ -77,6 +78,11 @@ impl Client {
                 Some(_) => Err(error),
             },
         }
+    }
+
+    /// Connects the shim to itself, to reach its own server as commands do.
+    pub(super) fn to_itself(name: &Name, paths: &Paths) -> Result<Self, Error> {
+        Self::over(open(paths)?, name.clone(), paths.clone())
     }
 
     fn over(connection: UnixStream, name: Name, paths: Paths) -> Result<Self, Error> {
@@ -236,6 +242,25 @@ impl Client {
         self.done("thaw", &Request::Thaw, &[])
     }
 
+    /// Says that the server is about to be drained, and what it goes on by. The caller does that and then calls
+    /// [`Client::resumed`]. Where the client ends before, the shim does it, unless the server is paused: then it is due after
+    /// [`Client::wake`], in which the client that wakes takes it over. The record has it until it is done.
+    ///
+    /// # Errors
+    /// `Busy` while another command has it drained.
+    pub fn drain(&self, resume: Resume) -> Result<(), Error> {
+        self.done("drain", &Request::Drain(resume), &[])
+    }
+
+    /// Says that what the server goes on by was done; not `whole` where a part of it failed, so that it stays in the record for
+    /// the next wake.
+    ///
+    /// # Errors
+    /// If the shim is gone.
+    pub fn resumed(&self, whole: bool) -> Result<(), Error> {
+        self.done("resumed", &Request::Resumed { whole }, &[])
+    }
+
     /// Moves the server's device memory to the host and freezes it, until [`Client::wake`]; the end of this client changes
     /// nothing. What is submitted to the device may take `lock_timeout` to finish.
     ///
@@ -249,7 +274,8 @@ impl Client {
         }
     }
 
-    /// Moves the device memory of a paused server back and lets it go on.
+    /// Moves the device memory of a paused server back and lets it go on. One that is awake and still drained, because what it
+    /// goes on by failed, is left as it is, and the caller may try again. In both cases [`Record::drained`] is the caller's now.
     ///
     /// # Errors
     /// As [`Client::pause`]; the server stays paused.

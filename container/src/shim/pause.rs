@@ -48,6 +48,11 @@ impl Replica {
     /// Moves device memory back and lets the server go on.
     pub(super) fn wake(&self, asker: Asker<'_>) -> Result<Woken, Error> {
         let began = Instant::now();
+        if self.waits_drained() {
+            let (_busy, _) = self.begin("wake", asker.id)?;
+            self.take_over(asker);
+            return Ok(Woken { device_bytes: 0, took: Duration::ZERO, in_driver: Duration::ZERO });
+        }
         let (_busy, parts) = self.begin_paused("wake", asker.id)?;
         let away = self.lock().paused.clone().unwrap_or_default();
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
@@ -62,6 +67,7 @@ impl Replica {
         self.device(|device| {
             device.wake = Some(device.wake.unwrap_or_default().corrected(other, resumed.restore, bytes));
         });
+        self.take_over(asker);
         self.set_status(if committed { Status::Ready } else { Status::Starting })?;
         let in_driver = resumed.restore + resumed.unlock;
         Ok(Woken { device_bytes: bytes, took: began.elapsed(), in_driver })

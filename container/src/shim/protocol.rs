@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use rewarm_gpu::Pair;
 use rewarm_gpu::carried::Carried;
+use rewarm_probe::Resume;
 use rewarm_report::{Class, Remote};
 use rewarm_sys::fdpass;
 use serde::{Deserialize, Serialize};
@@ -22,7 +23,7 @@ use crate::record::{Exit, Origin, Record};
 use crate::spec::{Publish, Spec, User};
 
 /// Version of this protocol; both sides must have the same.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 /// Longest message in bytes. The largest are the captured output of a hook and a specification with a long environment.
 pub const MESSAGE_BYTES_MAX: usize = 4 << 20;
 /// Most descriptors in one message.
@@ -215,6 +216,10 @@ pub enum Request {
     ReleaseDump,
     Freeze,
     Thaw,
+    Drain(Resume),
+    Resumed {
+        whole: bool,
+    },
     Pause {
         lock_timeout_ms: u64,
     },

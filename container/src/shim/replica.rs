@@ -32,6 +32,8 @@ pub(super) const KILL_DEADLINE: Duration = Duration::from_secs(10);
 /// A connection's number; the lease that made the replica has [`LEASE`].
 pub(super) type ConnectionId = u64;
 pub(super) const LEASE: ConnectionId = 0;
+/// Stands for the shim where it does what a command was to do.
+pub(super) const ITSELF: ConnectionId = u64::MAX;
 
 /// One replica and everything that belongs to it.
 #[derive(Debug)]
@@ -75,6 +77,8 @@ pub(super) struct Inner {
     pub(super) busy: Option<&'static str>,
     pub(super) execs: usize,
     pub(super) frozen_by: Option<ConnectionId>,
+    /// Who lets the server go on that was drained.
+    pub(super) drained_by: Option<ConnectionId>,
     /// Set while it is paused: those of its processes whose device memory lies in their host memory.
     pub(super) paused: Option<Away>,
     /// Where device memory is that went past the processes of a server that is suspended or, after that failed, paused.
@@ -217,6 +221,13 @@ impl Replica {
         }
         if inner.suspended.as_ref().is_some_and(|suspended| suspended.by != connection) {
             return Err(self.busy_with("another command dumps it"));
+        }
+        if let Some(owner) = inner.drained_by.filter(|owner| *owner != connection) {
+            return Err(self.busy_with(if owner == ITSELF {
+                "it goes on after a command that was killed"
+            } else {
+                "another command has drained it"
+            }));
         }
         if inner.paused.is_some() != paused {
             return Err(self.not_so(what, &inner, paused));

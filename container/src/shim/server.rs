@@ -137,6 +137,7 @@ fn connection(replica: &Arc<Replica>, asker: Asker<'_>) {
     if asker.id == LEASE {
         replica.lease_lost();
     }
+    replica.go_on(asker);
 }
 
 fn answer(
@@ -204,6 +205,8 @@ fn carry_out(
         Request::ReleaseDump => replica.release_dump().map(done),
         Request::Freeze => replica.freeze(asker).map(done),
         Request::Thaw => replica.thaw(asker).map(done),
+        Request::Drain(resume) => replica.drain(asker, resume).map(done),
+        Request::Resumed { whole } => replica.resumed(asker.id, whole).map(done),
         Request::Pause { lock_timeout_ms } => replica.pause(asker, wait(lock_timeout_ms)).map(Reply::Paused),
         Request::Wake => replica.wake(asker).map(Reply::Woken),
         Request::Exec(request) => replica.exec(asker, &request, fds).map(Reply::Exec),

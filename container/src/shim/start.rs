@@ -55,6 +55,7 @@ impl Replica {
             published: published.clone(),
             device: None,
             memory: None,
+            drained: None,
         };
         // Written before runc makes anything: a sweep finds the cgroup by it.
         write_json(&self.paths.record(), &record)?;

@@ -2,10 +2,14 @@
 
 use std::time::Duration;
 
-use rewarm_integration_tests::Replica;
+use nix::sys::signal::Signal;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
-use rewarm_integration_tests::server::Server;
 
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, Rewarm, Running, World};
+use rewarm_report::{Operation, Stage};
+
+use super::luck::{probe_file, stages};
 use super::{start, world_with};
 use crate::world_for;
 
@@ -125,6 +129,175 @@ fn a_pause_that_fails_takes_the_steps_that_let_the_server_go_on() {
     call("pause").fails(1).says(&["is paused"]);
     call("wake").ok();
     assert_eq!(noted(), "drain\ngo on\ndrain\ngo on");
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// Says when it drains and goes on, in a file; waits as long as another file is there, and fails for a third.
+const TOLD: &str = "[[before]]\nname = 'drain'\ncommand = 'echo drain >> /tmp/steps; while test -e /tmp/hold; do sleep 0.05; done'\n\
+    [[after]]\nname = 'go on'\ncommand = 'echo on >> /tmp/steps; while test -e /tmp/keep; do sleep 0.05; done; test ! -e /tmp/broken'\n";
+
+/// A server whose engine's steps leave notes in `/tmp/steps`.
+struct Told<'a> {
+    world: &'a World,
+    source: &'a Replica<'a>,
+    file: String,
+}
+
+impl<'a> Told<'a> {
+    fn new(world: &'a World, source: &'a Replica<'a>) -> Self {
+        let file = world.files().join("engine.toml");
+        std::fs::write(&file, TOLD).expect("our own folder");
+        Self { world, source, file: file.display().to_string() }
+    }
+
+    fn call(&self, verb: &str) -> Rewarm {
+        self.world.rewarm().args([verb, self.source.name(), "--engine", &self.file])
+    }
+
+    fn wake(&self) -> Rewarm {
+        self.world.rewarm().args(["wake", self.source.name()])
+    }
+
+    fn steps(&self) -> String {
+        // A command inside would keep the pause from beginning.
+        let pid = self.source.entry().expect("listed")["pid"].clone();
+        let steps = std::fs::read_to_string(format!("/proc/{pid}/root/tmp/steps"));
+        steps.map(|steps| steps.trim().to_owned()).unwrap_or_default()
+    }
+
+    /// Kills a command once so much was noted.
+    fn kill_at(&self, running: Running, steps: &str) {
+        let limit = Duration::from_secs(20);
+        self.world.await_state("the step is taken", limit, || self.steps() == steps);
+        assert!(self.is_drained());
+        kill(running);
+    }
+
+    fn is_drained(&self) -> bool {
+        self.source.entry().expect("listed")["drained"] == true
+    }
+
+    /// The server goes on by itself, by exactly these steps.
+    fn goes_on(&self, steps: &str, when: &str) {
+        let limit = Duration::from_secs(30);
+        self.world.await_state(when, limit, || !self.is_drained() && self.steps() == steps);
+        assert_eq!(self.source.entry().expect("listed")["status"], "ready", "{when}");
+        self.source.sh("rm -f /tmp/steps");
+    }
+}
+
+fn kill(running: Running) {
+    running.signal(Signal::SIGKILL);
+    let _ = running.wait();
+}
+
+#[test]
+fn a_pause_or_wake_killed_between_steps_of_an_engine_leaves_no_server_waiting() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let told = Told::new(&world, &source);
+
+    source.sh("touch /tmp/hold");
+    told.kill_at(told.call("pause").spawn(), "drain");
+    told.goes_on("drain\non", "killed while it drains");
+    source.sh("rm /tmp/hold");
+
+    // The pause is not undone: what is left to do waits for the wake, whoever wakes it.
+    devices.control("checkpoint wait 1500");
+    let running = told.call("pause").spawn();
+    devices.await_rule(&world);
+    kill(running);
+    devices.control("");
+    let paused = || source.entry().is_some_and(|entry| entry["status"] == "paused");
+    world.await_state("the replica is paused", Duration::from_secs(20), paused);
+    assert!(told.is_drained());
+    told.wake().ok();
+    told.goes_on("drain\non", "killed while the driver was at it");
+
+    source.sh("touch /tmp/keep");
+    told.call("pause").ok();
+    told.kill_at(told.call("wake").spawn(), "drain\non");
+    source.sh("rm /tmp/keep");
+    told.goes_on("drain\non\non", "killed while it wakes");
+
+    devices.control("restore wait 1500");
+    told.call("pause").ok();
+    let running = told.wake().spawn();
+    devices.await_rule(&world);
+    kill(running);
+    devices.control("");
+    told.goes_on("drain\non", "killed while the driver wakes it");
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_server_that_could_not_go_on_is_told_of_and_the_next_wake_tries_again() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let told = Told::new(&world, &source);
+    let waits = |when: &str| {
+        world.await_state(when, Duration::from_secs(20), || {
+            // Nobody is at it any more.
+            told.steps() == "drain\non" && told.wake().run().stderr.contains("\"go on\" failed")
+        });
+        let entry = source.entry().expect("listed");
+        assert_eq!((&entry["status"], &entry["drained"]), (&"ready".into(), &true.into()), "{when}");
+        let listed = world.rewarm().args(["ps"]).ok().stdout;
+        assert!(listed.contains("ready, drained"), "{listed}");
+        // Its clones would wait as it does.
+        world.snapshot_call(&source, "v1", &[]).fails(3).says(&["the replica is drained, expected ready"]);
+        source.sh("rm /tmp/steps /tmp/broken");
+        told.wake().ok();
+        told.goes_on("on", when);
+        told.wake().fails(1).says(&["wake needs a replica that is paused, but", "is ready"]);
+    };
+    source.sh("touch /tmp/broken");
+    told.call("pause").ok();
+    told.wake().fails(1).says(&["step \"go on\" failed at once: ended with exit status: 1"]);
+    waits("after a wake");
+
+    source.sh("touch /tmp/broken /tmp/hold");
+    told.kill_at(told.call("pause").spawn(), "drain");
+    source.sh("rm /tmp/hold");
+    waits("after a pause that was killed");
+    world.finish();
+}
+
+#[test]
+fn a_snapshot_killed_between_steps_of_an_engine_leaves_no_server_waiting() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let told = Told::new(&world, &source);
+    let probe = probe_file(&world);
+    let hook = ["--probe", &probe, "--post", "echo hook >> /tmp/steps"];
+    let snapshot = |flags: &[&str]| {
+        let flags = [&["--engine", &told.file][..], &hook, flags].concat();
+        world.snapshot_call(&source, "v1", &flags)
+    };
+    source.sh("touch /tmp/hold");
+    told.kill_at(snapshot(&[]).spawn(), "drain");
+    told.goes_on("drain\non\nhook", "killed while it drains");
+    source.sh("rm /tmp/hold; touch /tmp/keep");
+    told.kill_at(snapshot(&[]).spawn(), "drain\non");
+    source.sh("rm /tmp/keep");
+    told.goes_on("drain\non\non\nhook", "killed while the source goes on");
+    for flags in [&[][..], &["--stop"]] {
+        for stage in stages(Operation::Snapshot) {
+            let running = snapshot(flags).pause_at(stage).spawn();
+            running.await_stderr(&format!("paused at {stage}"));
+            kill(running);
+            let drained = stage > Stage::Drain;
+            let steps = if drained { "drain\non\nhook" } else { "" };
+            told.goes_on(steps, &format!("killed at {stage}"));
+        }
+    }
     server_answers_as_before(&source, &server, &before);
     world.finish();
 }

@@ -11,12 +11,12 @@ use rewarm_report::{Operation, Stage};
 
 use super::{start, world_with};
 
-fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
+pub(super) fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
     Stage::ALL.iter().copied().filter(move |stage| stage.operation() == operation)
 }
 
 /// A probe, which with hooks leaves no stage that is passed over because it has nothing to do.
-fn probe_file(world: &World) -> String {
+pub(super) fn probe_file(world: &World) -> String {
     let probe = world.files().join("probe.toml");
     let question = "port = 8000\n\n[[request]]\npath = \"/health\"\ncompare = \"body\"\n";
     std::fs::write(&probe, question).expect("our own folder");
