@@ -5,6 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
+use rewarm_container::Record;
 use rewarm_container::tree::Tree;
 use rewarm_criu::admission;
 use rewarm_probe::Recorded;
@@ -53,11 +54,20 @@ pub(crate) async fn gather(
                 .as_ref()
                 .map(|engine| serde_json::to_value(engine).expect("string keys only")),
         },
-        device: dumped.device.as_ref().map(|device| serde_json::to_value(device).expect("string keys only")),
+        device: device(dumped, record),
         labels: record.spec.labels.clone(),
         dumped_ms: Some(dumped.dumped_ms),
         limits: dumped.limits.clone(),
     })
+}
+
+/// What the snapshot carries of devices, and what waking the source cost, where that is known.
+fn device(dumped: &Dumped, record: &Record) -> Option<Value> {
+    let mut device = serde_json::to_value(dumped.device.as_ref()?).expect("string keys only");
+    if let Some(wake) = record.device.and_then(|device| device.wake) {
+        device["wake"] = serde_json::to_value(wake).expect("string keys only");
+    }
+    Some(device)
 }
 
 fn machine_facts() -> io::Result<(String, String, rewarm_sys::machine::Cpu)> {

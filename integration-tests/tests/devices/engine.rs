@@ -49,6 +49,14 @@ fn a_kv_cache_is_left_out_of_a_snapshot_and_is_back_at_its_address() {
     assert_eq!(paused["device_bytes"], 8 * MIB, "{paused}");
     world.rewarm().args(["wake", name, "--engine", &file]).ok();
     server_answers_as_before(&clones[0], &server, &before);
+    // What it cost goes into its snapshots.
+    assert_eq!(device["wake"], serde_json::Value::Null, "the source was never paused");
+    world.snapshot(&clones[0], "v2", &["--engine", &file]);
+    let reference = world.reference(clones[0].short(), "v2");
+    let inspected = world.rewarm_json().args(["inspect", &reference]).ok().json();
+    let wake = &inspected["variants"][0]["manifest"]["facts"]["device"]["wake"];
+    assert_eq!(wake["wakes"], 1, "{wake}");
+    assert!(wake["seconds_per_gib"].as_f64().is_some_and(|seconds| seconds > 0.0), "{wake}");
     world.finish();
 }
 
