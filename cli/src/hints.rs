@@ -26,6 +26,9 @@ pub(crate) fn container(error: &Container) -> Option<&'static str> {
         Container::Order { status: rewarm_container::Status::Paused, .. } => {
             Some("`rewarm wake NAME` lets a paused replica go on")
         }
+        Container::Order { status: rewarm_container::Status::Stranded, .. } => {
+            Some("`rewarm stop NAME` ends it; docs/gpu.md says what happened")
+        }
         error if error.class() == Class::Stranded => Some(
             "`rewarm stop NAME` ends it; `rewarm ps --all` shows what is left; docs/gpu.md says what happened",
         ),

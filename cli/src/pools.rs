@@ -305,6 +305,13 @@ impl Replicas for Pools {
                 Status::Paused => true,
                 // Its maker is gone, and it goes too.
                 Status::Starting | Status::Stopping | Status::Exited | Status::Crashed => return None,
+                // It would never answer again, and holds what it has on its devices.
+                Status::Stranded => {
+                    if entry.record.is_some_and(|record| record.spec.labels.contains_key(POOL)) {
+                        end_stranded(state.clone(), entry.name);
+                    }
+                    return None;
+                }
             };
             let record = entry.record?;
             Some(Existing {
@@ -320,6 +327,16 @@ impl Replicas for Pools {
         });
         Ok(found.collect())
     }
+}
+
+/// Ends what a `serve` before this one left, beside everything else: its devices may take long.
+fn end_stranded(state: State, name: Name) {
+    std::thread::spawn(move || {
+        let ended = Client::connect(&state, &name).and_then(|client| client.kill("it was stranded"));
+        if let Err(error) = ended.and_then(|_| remove(&state, &name)) {
+            tracing::warn!(replica = %name, error = told(&error), "a stranded replica is left");
+        }
+    });
 }
 
 /// Frees the name of a replica that has ended.

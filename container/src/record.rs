@@ -24,12 +24,21 @@ pub enum Status {
     Frozen,
     /// It was paused: it takes no device memory and no processor until it is woken.
     Paused,
+    /// A pause or a snapshot left a process of it in a state of the CUDA driver from which it cannot go on. It can only be stopped.
+    Stranded,
     /// It is being stopped.
     Stopping,
     /// Its server has ended.
     Exited,
     /// Its shim or its pager died, or the machine was restarted.
     Crashed,
+}
+
+impl Status {
+    /// Whether nothing but the end follows.
+    pub(crate) fn is_end(self) -> bool {
+        matches!(self, Self::Stopping | Self::Exited | Self::Crashed)
+    }
 }
 
 impl fmt::Display for Status {
@@ -39,6 +48,7 @@ impl fmt::Display for Status {
             Self::Ready => "ready",
             Self::Frozen => "frozen",
             Self::Paused => "paused",
+            Self::Stranded => "stranded",
             Self::Stopping => "stopping",
             Self::Exited => "exited",
             Self::Crashed => "crashed",

@@ -18,7 +18,8 @@
 //! the dump is given up and the server goes on. One that drained the server for that is bound to let it go on, and the shim
 //! does it in its place.
 //!
-//! **States**: `starting -> ready <-> frozen`, `ready <-> paused` (which outlasts the command that asked for it), any of them `-> stopping -> exited`, and any `-> crashed` if the shim dies.
+//! **States**: `starting -> ready <-> frozen`, `ready <-> paused` (which outlasts the command that asked for it), `ready ->
+//! stranded` where the driver left a process that cannot go on, any of them `-> stopping -> exited`, and any `-> crashed` if the shim dies.
 
 mod children;
 pub mod client;

@@ -316,9 +316,9 @@ impl Attempt {
             Ok(Status::Ready) => Aftermath::Serving,
             Ok(Status::Frozen) => Aftermath::Stopped,
             // It was refused as it was.
-            Ok(Status::Paused) if self.stage == Stage::Preflight => Aftermath::Nothing,
-            // The devices did not take its memory back after the dump.
-            Ok(Status::Paused) => Aftermath::Stopped,
+            Ok(Status::Paused | Status::Stranded) if self.stage == Stage::Preflight => Aftermath::Nothing,
+            // The devices did not take its memory back after the dump, or the driver left it between two states.
+            Ok(Status::Paused | Status::Stranded) => Aftermath::Stopped,
             _ => Aftermath::Gone,
         }
     }

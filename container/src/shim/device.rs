@@ -228,6 +228,16 @@ impl Replica {
         }
     }
 
+    /// After a suspend that failed: a server that cannot go on shows as such, whatever becomes of the command that is told.
+    pub(super) fn not_suspended(&self, failure: Failure) -> Error {
+        if matches!(failure.aftermath, Aftermath::Stranded(_))
+            && let Err(error) = self.set_status(Status::Stranded)
+        {
+            tracing::error!(%error, "write down that the server is stranded");
+        }
+        failure.into()
+    }
+
     /// Whether a snapshot of the server's devices can be begun, and the bytes that it has on them.
     pub(super) fn examine_devices(&self, asker: Asker<'_>, direct: bool) -> Result<u64, Error> {
         let (_busy, parts) = self.begin("examine", asker.id)?;
@@ -286,7 +296,7 @@ impl Replica {
         if !suspended.as_ref().is_ok_and(|suspended| !suspended.processes.is_empty()) {
             self.change(|inner| inner.kept = None);
         }
-        let suspended = suspended?;
+        let suspended = suspended.map_err(|failure| self.not_suspended(failure))?;
         if suspended.processes.is_empty() {
             parts.cgroup.thaw()?;
             return Ok(None);

@@ -216,6 +216,12 @@ impl Replica {
         if let Some(busy) = inner.busy {
             return Err(self.busy_with(busy));
         }
+        // What is held is given back all the same.
+        if !matches!(what, "thaw" | "end")
+            && inner.record.as_ref().is_some_and(|record| record.status == Status::Stranded)
+        {
+            return Err(self.not_so(what, &inner, paused));
+        }
         if inner.frozen_by.is_some_and(|owner| owner != connection) {
             return Err(self.busy_with("another command has frozen it"));
         }
@@ -258,10 +264,13 @@ impl Replica {
         self.out_of_order(what, status, if paused { "paused" } else { "awake" })
     }
 
-    /// Writes the record down with a new status.
+    /// Writes the record down with a new status; what is stranded can only end.
     pub(super) fn set_status(&self, status: Status) -> Result<(), Error> {
         let mut inner = self.lock();
         let Some(record) = &mut inner.record else { return Ok(()) };
+        if record.status == Status::Stranded && !status.is_end() {
+            return Ok(());
+        }
         record.status = status;
         write_json(&self.paths.record(), record)
     }

@@ -134,6 +134,7 @@ fn a_snapshot_that_fails_or_is_killed_on_the_way_leaves_the_server_serving() {
     devices.control("complete*1 die");
     world.snapshot_call(&source, "v2", &["--gpu-direct"]).fails(6).says(&["in the middle of a checkpoint"]);
     devices.control("");
+    assert_eq!(source.entry().expect("listed")["status"], "stranded");
     let _ = source.stop();
     assert_eq!(devices.used_mib(0), 0);
     world.finish();

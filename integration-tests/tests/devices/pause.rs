@@ -3,9 +3,9 @@
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use rewarm_integration_tests::Output;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Output, Replica};
 
 use super::{start, world_with};
 use crate::world_for;
@@ -151,6 +151,41 @@ fn a_server_that_the_driver_will_not_restore_again_is_exit_6() {
         world.rewarm().args(["rm", replica.name()]).ok();
     }
     assert_eq!(devices.used_mib(0), 0);
+    world.finish();
+}
+
+/// Nothing is claimed of a server of which one process cannot go on: not by the command's words, and not by `ps` afterwards.
+#[test]
+fn a_server_that_a_pause_or_snapshot_stranded_shows_as_such_and_can_only_be_stopped() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let snapshot = |replica: &Replica<'_>, flags: &[&str]| world.snapshot_call(replica, "v1", flags);
+    for verb in ["pause", "snapshot", "snapshot --stop"] {
+        let replica = start(&world, &devices, "device", &server);
+        let call = match verb {
+            "pause" => world.rewarm().args([verb, replica.name()]),
+            "snapshot" => snapshot(&replica, &[]),
+            _ => snapshot(&replica, &["--stop"]),
+        };
+        devices.control("checkpoint failed");
+        let output = call.fails(6);
+        output.says(&["is left failed; only stopping the replica is left"]);
+        assert!(!output.stderr.contains("goes on serving"), "{verb}: {output}");
+        devices.control("");
+        let status = || replica.entry().expect("listed")["status"].clone();
+        assert_eq!(status(), "stranded", "{verb}");
+        for (call, code) in [
+            (world.rewarm().args(["pause", replica.name()]), 1),
+            (world.rewarm().args(["wake", replica.name()]), 1),
+            (snapshot(&replica, &[]), 3),
+        ] {
+            call.fails(code).says(&["is stranded"]);
+        }
+        assert_eq!(status(), "stranded", "{verb}");
+        let _ = replica.stop();
+        assert_eq!(devices.used_mib(0), 0, "{verb}");
+        world.rewarm().args(["rm", replica.name()]).ok();
+    }
     world.finish();
 }
 
