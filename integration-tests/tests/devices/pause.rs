@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::pool::free_port;
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Output, Replica};
 
@@ -186,6 +187,31 @@ fn a_server_that_a_pause_or_snapshot_stranded_shows_as_such_and_can_only_be_stop
         assert_eq!(devices.used_mib(0), 0, "{verb}");
         world.rewarm().args(["rm", replica.name()]).ok();
     }
+    world.finish();
+}
+
+/// Nobody else would end it: the `serve` whose replica it was is gone.
+#[test]
+fn a_stranded_replica_of_a_pool_is_ended_when_the_pool_is_served_again() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let name = world.name("pooled");
+    let output = devices.seen_by(world.run_call(&name, &server, &["--label", "rewarm.pool=p"])).ok();
+    let replica = Replica::of_run(&world, name, server.port, &output);
+    devices.control("checkpoint failed");
+    world.rewarm().args(["pause", replica.name()]).fails(6);
+    devices.control("");
+    assert_eq!(replica.entry().expect("listed")["status"], "stranded");
+    let (snapshot, port) = (world.reference("device", "v1"), free_port());
+    let serving = world.serve(&format!(
+        "[[pool]]\nname = 'p'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\nmin_replicas = 0\nwarm = 0\n"
+    ));
+    world.await_state("it is ended", Duration::from_secs(60), || replica.entry().is_none());
+    assert_eq!(devices.used_mib(0), 0);
+    let _ = serving.end();
     world.finish();
 }
 
