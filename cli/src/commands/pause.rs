@@ -74,7 +74,10 @@ async fn drained(
         for failure in &failures {
             render::warn(&format!("the server is to go on, but {failure}"));
         }
-        client.resumed(able && failures.is_empty())?;
+        // What is told is why the pause failed.
+        if let Err(error) = client.resumed(able && failures.is_empty()) {
+            render::warn(&format!("what became of its engine is not written down: {error}"));
+        }
     }
     paused
 }

@@ -9,7 +9,7 @@ use rewarm_probe::Resume;
 
 use crate::dial::Inside;
 use crate::error::{Context, Error, remote};
-use crate::record::write_json;
+use crate::record::{Status, write_json};
 use crate::shim::client::Client;
 use crate::shim::replica::{Asker, ConnectionId, ITSELF, Inner, Replica};
 
@@ -51,8 +51,9 @@ impl Replica {
     pub(super) fn go_on(&self, asker: Asker<'_>) {
         let resume = self.change(|inner| {
             inner.drained_by.take_if(|owner| *owner == asker.id)?;
-            let runs = inner.paused.is_none() && inner.exit.is_none() && !inner.doomed;
-            let resume = drained(inner).filter(|_| runs)?;
+            let stranded = inner.record.as_ref().is_some_and(|record| record.status == Status::Stranded);
+            let stands = inner.paused.is_some() || inner.exit.is_some() || inner.doomed || stranded;
+            let resume = drained(inner).filter(|_| !stands)?;
             inner.drained_by = Some(ITSELF);
             Some(resume)
         });
