@@ -117,8 +117,30 @@ impl Bench {
         self.servers.push(child);
         let mut line = String::new();
         BufReader::new(output.expect("piped")).read_line(&mut line).map_err(|error| error.to_string())?;
-        let port = line.trim().rsplit(' ').next().and_then(|port| port.parse().ok());
-        port.map(|port| Server { pid, port }).ok_or_else(|| format!("the server said {line:?}"))
+        port(&line).map(|port| Server { pid, port })
+    }
+
+    /// As [`Bench::serve`], of a server that CRIU can dump: with a session of its own, and nothing open that leads here but
+    /// `output`, a file.
+    pub(crate) fn serve_apart(&mut self, flags: &[&str], output: &Path) -> Result<Server, String> {
+        let file = std::fs::File::create(output).map_err(|error| error.to_string())?;
+        let mut command = Command::new("/proc/self/exe");
+        command.arg("workload-apart").arg("--library").arg(&self.library).args(flags).envs(self.env());
+        command.stdin(Stdio::null()).stdout(file).stderr(Stdio::null());
+        let child = command.spawn().map_err(|error| error.to_string())?;
+        let pid = child.id().cast_signed();
+        self.servers.push(child);
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let said = std::fs::read_to_string(output).unwrap_or_default();
+            if let Some((line, _)) = said.split_once('\n') {
+                return port(line).map(|port| Server { pid, port });
+            }
+            if Instant::now() > deadline || self.servers.last_mut().is_some_and(has_ended) {
+                return Err("the server says nothing".to_owned());
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Kills a server and waits until it is gone.
@@ -160,6 +182,46 @@ impl Bench {
     }
 }
 
+/// The port that a server's first line ends with.
+fn port(line: &str) -> Result<u16, String> {
+    let port = line.trim().rsplit(' ').next().and_then(|port| port.parse().ok());
+    port.ok_or_else(|| format!("the server said {line:?}"))
+}
+
+fn has_ended(child: &mut Child) -> bool {
+    !matches!(child.try_wait(), Ok(None))
+}
+
+/// A connection for several requests.
+pub(crate) struct Session {
+    reader: BufReader<TcpStream>,
+}
+
+impl Session {
+    pub(crate) fn ask(&mut self, method: &str, path: &str) -> Result<String, String> {
+        let (status, body) = self.exchange(method, path).map_err(|error| error.to_string())?;
+        if status.starts_with("HTTP/1.1 200") { Ok(body) } else { Err(body) }
+    }
+
+    fn exchange(&mut self, method: &str, path: &str) -> std::io::Result<(String, String)> {
+        write!(self.reader.get_mut(), "{method} {path} HTTP/1.1\r\n\r\n")?;
+        let (mut status, mut length) = (String::new(), 0);
+        self.reader.read_line(&mut status)?;
+        loop {
+            let mut header = String::new();
+            if self.reader.read_line(&mut header)? == 0 || header.trim().is_empty() {
+                break;
+            }
+            if let Some(value) = header.strip_prefix("Content-Length:") {
+                length = value.trim().parse().map_err(std::io::Error::other)?;
+            }
+        }
+        let mut body = vec![0; length];
+        self.reader.read_exact(&mut body)?;
+        Ok((status, String::from_utf8_lossy(&body).into_owned()))
+    }
+}
+
 fn end(child: &mut Child) {
     // Stopped, it dies all the same.
     let _ = child.kill();
@@ -189,6 +251,16 @@ impl Server {
         let answer = exchange().map_err(|error| error.to_string())?;
         let (head, body) = answer.split_once("\r\n\r\n").ok_or("no answer")?;
         if head.starts_with("HTTP/1.1 200") { Ok(body.to_owned()) } else { Err(body.to_owned()) }
+    }
+
+    /// A connection that stays, and with it a thread of the server's. One that began while the process is checkpointed would get
+    /// its stack where the device's ranges were, and lose it to the restore.
+    pub(crate) fn session(&self) -> Result<Session, String> {
+        let socket = TcpStream::connect(("127.0.0.1", self.port)).map_err(|error| error.to_string())?;
+        socket.set_read_timeout(Some(PATIENCE)).map_err(|error| error.to_string())?;
+        let mut session = Session { reader: BufReader::new(socket) };
+        session.ask("GET", "/health")?;
+        Ok(session)
     }
 
     /// Whether its device memory is what it was.

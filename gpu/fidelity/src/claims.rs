@@ -4,6 +4,8 @@
 //! processes) come last.
 
 mod custom;
+mod dumped;
+mod prepared;
 mod refused;
 mod rights;
 
@@ -19,6 +21,8 @@ use crate::bench::{Bench, Server};
 
 /// What a lock may wait.
 const LOCK: Duration = Duration::from_secs(5);
+/// How long a call may take that waits for a stopped process.
+const STOPPED_MAX: Duration = Duration::from_secs(10);
 
 /// One claim.
 pub(crate) struct Claim {
@@ -63,9 +67,21 @@ pub(crate) const ALL: &[Claim] = &[
         expected: "304 and 304",
         check: rights::without_rights,
     },
+    Claim {
+        number: 35,
+        what: "a caller in a user namespace of its own",
+        expected: "304 and 304",
+        check: rights::in_a_user_namespace,
+    },
     Claim { number: 6, what: "steps out of order", expected: "401 each, nothing changed", check: order },
     Claim { number: 7, what: "a lock under a kernel", expected: "600 and running", check: kernel },
     Claim { number: 8, what: "a stopped process", expected: "late and locked", check: stopped },
+    Claim {
+        number: 29,
+        what: "a lock of a stopped process",
+        expected: "late and running",
+        check: stopped_before,
+    },
     Claim { number: 9, what: "only the restore thread runs", expected: "done, then whole", check: alone },
     Claim { number: 10, what: "device files after a checkpoint", expected: "0 of some", check: files },
     Claim {
@@ -82,6 +98,18 @@ pub(crate) const ALL: &[Claim] = &[
     },
     Claim { number: 13, what: "a restore", expected: "locked, then whole", check: restore },
     Claim {
+        number: 34,
+        what: "restores of copies as they are, populated, and in huge pages",
+        expected: "whole, whole, whole",
+        check: prepared::copies,
+    },
+    Claim {
+        number: 33,
+        what: "two processes: all locked, all checkpointed, all restored, all unlocked",
+        expected: "whole, whole",
+        check: prepared::two,
+    },
+    Claim {
         number: 14,
         what: "a restore without cuInit",
         expected: "done with persistence mode, 800 without",
@@ -97,6 +125,18 @@ pub(crate) const ALL: &[Claim] = &[
     Claim { number: 20, what: "a forked child", expected: "none", check: child },
     Claim { number: 22, what: "device memory while checkpointed", expected: "given back", check: given_back },
     Claim { number: 23, what: "a second restore", expected: "401", check: second },
+    Claim {
+        number: 30,
+        what: "a checkpointed process through plain CRIU, then restored",
+        expected: "dumped, restored, then whole",
+        check: dumped::plainly,
+    },
+    Claim {
+        number: 32,
+        what: "the same with criu lazy-pages, copies brought first",
+        expected: "dumped, restored, then whole",
+        check: dumped::with_copies_brought_first,
+    },
     Claim {
         number: 24,
         what: "custom storage: device memory past the process",
@@ -126,6 +166,12 @@ pub(crate) const ALL: &[Claim] = &[
         what: "managed memory and legacy IPC",
         expected: "refused, then whole",
         check: refused::by_the_driver,
+    },
+    Claim {
+        number: 31,
+        what: "copies that were put back under a userfaultfd",
+        expected: "0, then whole",
+        check: refused::copies_put_back,
     },
     Claim {
         number: 15,
@@ -257,9 +303,22 @@ fn stopped(bench: &mut Bench) -> Result<String, String> {
     let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
     bench.helper().lock(server.pid, LOCK).map_err(text)?;
     server.signal(Signal::SIGSTOP);
-    let mut helper = bench.helper().with_deadline(Duration::from_secs(10));
+    let mut helper = bench.helper().with_deadline(STOPPED_MAX);
     let blocked = code(helper.checkpoint(server.pid, 0));
     Ok(format!("{blocked} and {}", helper.state(server.pid).map_err(text)?))
+}
+
+fn stopped_before(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2", "--threads", "0"])?;
+    server.signal(Signal::SIGSTOP);
+    let mut helper = bench.helper().with_deadline(STOPPED_MAX);
+    let blocked = code(helper.lock(server.pid, LOCK));
+    let state = helper.state(server.pid).map_or_else(text, text);
+    // Whether a request that nobody waits for any more is carried out is not documented.
+    server.signal(Signal::SIGCONT);
+    std::thread::sleep(LOCK);
+    bench.notes.push(format!("continued: {}", helper.state(server.pid).map_or_else(text, text)));
+    Ok(format!("{blocked} and {state}"))
 }
 
 fn alone(bench: &mut Bench) -> Result<String, String> {
@@ -296,12 +355,16 @@ fn files(bench: &mut Bench) -> Result<String, String> {
 /// Checkpoints a server of 16 MiB and gives the ranges that were added.
 fn added(bench: &mut Bench) -> Result<(Server, Vec<ranges::Range>), String> {
     let server = bench.serve(&["--mib", "16", "--threads", "0"])?;
-    let mut helper = bench.helper();
+    Ok((server, added_to(&mut bench.helper(), server)?))
+}
+
+/// Checkpoints this one.
+fn added_to(helper: &mut Helper, server: Server) -> Result<Vec<ranges::Range>, String> {
     helper.lock(server.pid, LOCK).map_err(text)?;
     let before = ranges::private_memory(server.pid).map_err(text)?;
     helper.checkpoint(server.pid, 0).map_err(text)?;
     let after = ranges::private_memory(server.pid).map_err(text)?;
-    Ok((server, ranges::added(&before, &after)))
+    Ok(ranges::added(&before, &after))
 }
 
 fn copies(bench: &mut Bench) -> Result<String, String> {

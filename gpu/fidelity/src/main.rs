@@ -6,12 +6,13 @@
 //! ```
 //!
 //! The program needs nothing but the driver: it is its own helper and its own server, so it can be carried to a machine that
-//! can install nothing (`gpu/fidelity/run`). With `--simulated` the library SO plays the driver. The exit code is 0 where what was seen is
-//! what was expected, else 1.
+//! can install nothing (`gpu/fidelity/run`). With `--simulated` the library SO plays the driver. Two claims need a CRIU besides. The exit code is 0
+//! where what was seen is what was expected, 3 where it could not be tried, else 1.
 
 mod bare;
 mod bench;
 mod claims;
+mod criu;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -29,7 +30,13 @@ fn main() -> ExitCode {
         }
         ["workload", ..] => {
             let options = workload::Options::parse(&args[1..]);
-            told(options.and_then(|options| workload::main(&options)).map(|()| true))
+            told(options.and_then(|options| workload::main(&options)).map(|()| Outcome::Holds))
+        }
+        ["workload-apart", ..] => {
+            let options = workload::Options::parse(&args[1..]);
+            let alone = nix::unistd::setsid().map_err(|errno| format!("begin a session: {errno}"));
+            let served = alone.and(options).and_then(|options| workload::main(&options));
+            told(served.map(|()| Outcome::Holds))
         }
         ["bare", library, pid, ..] => told(bare(library.as_ref(), pid, &words[3..])),
         ["list"] => {
@@ -42,13 +49,20 @@ fn main() -> ExitCode {
     }
 }
 
-fn bare(library: &Path, pid: &str, words: &[&str]) -> Result<bool, String> {
-    let pid = pid.parse().map_err(|_| format!("process {pid:?}"))?;
-    bare::run(library, pid, words)?.iter().for_each(|line| say(line));
-    Ok(true)
+/// What came of a claim.
+enum Outcome {
+    Holds,
+    DoesNot,
+    NotTried,
 }
 
-fn claim(number: &str, simulated: Option<PathBuf>) -> Result<bool, String> {
+fn bare(library: &Path, pid: &str, words: &[&str]) -> Result<Outcome, String> {
+    let pid = pid.parse().map_err(|_| format!("process {pid:?}"))?;
+    bare::run(library, pid, words)?.iter().for_each(|line| say(line));
+    Ok(Outcome::Holds)
+}
+
+fn claim(number: &str, simulated: Option<PathBuf>) -> Result<Outcome, String> {
     let claim = claims::ALL.iter().find(|claim| claim.number.to_string() == number);
     let claim = claim.ok_or_else(|| format!("there is no claim {number}"))?;
     let machine = if simulated.is_some() { "simulated".to_owned() } else { machine() };
@@ -65,7 +79,11 @@ fn claim(number: &str, simulated: Option<PathBuf>) -> Result<bool, String> {
         "machine": machine, "driver": driver, "date": jiff::Timestamp::now().to_string(),
     });
     say(&line.to_string());
-    Ok(seen == claim.expected)
+    Ok(match seen == claim.expected {
+        true => Outcome::Holds,
+        false if seen.starts_with("not tried") => Outcome::NotTried,
+        false => Outcome::DoesNot,
+    })
 }
 
 /// Kernel and processor, and nothing that names the machine.
@@ -83,10 +101,11 @@ fn say(line: &str) {
 }
 
 #[expect(clippy::print_stderr, reason = "the program's talk")]
-fn told(result: Result<bool, String>) -> ExitCode {
+fn told(result: Result<Outcome, String>) -> ExitCode {
     match result {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(Outcome::Holds) => ExitCode::SUCCESS,
+        Ok(Outcome::DoesNot) => ExitCode::FAILURE,
+        Ok(Outcome::NotTried) => ExitCode::from(3),
         Err(error) => {
             eprintln!("fidelity: {error}");
             ExitCode::from(2)

@@ -14,6 +14,7 @@
 //! | `POST /fork` | forks a child that keeps the open descriptors |
 //! | `POST /begin` | with `--late`: begins to use the device only now |
 //! | `POST /managed?MIB`, `/share`, `/open`, `/fill?MIB`, `/absent?START-END` | what a driver cannot checkpoint, or not restore |
+//! | `POST /put-back?START-END`, `/populated`, `/huge` | copies that a driver can restore: through a userfaultfd, populated, in huge pages |
 
 mod refused;
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use rewarm_gpu::{Helper, states};
 
-use super::{LOCK, added, checkpointed, code, take, text, whole};
+use super::{LOCK, added, added_to, checkpointed, code, take, text, whole};
 use crate::bench::{Bench, Server};
 
 /// How long a restore may take that must fail. The real driver may wait for a page that nobody brings.
@@ -45,6 +45,21 @@ pub(super) fn absent_copies(bench: &mut Bench) -> Result<String, String> {
     let mut helper = bench.helper().with_deadline(PATIENCE);
     let refused = code(helper.restore(server.pid, 0, &[]));
     Ok(format!("{refused} and {}", helper.state(server.pid).map_err(text)?))
+}
+
+pub(super) fn copies_put_back(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "16", "--threads", "0"])?;
+    let mut session = server.session()?;
+    let mut helper = bench.helper().with_deadline(PATIENCE);
+    for range in added_to(&mut helper, server)? {
+        session.ask("POST", &format!("/put-back?{:x}-{:x}", range.start, range.end))?;
+    }
+    let done = code(helper.restore(server.pid, 0, &[]));
+    if done != "0" {
+        return Ok(format!("{done} and {}", helper.state(server.pid).map_err(text)?));
+    }
+    helper.unlock(server.pid).map_err(text)?;
+    Ok(format!("{done}, then {}", whole(server)?))
 }
 
 /// A checkpointed server, another one that has taken all of its device meanwhile, and what a restore says.

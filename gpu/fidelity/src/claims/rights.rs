@@ -16,6 +16,11 @@ pub(super) fn without_rights(bench: &mut Bench) -> Result<String, String> {
     Ok(bench.bare(server.pid, &["nobody", "state", "lock"])?[1..].join(" and "))
 }
 
+pub(super) fn in_a_user_namespace(bench: &mut Bench) -> Result<String, String> {
+    let server = bench.serve(&["--mib", "2"])?;
+    Ok(bench.bare(server.pid, &["namespace", "state", "lock"])?[1..].join(" and "))
+}
+
 pub(super) fn restore_without_init(bench: &mut Bench) -> Result<String, String> {
     let (mut helper, server) = checkpointed(bench, &["--mib", "2", "--threads", "0"])?;
     let machine = helper.machine().map_err(text)?.ok_or("no NVML")?;

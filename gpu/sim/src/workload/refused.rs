@@ -28,6 +28,17 @@ pub(super) fn answer(model: &Model, call: &str, value: &str, body: &[u8]) -> Res
             let (start, end) = value.split_once('-').ok_or_else(|| format!("range {value:?}"))?;
             absent(number(start)?, number(end)?).map(|()| "{}".to_owned())
         }
+        "/put-back" | "/populated" | "/huge" => {
+            let number = |text| usize::from_str_radix(text, 16).map_err(|_| format!("range {value:?}"));
+            let (start, end) = value.split_once('-').ok_or_else(|| format!("range {value:?}"))?;
+            let (start, length) = (number(start)?, number(end)?.saturating_sub(number(start)?));
+            let done = match call {
+                "/put-back" => put_back(start, length),
+                "/populated" => advise(start, length, libc::MADV_POPULATE_WRITE),
+                _ => in_huge_pages(start, length),
+            };
+            done.map(|()| "{}".to_owned())
+        }
         _ => Err(format!("nothing at POST {call}")),
     }
 }
@@ -92,19 +103,40 @@ impl Driver {
     }
 }
 
+/// `struct uffdio_api`.
+#[repr(C)]
+struct Api([u64; 3]);
+/// `struct uffdio_register`: start, length, mode, and what the kernel allows.
+#[repr(C)]
+struct Register([u64; 4]);
+/// `struct uffdio_copy`: to, from, length, mode, and how much was copied.
+#[repr(C)]
+struct PutBack([u64; 5]);
+const UFFDIO_API: u64 = 0xc018_aa3f;
+const UFFDIO_REGISTER: u64 = 0xc020_aa00;
+const UFFDIO_COPY: u64 = 0xc028_aa03;
+const MODE_MISSING: u64 = 1;
+
+fn failed(call: &str) -> String {
+    format!("{call}: {}", std::io::Error::last_os_error())
+}
+
+/// The driver's copies, which nothing of this program refers to.
+fn advise(start: usize, length: usize, advice: c_int) -> Result<(), String> {
+    let place: *mut c_void = std::ptr::with_exposed_provenance_mut(start);
+    // SAFETY: by this function's contract with the one who asks: memory of the driver's, which it lays out and never frees here.
+    let done = unsafe { libc::madvise(place, length, advice) };
+    if done < 0 { Err(failed(&format!("madvise {advice}"))) } else { Ok(()) }
+}
+
 /// Has the kernel ask a userfaultfd for these pages that nobody answers, and takes their content away.
 fn absent(start: usize, end: usize) -> Result<(), String> {
-    /// `struct uffdio_api`.
-    #[repr(C)]
-    struct Api([u64; 3]);
-    /// `struct uffdio_register`: start, length, mode, and what the kernel allows.
-    #[repr(C)]
-    struct Register([u64; 4]);
-    const UFFDIO_API: u64 = 0xc018_aa3f;
-    const UFFDIO_REGISTER: u64 = 0xc020_aa00;
-    const MODE_MISSING: u64 = 1;
-    let failed = |call: &str| format!("{call}: {}", std::io::Error::last_os_error());
-    // SAFETY: takes a number. The descriptor stays open as long as the process lives.
+    taken_away(start, end.saturating_sub(start)).map(|_| ())
+}
+
+/// The descriptor stays open as long as the process lives.
+fn taken_away(start: usize, length: usize) -> Result<c_int, String> {
+    // SAFETY: takes a number.
     let raw = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC) };
     let uffd = c_int::try_from(raw).ok().filter(|fd| *fd >= 0).ok_or_else(|| failed("userfaultfd"))?;
     let mut api = Api([0xaa, 0, 0]);
@@ -112,16 +144,39 @@ fn absent(start: usize, end: usize) -> Result<(), String> {
     if unsafe { libc::ioctl(uffd, UFFDIO_API, &raw mut api) } < 0 {
         return Err(failed("UFFDIO_API"));
     }
-    let length = end.saturating_sub(start);
     let mut register = Register([start as u64, length as u64, MODE_MISSING, 0]);
     // SAFETY: as above.
     if unsafe { libc::ioctl(uffd, UFFDIO_REGISTER, &raw mut register) } < 0 {
         return Err(failed("UFFDIO_REGISTER"));
     }
-    let place: *mut c_void = std::ptr::with_exposed_provenance_mut(start);
-    // SAFETY: the driver's copies, which nothing of this program refers to.
-    if unsafe { libc::madvise(place, length, libc::MADV_DONTNEED) } < 0 {
-        return Err(failed("MADV_DONTNEED"));
+    advise(start, length, libc::MADV_DONTNEED).map(|()| uffd)
+}
+
+/// The same, and puts the content back through the userfaultfd. The pages stay registered with it.
+fn put_back(start: usize, length: usize) -> Result<(), String> {
+    let content = content(start, length);
+    let uffd = taken_away(start, length)?;
+    let mut copy = PutBack([start as u64, content.as_ptr().expose_provenance() as u64, length as u64, 0, 0]);
+    // SAFETY: the structure that this request reads and fills; the content lives until it is copied.
+    if unsafe { libc::ioctl(uffd, UFFDIO_COPY, &raw mut copy) } < 0 {
+        return Err(failed("UFFDIO_COPY"));
     }
+    Ok(())
+}
+
+fn content(start: usize, length: usize) -> Vec<u8> {
+    let place: *const u8 = std::ptr::with_exposed_provenance(start);
+    // SAFETY: the driver's copies, which nobody changes while the process is checkpointed.
+    unsafe { std::slice::from_raw_parts(place, length) }.to_vec()
+}
+
+/// Takes the content away and writes it back, as which the kernel makes huge pages where it has any.
+fn in_huge_pages(start: usize, length: usize) -> Result<(), String> {
+    let content = content(start, length);
+    advise(start, length, libc::MADV_HUGEPAGE)?;
+    advise(start, length, libc::MADV_DONTNEED)?;
+    let place: *mut u8 = std::ptr::with_exposed_provenance_mut(start);
+    // SAFETY: as many bytes as were read from there.
+    unsafe { std::ptr::copy_nonoverlapping(content.as_ptr(), place, length) };
     Ok(())
 }
