@@ -18,7 +18,7 @@ TOKENS_MAX = 1024
 READERS = 2
 
 
-def read_weights(path: pathlib.Path) -> tuple[layout.Shape, dict[str, torch.Tensor]]:
+def read_weights(path: pathlib.Path, device: str) -> tuple[layout.Shape, dict[str, torch.Tensor]]:
     """Reads all tensors of a safetensors file that make_weights.py wrote.
 
     They are read, not mapped: a server that quantises, shards or merges its weights has them in memory of its own too.
@@ -47,7 +47,7 @@ def read_weights(path: pathlib.Path) -> tuple[layout.Shape, dict[str, torch.Tens
                 if not count:
                     raise ValueError(f"{path}: ends inside {name}, {into.nbytes} bytes are missing")
                 into = into[count:]
-        return name, tensor
+        return name, tensor.to(device)
 
     with ThreadPoolExecutor(READERS) as readers:
         return shape, dict(readers.map(read, shape.tensors()))
@@ -61,27 +61,28 @@ def as_bytes(tensor: torch.Tensor):
 class Transformer:
     """`generate` must be called from one thread at a time; it starts from nothing each time, so answers do not depend on earlier ones."""
 
-    def __init__(self, path: pathlib.Path, sparse: bool):
-        self.shape, self.weights = read_weights(path)
+    def __init__(self, path: pathlib.Path, sparse: bool, device: str = "cpu"):
+        self.device = device
+        self.shape, self.weights = read_weights(path, device)
         # Sparse: each token goes through every tenth layer only, as in models that skip layers or route to experts.
         self.layers = list(range(0, self.shape.layers, 10 if sparse else 1))
         if sparse:
             self.layers = self.layers[: max(1, self.shape.layers // 10)]
         frequencies = 10000.0 ** (-torch.arange(0, layout.HEAD, 2) / layout.HEAD)
         angles = torch.outer(torch.arange(TOKENS_MAX), frequencies)
-        self.cos, self.sin = angles.cos(), angles.sin()
+        self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
 
     @torch.inference_mode()
     def generate(self, prompt: str, tokens_max: int) -> tuple[list[int], list[float]]:
         """The most probable next tokens, and the logarithm of each one's probability."""
         context = [layout.BEGIN, *prompt.encode()][-(TOKENS_MAX - tokens_max) :]
         shape = (len(self.layers), 2, self.shape.heads, len(context) + tokens_max, layout.HEAD)
-        cache = torch.empty(shape, dtype=torch.float32)
+        cache = torch.empty(shape, dtype=torch.float32, device=self.device)
         tokens, log_probabilities = [], []
         position = 0
         step = context
         for _ in range(tokens_max):
-            logits = self.forward(torch.tensor(step), position, cache)
+            logits = self.forward(torch.tensor(step, device=self.device), position, cache)
             position += len(step)
             scores = torch.log_softmax(logits[: layout.BEGIN], dim=0)
             token = int(scores.argmax())
@@ -110,7 +111,7 @@ class Transformer:
         cache[1, :, position:end] = value
         scores = self.rotate(query, position) @ cache[0, :, :end].transpose(1, 2) / math.sqrt(layout.HEAD)
         if count > 1:
-            later = torch.ones(count, end, dtype=torch.bool).triu(position + 1)
+            later = torch.ones(count, end, dtype=torch.bool, device=self.device).triu(position + 1)
             scores = scores.masked_fill(later, -math.inf)
         mixed = softmax(scores, dim=2) @ cache[1, :, :end]
         return self.multiply(mixed.transpose(0, 1).reshape(count, -1), f"{name}.attention.out")
@@ -131,7 +132,7 @@ class Transformer:
         """SHA-256 over the digests of all tensors, in the order of the file, read from memory; and how many bytes that are."""
 
         def one(tensor: torch.Tensor) -> bytes:
-            return hashlib.sha256(as_bytes(tensor)).digest()
+            return hashlib.sha256(as_bytes(tensor.cpu())).digest()
 
         with ThreadPoolExecutor(READERS) as threads:
             digests = threads.map(one, self.weights.values())

@@ -39,7 +39,7 @@ class Answer(pydantic.BaseModel):
     text: str
 
 
-def create_app(weights: pathlib.Path, sparse: bool) -> fastapi.FastAPI:
+def create_app(weights: pathlib.Path, sparse: bool, device: str) -> fastapi.FastAPI:
     # One thread computes: requests queue for it, and PyTorch keeps a single team of workers.
     compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="compute")
 
@@ -47,7 +47,7 @@ def create_app(weights: pathlib.Path, sparse: bool) -> fastapi.FastAPI:
         return await asyncio.get_running_loop().run_in_executor(compute, function, *arguments)
 
     def load() -> model.Transformer:
-        transformer = model.Transformer(weights, sparse)
+        transformer = model.Transformer(weights, sparse, device)
         # oneDNN makes its kernels when it first sees a shape; the first user should not wait for that.
         transformer.generate("Ready?", 2)
         return transformer
@@ -85,13 +85,14 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--threads", type=int, default=2, help="of PyTorch; the same number gives the same bits")
+    parser.add_argument("--device", default="cpu", help="cuda: weights and cache lie on a GPU")
     parser.add_argument(
         "--touch", choices=("all", "sparse"), default="all", help="sparse: an answer uses a tenth of the weights"
     )
     arguments = parser.parse_args()
 
     torch.set_num_threads(arguments.threads)
-    app = create_app(arguments.weights, sparse=arguments.touch == "sparse")
+    app = create_app(arguments.weights, sparse=arguments.touch == "sparse", device=arguments.device)
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="info", access_log=False)
 
 
