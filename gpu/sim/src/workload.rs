@@ -45,6 +45,8 @@ pub struct Options {
     pub threads: usize,
     /// Number of the device.
     pub device: i32,
+    /// Number of another device, for the KV cache.
+    pub kv_device: Option<i32>,
     /// What the weights are made of.
     pub seed: u64,
     /// Use the device only after `POST /begin`.
@@ -67,6 +69,7 @@ impl Options {
             mib: 16,
             threads: 2,
             device: 0,
+            kv_device: None,
             seed: 1,
             late: false,
             ballast: 0,
@@ -98,6 +101,9 @@ impl Options {
                     options.threads = usize::try_from(number()?).map_err(|error| error.to_string())?
                 }
                 "--device" => options.device = i32::try_from(number()?).map_err(|error| error.to_string())?,
+                "--kv-device" => {
+                    options.kv_device = Some(i32::try_from(number()?).map_err(|error| error.to_string())?);
+                }
                 "--seed" => options.seed = number()?,
                 other => return Err(format!("unknown flag {other}")),
             }
@@ -162,6 +168,8 @@ struct Driver {
     /// How often a restore found something in the place of a device range; the simulated driver only.
     clobbered: Option<unsafe extern "C" fn() -> u32>,
     context: usize,
+    /// The context of the device that has the KV cache, mostly the same.
+    kv_context: usize,
     /// Absent where host memory takes the device's place.
     library: Option<&'static Library>,
 }
@@ -225,11 +233,16 @@ impl Driver {
         let init: unsafe extern "C" fn(c_uint) -> u32 = symbol!("cuInit");
         let retain: unsafe extern "C" fn(*mut *mut c_void, c_int) -> u32 =
             symbol!("cuDevicePrimaryCtxRetain");
-        let mut context = std::ptr::null_mut();
+        let context_of = |device| {
+            let mut context = std::ptr::null_mut();
+            // SAFETY: writes one pointer.
+            done("cuDevicePrimaryCtxRetain", unsafe { retain(&raw mut context, device) })?;
+            Ok::<_, String>(context)
+        };
         // SAFETY: takes a number.
         done("cuInit", unsafe { init(0) })?;
-        // SAFETY: writes one pointer.
-        done("cuDevicePrimaryCtxRetain", unsafe { retain(&raw mut context, options.device) })?;
+        let context = context_of(options.device)?;
+        let kv_context = options.kv_device.map_or(Ok(context), context_of)?;
         // SAFETY: the type is that of the simulated driver's function; a real one has none.
         let simulated = unsafe { library.get::<unsafe extern "C" fn(u64) -> u32>("rewarmSimLaunch") };
         let kernel = match simulated {
@@ -264,14 +277,24 @@ impl Driver {
             kernel,
             clobbered: clobbered.ok().map(|clobbered| *clobbered),
             context: context.expose_provenance(),
+            kv_context: kv_context.expose_provenance(),
             library: Some(library),
         })
     }
 
     /// Makes the context current in this thread.
     fn enter(&self) -> Result<(), String> {
-        let context = std::ptr::with_exposed_provenance_mut(self.context);
-        // SAFETY: the context that the driver gave.
+        self.make_current(self.context)
+    }
+
+    /// The same with the context of the KV cache.
+    fn enter_kv(&self) -> Result<(), String> {
+        self.make_current(self.kv_context)
+    }
+
+    fn make_current(&self, context: usize) -> Result<(), String> {
+        let context = std::ptr::with_exposed_provenance_mut(context);
+        // SAFETY: a context that the driver gave.
         done("cuCtxSetCurrent", unsafe { (self.set_current)(context) })
     }
 
@@ -285,6 +308,7 @@ impl Driver {
             kernel: Kernel::Simulated(in_host::launch),
             clobbered: None,
             context: 1,
+            kv_context: 1,
             library: None,
         }
     }
@@ -406,12 +430,12 @@ const START: u64 = 0xcbf2_9ce4_8422_2325;
 impl Model {
     fn make(options: &Options) -> Result<Self, String> {
         let driver = Driver::open(options)?;
-        driver.enter()?;
         let bytes = options.mib.max(1) * BLOCK;
-        let (weights, kv) = (
-            driver.allocate(bytes)?,
-            driver.allocate(usize::try_from(KV_SLOTS).expect("small") * KV_SLOT_BYTES)?,
-        );
+        driver.enter()?;
+        let weights = driver.allocate(bytes)?;
+        driver.enter_kv()?;
+        let kv = driver.allocate(usize::try_from(KV_SLOTS).expect("small") * KV_SLOT_BYTES)?;
+        driver.enter()?;
         let mut model = Self { driver, weights, kv, bytes, sum: START };
         let mut state = options.seed;
         for block in 0..model.blocks() {
@@ -444,7 +468,7 @@ impl Model {
     }
 
     fn kv_sum(&self) -> Result<u64, String> {
-        self.driver.enter()?;
+        self.driver.enter_kv()?;
         let mut content = vec![0; KV_SLOT_BYTES];
         (0..KV_SLOTS).try_fold(START, |sum, slot| {
             self.driver.read(self.kv + slot * KV_SLOT_BYTES as u64, &mut content)?;
@@ -453,7 +477,6 @@ impl Model {
     }
 
     fn generate(&self, prompt: &[u8]) -> Result<u64, String> {
-        self.driver.enter()?;
         let key = mix(START, prompt);
         let slot = self.kv + key % KV_SLOTS * KV_SLOT_BYTES as u64;
         let mut content = vec![0; KV_SLOT_BYTES];
@@ -461,9 +484,11 @@ impl Model {
         for token in 0..8_u64 {
             let pages = (self.bytes / KV_SLOT_BYTES) as u64;
             let page = mix(answer, &token.to_le_bytes()) % pages;
+            self.driver.enter()?;
             self.driver.read(self.weights + page * KV_SLOT_BYTES as u64, &mut content)?;
             answer = mix(answer, &content);
             // What was worked out so far is kept on the device, and read back for the next token.
+            self.driver.enter_kv()?;
             self.driver.write(slot + token * 8, &answer.to_le_bytes())?;
             let mut kept = [0; 8];
             self.driver.read(slot + token * 8, &mut kept)?;
