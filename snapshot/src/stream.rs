@@ -88,7 +88,7 @@ impl Streamer {
 /// Where the driver's copies of device memory lie: a region of its own for each process that has some.
 #[derive(Debug, Default)]
 struct Copies {
-    /// The device, where there is only one that they can be of.
+    /// The device, where there is only one that they can be of: the only one, or the only one that the server used.
     gpu: Option<String>,
     /// By process, in order of address.
     ranges: BTreeMap<u32, Vec<(u64, u64)>>,
@@ -97,15 +97,17 @@ struct Copies {
 impl Copies {
     fn of(device: Option<&Carried>) -> Self {
         let Some(carried) = device else { return Self::default() };
-        let gpu = match &carried.devices[..] {
-            [only] => Some(only.uuid.to_string()),
+        let mut used = carried.used.keys();
+        let gpu = match (&carried.devices[..], used.next(), used.next()) {
+            ([only], ..) => Some(only.uuid),
+            (_, only, None) => only.copied(),
             _ => None,
         };
         let ranges = carried.processes.iter().map(|process| {
             let ranges = process.copies.iter().map(|range| (range.start, range.end)).collect();
             (process.pid.unsigned_abs(), ranges)
         });
-        Self { gpu, ranges: ranges.collect() }
+        Self { gpu: gpu.map(|gpu| gpu.to_string()), ranges: ranges.collect() }
     }
 
     /// Cuts a run of pages of a process where a copy begins or ends; says of each part whether it is one.
@@ -316,6 +318,9 @@ fn is_zero(page: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use rewarm_gpu::driver::Version;
+    use rewarm_gpu::topology::{Device, Uuid};
+
     use super::*;
 
     const PAGE: usize = PAGE_BYTES as usize;
@@ -344,6 +349,28 @@ mod tests {
         assert_eq!(cut(7, run(18, 4)), [(18, 2, true), (20, 2, false)]);
         assert_eq!(cut(7, run(1, 9)), [(1, 9, false)]);
         assert_eq!(cut(8, run(8, 8)), [(8, 8, false)]);
+    }
+
+    #[test]
+    fn the_device_of_copies_is_the_only_one_or_the_only_one_that_was_used() {
+        let uuid = |number: u8| Uuid([number; 16]);
+        let device = |number| Device { uuid: uuid(number), name: String::new(), total_bytes: 8 };
+        let gpu = |seen: &[u8], used: &[u8]| {
+            let carried = Carried {
+                driver: Version(13_000),
+                release: None,
+                library: None,
+                used: used.iter().map(|number| (uuid(*number), 8)).collect(),
+                devices: seen.iter().copied().map(device).collect(),
+                processes: Vec::new(),
+            };
+            Copies::of(Some(&carried)).gpu
+        };
+        let second = Some(uuid(2).to_string());
+        assert_eq!(gpu(&[2], &[]), second);
+        assert_eq!(gpu(&[1, 2], &[2]), second);
+        assert_eq!(gpu(&[1, 2], &[1, 2]), None);
+        assert_eq!(gpu(&[1, 2], &[]), None);
     }
 
     #[test]
