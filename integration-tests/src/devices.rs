@@ -206,6 +206,26 @@ impl Devices {
         }
     }
 
+    /// Three processes with device memory below a shell that has none: one on the first GPU, one on the second, and the one that
+    /// is asked in the first place with its weights on the first and its KV cache on the second. Each listens on a port of its
+    /// own, see [`Devices::SEVERAL`].
+    #[must_use]
+    pub fn several(&self) -> Server {
+        let mut server = self.server(8);
+        server.name = "several";
+        let [asked, first, second] = Self::SEVERAL;
+        let workload = format!("{INSIDE}/workload --library {INSIDE}/lib/libcuda.so.1 --port");
+        let command = format!(
+            "{workload} {first} --mib 4 --seed 2 & {workload} {second} --mib 4 --seed 3 --device 1 & \
+             {workload} {asked} --mib 8 --kv-device 1 & wait"
+        );
+        server.command = ["sh", "-c", &command].map(str::to_owned).into();
+        server
+    }
+
+    /// The ports of the processes of [`Devices::several`].
+    pub const SEVERAL: [u16; 3] = [PORT, PORT + 1, PORT + 2];
+
     /// A server in Python, by ctypes.
     #[must_use]
     pub fn python_server(&self) -> Server {

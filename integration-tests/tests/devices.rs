@@ -4,11 +4,14 @@ mod content;
 mod direct;
 mod engine;
 mod given;
+mod given_up;
+mod held;
 mod kinds;
 mod look;
 mod luck;
 mod pause;
 mod refused;
+mod several;
 mod snapshot;
 mod soak;
 

@@ -64,6 +64,37 @@ fn a_replica_gets_devices_and_libraries_by_the_cdi_file_of_the_machine() {
     world.finish();
 }
 
+#[test]
+fn the_driver_is_attached_to_when_a_replica_with_gpus_is_ready_and_not_when_it_is_paused() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let (cdi, server) = cdi(&devices);
+    let rule = "init wait 0";
+    let given = |call: Rewarm| devices.seen_by(call).env("REWARM_CDI", cdi.path());
+    let name = world.name("given");
+    devices.control(rule);
+    let output = given(world.run_call(&name, &server, &["--gpu", "0"])).ok();
+    let replica = Replica::of_run(&world, name, server.port, &output);
+    let before = answers(&replica, &server);
+    devices.await_rule(&world);
+    for verb in ["pause", "wake"] {
+        world.rewarm().args([verb, replica.name()]).ok();
+    }
+    server_answers_as_before(&replica, &server, &before);
+    assert_eq!(devices.met(), [rule], "once, by the helper that makes the calls");
+    replica.remove();
+    // Nobody knows of one that was given none.
+    let server = devices.server(16);
+    let replica = super::start(&world, &devices, "none", &server);
+    devices.control(rule);
+    let before = answers(&replica, &server);
+    assert!(!devices.met_rule(), "{:?}", devices.met());
+    world.rewarm().args(["pause", replica.name()]).ok();
+    assert_eq!(devices.met(), [rule]);
+    world.rewarm().args(["wake", replica.name()]).ok();
+    server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
+
 /// It was forked without exec, and the driver does not know it.
 #[test]
 fn a_child_that_keeps_a_device_open_is_refused_before_anything_is_locked() {

@@ -193,7 +193,7 @@ fn another_build_of_the_drivers_library_is_refused() {
     world.finish();
 }
 
-fn kill_shim(replica: &Replica<'_>) {
+pub(super) fn kill_shim(replica: &Replica<'_>) {
     let shim = replica.entry().and_then(|entry| entry["shim_pid"].as_i64()).expect("it is listed");
     let shim = nix::unistd::Pid::from_raw(i32::try_from(shim).expect("a process"));
     nix::sys::signal::kill(shim, Signal::SIGKILL).expect("it runs");
