@@ -15,7 +15,9 @@ use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
-use rewarm_probe::{Dial, Error, ExecOutput, Hook, Probe, Ready, Recorded, replay, wait_ready};
+use rewarm_probe::{
+    Dial, Engine, Error, ExecOutput, Hook, Probe, Ready, Recorded, engine, replay, wait_ready,
+};
 use rewarm_report::{Class, Classify};
 use tokio::net::{TcpListener, TcpStream};
 
@@ -301,6 +303,38 @@ async fn hooks_post_or_run_and_their_output_is_in_the_error() {
         run("http://localhost/slow").await.expect_err("fails").to_string(),
         "hook http://localhost/slow did not answer within 500ms"
     );
+}
+
+#[tokio::test]
+async fn a_step_of_an_engine_that_does_not_end_in_its_time_is_tried_again_as_told_and_named() {
+    let here = serve(&[("/fine", 200, "{}")]).await;
+    let folder = tempfile::tempdir().expect("a folder");
+    let notes = folder.path().join("notes");
+    let noted = || std::fs::read_to_string(&notes).unwrap_or_default().lines().count();
+    let take = async |step: &str| {
+        let text = format!("[[before]]\nname = 'first'\ntimeout = '200ms'\npause = '1ms'\n{step}");
+        let steps = Engine::parse(&text, Path::new("e.toml")).expect("good steps").before;
+        engine::take(&steps, &here, Some(8000)).await
+    };
+    let failed = async |step: &str| take(step).await.expect_err("it does not end").to_string();
+    let command = |then: &str| format!("command = \"echo >> '{}'; {then}\"\n", notes.display());
+    assert_eq!(
+        failed(&(command("exec sleep 20") + "retries = 2")).await,
+        r#"step "first" failed 3 times: did not end within 200ms"#
+    );
+    assert_eq!(noted(), 3);
+    assert_eq!(failed("get = '/slow'").await, r#"step "first" failed at once: no answer within 200ms"#);
+    assert_eq!(here.asked.lock().expect("no panic").len(), 1);
+    assert_eq!(
+        failed("post = '/slow'\nretries = 1").await,
+        r#"step "first" failed 2 times: no answer within 200ms"#
+    );
+    assert_eq!(here.asked.lock().expect("no panic").len(), 3);
+    // One that ends in time when it is tried again, with another step after it.
+    let once = format!("test -e '{0}.again' && exit 0; touch '{0}.again'; exec sleep 20", notes.display());
+    let next = "\n[[before]]\nname = 'next'\nget = '/fine'\n";
+    take(&(command(&once) + "retries = 5" + next)).await.expect("done at the second time");
+    assert_eq!((noted(), here.asked.lock().expect("no panic").len()), (5, 4));
 }
 
 #[tokio::test]
