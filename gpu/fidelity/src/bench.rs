@@ -228,6 +228,15 @@ fn end(child: &mut Child) {
     let _ = child.wait();
 }
 
+/// What a process has open and mapped.
+pub(crate) fn files_of(pid: i32) -> Vec<String> {
+    let entries = std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+    let open = entries
+        .filter_map(|entry| std::fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
+    let maps = rewarm_sys::procmem::maps(pid).unwrap_or_default();
+    open.chain(maps.into_iter().map(|map| map.path)).collect()
+}
+
 impl Drop for Bench {
     fn drop(&mut self) {
         self.servers.iter_mut().for_each(end);
@@ -272,15 +281,6 @@ impl Server {
 
     pub(crate) fn signal(&self, signal: Signal) {
         let _ = kill(Pid::from_raw(self.pid), signal);
-    }
-
-    /// What it has open and mapped.
-    pub(crate) fn files(&self) -> Vec<String> {
-        let entries = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).into_iter().flatten().flatten();
-        let open = entries
-            .filter_map(|entry| std::fs::read_link(entry.path()).ok()?.into_os_string().into_string().ok());
-        let maps = rewarm_sys::procmem::maps(self.pid).unwrap_or_default();
-        open.chain(maps.into_iter().map(|map| map.path)).collect()
     }
 
     /// What the kernel tells of the mapping at an address: sizes in KiB and flags, those that are not 0.
