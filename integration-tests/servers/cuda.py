@@ -148,7 +148,9 @@ def main():
         ("POST", "/sleep"): lambda query, body: (200, model.sleep()),
         ("POST", "/wake"): lambda query, body: (200, model.wake()),
     }
-    serve(options, checks, routes)
+    simulated = "simulated" in device.name.lower()
+    print(f"{'simulated' if simulated else 'real'} device memory", flush=True)
+    serve(options, checks, routes, about={"simulated": simulated})
 
 
 if __name__ == "__main__":

@@ -91,8 +91,8 @@ class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
 
 
-def serve(options, checks, routes=None):
-    """Answers until the process ends. `routes`: (method, path) -> function(query, body) -> (status, JSON value)."""
+def serve(options, checks, routes=None, about=None):
+    """Answers until the process ends. `routes`: (method, path) -> function(query, body) -> (status, JSON value). `about` is said in each answer."""
     # Two checks at once would steal each other's answers from pipes.
     one_at_a_time = threading.Lock()
     answers = {
@@ -114,7 +114,7 @@ def serve(options, checks, routes=None):
             else:
                 with one_at_a_time:
                     status, value = function(query, body)
-            text = json.dumps(value).encode()
+            text = json.dumps({**about, **value} if about else value).encode()
             self.send_response(status)
             self.send_header("content-type", "application/json")
             self.send_header("content-length", str(len(text)))

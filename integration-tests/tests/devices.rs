@@ -11,6 +11,7 @@ mod look;
 mod luck;
 mod pause;
 mod refused;
+mod said;
 mod several;
 mod snapshot;
 mod soak;

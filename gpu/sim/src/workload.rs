@@ -53,6 +53,8 @@ pub struct Options {
     pub late: bool,
     /// Host memory in MiB that nothing touches but who asks for it.
     pub ballast: usize,
+    /// Weights are numbers of 16 bits as trained ones are, in place of bytes without any order.
+    pub half: bool,
     /// Use no device: weights and KV cache lie in host memory. For comparisons.
     pub host: bool,
 }
@@ -73,6 +75,7 @@ impl Options {
             seed: 1,
             late: false,
             ballast: 0,
+            half: false,
             host: false,
         };
         let mut args = args.iter();
@@ -84,6 +87,10 @@ impl Options {
                 }
                 "--host" => {
                     options.host = true;
+                    continue;
+                }
+                "--half" => {
+                    options.half = true;
                     continue;
                 }
                 _ => {}
@@ -133,7 +140,7 @@ pub fn main(options: &Options) -> Result<(), String> {
         std::thread::spawn(move || server.churn());
     }
     let port = listener.local_addr().map_err(|error| error.to_string())?.port();
-    let kind = if server.said().contains("true") { "simulated" } else { "real" };
+    let kind = if server.is_simulated() { "simulated" } else { "real" };
     say(&format!("{kind} device memory, port {port}"));
     for socket in listener.incoming().flatten() {
         let server = server.clone();
@@ -408,7 +415,13 @@ struct Model {
     sum: u64,
 }
 
-/// 64-bit FNV-1a over words: quick, and every bit counts.
+/// A number of the type bfloat16 from noise: sign and fraction are noise, and each exponent is half as frequent as the next larger one.
+fn half(noise: u64) -> u16 {
+    let exponent = 120 - u16::try_from((noise >> 16).trailing_zeros().min(40)).expect("small");
+    let [low, high, ..] = noise.to_le_bytes();
+    u16::from(high & 0x80) << 8 | exponent << 7 | u16::from(low & 0x7f)
+}
+
 /// A word that no compression makes smaller: SplitMix64.
 fn mixed(number: u64) -> u64 {
     let mut word = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
@@ -417,6 +430,7 @@ fn mixed(number: u64) -> u64 {
     word ^ (word >> 31)
 }
 
+/// 64-bit FNV-1a over words: quick, and every bit counts.
 fn mix(sum: u64, bytes: &[u8]) -> u64 {
     bytes.chunks(8).fold(sum, |sum, chunk| {
         let mut word = [0; 8];
@@ -441,7 +455,12 @@ impl Model {
         for block in 0..model.blocks() {
             // One block in four is zeros, as memory of real servers partly is.
             let mut content = vec![0; BLOCK];
-            if block % 4 != 3 {
+            if block % 4 != 3 && options.half {
+                let words = (block * BLOCK / 2) as u64..;
+                for (weight, number) in content.chunks_mut(2).zip(words) {
+                    weight.copy_from_slice(&half(mixed(options.seed ^ number << 8)).to_le_bytes());
+                }
+            } else if block % 4 != 3 {
                 for word in content.chunks_mut(8) {
                     state =
                         state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -520,10 +539,14 @@ impl Server {
         model.clone().ok_or_else(|| "the device is not in use yet".to_owned())
     }
 
-    /// An answer without content. Until a device is used, nothing is real.
+    /// Until a device is used, nothing is real.
+    fn is_simulated(&self) -> bool {
+        self.model().map_or(true, |model| model.driver.is_simulated())
+    }
+
+    /// An answer without content.
     fn said(&self) -> String {
-        let simulated = self.model().map_or(true, |model| model.driver.is_simulated());
-        format!("{{\"simulated\":{simulated}}}")
+        format!("{{\"simulated\":{}}}", self.is_simulated())
     }
 
     /// Maps memory, fills it, checks it and unmaps it, for ever.
@@ -570,7 +593,10 @@ impl Server {
             let (method, path) = (words.next().unwrap_or_default(), words.next().unwrap_or_default());
             let (status, text) = match self.answer(method, path, &body) {
                 Ok(text) => ("200 OK", text),
-                Err(text) => ("503 Service Unavailable", format!("{{\"error\":{text:?}}}")),
+                Err(text) => {
+                    let simulated = self.is_simulated();
+                    ("503 Service Unavailable", format!("{{\"simulated\":{simulated},\"error\":{text:?}}}"))
+                }
             };
             let length = text.len();
             write!(

@@ -17,8 +17,8 @@ pub(super) fn by_the_driver(bench: &mut Bench) -> Result<String, String> {
     managed.ask("POST", "/managed?4", "")?;
     let [shared, opened] = [(); 2].map(|()| bench.serve(&["--mib", "2", "--threads", "0"]));
     let (shared, opened) = (shared?, opened?);
-    let handle = shared.ask("POST", "/share", "")?;
-    opened.ask("POST", "/open", &handle)?;
+    let answer: serde_json::Value = serde_json::from_str(&shared.ask("POST", "/share", "")?).map_err(text)?;
+    opened.ask("POST", "/open", answer["handle"].as_str().ok_or("no handle")?)?;
     let mut wrong = Vec::new();
     for (what, server) in [("managed", managed), ("shared", shared), ("opened", opened)] {
         let mut helper = bench.helper();

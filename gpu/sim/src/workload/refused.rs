@@ -17,16 +17,17 @@ struct IpcMemHandle([u8; 64]);
 /// Answers a request for one of these.
 pub(super) fn answer(model: &Model, call: &str, value: &str, body: &[u8]) -> Result<String, String> {
     let driver = &model.driver;
+    let said = |what: String| format!("{{\"simulated\":{}{what}}}", driver.is_simulated());
     let mib = || value.parse::<usize>().map(|mib| mib * BLOCK).map_err(|_| format!("MiB {value:?}"));
     match call {
-        "/managed" => driver.managed(mib()?).map(|()| "{}".to_owned()),
-        "/share" => driver.share(model.weights),
-        "/open" => driver.open_shared(body).map(|()| "{}".to_owned()),
-        "/fill" => Ok(driver.fill(mib()?)?.to_string()),
+        "/managed" => driver.managed(mib()?).map(|()| said(String::new())),
+        "/share" => driver.share(model.weights).map(|handle| said(format!(",\"handle\":\"{handle}\""))),
+        "/open" => driver.open_shared(body).map(|()| said(String::new())),
+        "/fill" => driver.fill(mib()?).map(|pieces| said(format!(",\"pieces\":{pieces}"))),
         "/absent" => {
             let number = |text| usize::from_str_radix(text, 16).map_err(|_| format!("range {value:?}"));
             let (start, end) = value.split_once('-').ok_or_else(|| format!("range {value:?}"))?;
-            absent(number(start)?, number(end)?).map(|()| "{}".to_owned())
+            absent(number(start)?, number(end)?).map(|()| said(String::new()))
         }
         "/put-back" | "/populated" | "/huge" => {
             let number = |text| usize::from_str_radix(text, 16).map_err(|_| format!("range {value:?}"));
