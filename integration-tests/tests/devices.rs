@@ -15,6 +15,7 @@ mod said;
 mod several;
 mod snapshot;
 mod soak;
+mod verdict;
 
 use std::path::Path;
 

@@ -1,5 +1,7 @@
-//! What `pause` and `snapshot` refuse by what they read of a living server: a debugger, a limit of memory.
+//! What `pause` and `snapshot` refuse by what they read of the machine and of a living server: a machine on which nothing can be
+//! traced, a debugger, MPS, device files that would stay, a limit of memory.
 
+use std::process::{Child, Command};
 use std::sync::mpsc;
 
 use nix::sys::ptrace;
@@ -51,6 +53,113 @@ fn a_server_that_a_debugger_has_is_refused_before_anything_is_locked() {
         assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
         server_answers_as_before(&source, &server, &before);
     });
+    devices.control("");
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).ok();
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// Makes the machine look like one that runs on gVisor and has Yama's strictest mode, to whoever is in the mount namespace of the shim.
+const OTHER_MACHINE: &str = "mount -t tmpfs forged /proc/sys/kernel && mkdir /proc/sys/kernel/yama \
+    && echo 3 > /proc/sys/kernel/yama/ptrace_scope && echo 'Linux version 4.4.0 #1 SMP' > /proc/sys/kernel/version \
+    && mount --bind /proc/sys/kernel/version /proc/version";
+/// Takes it back.
+const THIS_MACHINE: &str = "umount /proc/version && umount /proc/sys/kernel";
+
+/// Runs a script in the mount namespace of a replica's shim, which is a copy of the machine's own: nobody else sees its mounts.
+fn beside_the_shim(source: &Replica<'_>, script: &str) {
+    let shim = source.entry().expect("it is listed")["shim_pid"].clone();
+    let mut command = Command::new("nsenter");
+    command.arg(format!("--mount=/proc/{shim}/ns/mnt")).args(["sh", "-c", script]);
+    let status = command.status().expect("a program of every machine");
+    assert!(status.success(), "{status}");
+}
+
+#[test]
+fn a_machine_on_which_nothing_can_be_traced_is_refused_before_anything_is_locked() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    beside_the_shim(&source, OTHER_MACHINE);
+    devices.control("lock die");
+    for output in refusals(&source) {
+        output.says(&["this machine runs on gVisor", "kernel.yama.ptrace_scope is 3"]);
+    }
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
+    server_answers_as_before(&source, &server, &before);
+    beside_the_shim(&source, THIS_MACHINE);
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).ok();
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// A process that is called as the one that serves MPS, as long as this lives.
+struct Mps(Child);
+
+impl Mps {
+    fn start(folder: &std::path::Path) -> Self {
+        let program = folder.join("nvidia-cuda-mps-control");
+        std::fs::copy("/bin/sleep", &program).expect("a program of every machine");
+        Self(Command::new(program).arg("100").spawn().expect("it starts"))
+    }
+}
+
+impl Drop for Mps {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_client_of_mps_is_refused_before_anything_is_locked() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    source.sh("mkdir /tmp/nvidia-mps && touch /tmp/nvidia-mps/control");
+    // A pipe without a server.
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).ok();
+    let mps = Mps::start(&world.files());
+    let pid = source.entry().expect("it is listed")["pid"].clone();
+    devices.control("lock die");
+    for output in refusals(&source) {
+        output.says(&[&format!("process {pid} reaches an MPS server through /tmp/nvidia-mps")]);
+    }
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
+    server_answers_as_before(&source, &server, &before);
+    // A server without a pipe.
+    source.sh("rm -r /tmp/nvidia-mps");
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).ok();
+    drop(mps);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn device_files_of_others_keep_a_server_from_snapshots_and_not_from_pauses() {
+    /// Files in their place: it is the names that count.
+    const HELD: &str = "mkdir -p /dev/infiniband && : > /dev/gdrdrv && : > /dev/infiniband/uverbs0 \
+        && exec 8</dev/gdrdrv 9</dev/infiniband/uverbs0 && exec \"$0\" \"$@\"";
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let mut server = devices.server(16);
+    server.command.splice(0..0, ["sh", "-c", HELD].map(str::to_owned));
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let pid = source.entry().expect("it is listed")["pid"].clone();
+    devices.control("lock die");
+    world.snapshot_call(&source, "v1", &[]).fails(3).says(&[
+        &format!("process {pid} holds /dev/gdrdrv (gdrcopy), which the driver does not let go of"),
+        &format!("process {pid} holds /dev/infiniband/uverbs0 (RDMA), which the driver does not let go of"),
+    ]);
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
     devices.control("");
     world.rewarm().args(["pause", source.name()]).ok();
     world.rewarm().args(["wake", source.name()]).ok();
