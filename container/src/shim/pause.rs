@@ -17,6 +17,17 @@ use crate::shim::device::{Away, Tasks};
 use crate::shim::protocol::{Paused, Woken};
 use crate::shim::replica::{Asker, Replica};
 
+/// Whether a process is going to die as soon as it runs.
+fn is_killed(pid: u32) -> bool {
+    const KILL: u64 = 1 << (nix::libc::SIGKILL - 1);
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let pending = |line: &str| {
+        let digits = line.strip_prefix("SigPnd:").or_else(|| line.strip_prefix("ShdPnd:"))?;
+        u64::from_str_radix(digits.trim(), 16).ok()
+    };
+    status.lines().filter_map(pending).any(|signals| signals & KILL != 0)
+}
+
 impl Replica {
     /// Moves device memory to the host and freezes the server.
     pub(super) fn pause(&self, asker: Asker<'_>, lock_timeout: Duration) -> Result<Paused, Error> {
@@ -55,6 +66,11 @@ impl Replica {
             return Ok(Woken { device_bytes: 0, took: Duration::ZERO, in_driver: Duration::ZERO });
         }
         let (_busy, parts) = self.begin_paused("wake", asker.id)?;
+        if self.lock().init.is_some_and(is_killed) {
+            // Frozen by cgroup v1, it dies only when it is thawed. Nothing else of it can be done.
+            parts.cgroup.thaw()?;
+            return Err(self.out_of_order("wake", Status::Exited, "paused"));
+        }
         let away = self.lock().paused.clone().unwrap_or_default();
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let resumed = self.bring_back(&mut helper, parts, &away, Duration::ZERO)?;

@@ -2,8 +2,9 @@
 
 use std::time::Duration;
 
-use nix::sys::signal::Signal;
-use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::pool::free_port;
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Output, Replica};
@@ -128,6 +129,36 @@ fn a_wake_that_fails_leaves_the_server_paused_and_one_that_breaks_it_is_exit_6()
     printed(&replica.stop(), "is stopped: it ended with signal SIGKILL");
     assert_eq!(devices.used_mib(0), 0);
     world.finish();
+}
+
+/// What is frozen dies at once under cgroup v2, and under v1 when it is thawed.
+#[test]
+fn a_server_that_is_killed_while_it_is_paused_is_told_of_by_a_wake_and_leaves_nothing() {
+    for alone_on_v2 in [false, true] {
+        let Some((world, devices)) = world_with(&[64]) else { return };
+        let world = if alone_on_v2 { world.on_cgroup_v2() } else { world };
+        for server in [devices.server(16), Server::plain()] {
+            let traces = world.traces();
+            let replica = start(&world, &devices, server.name, &server);
+            let status = || replica.entry().expect("it is listed")["status"].clone();
+            let limit = Duration::from_secs(20);
+            world.rewarm().args(["pause", replica.name()]).ok();
+            let pid = replica.entry().and_then(|entry| entry["pid"].as_i64()).expect("it is listed");
+            let pid = Pid::from_raw(i32::try_from(pid).expect("a process"));
+            kill(pid, Signal::SIGKILL).expect("it is there");
+            if alone_on_v2 {
+                world.await_state("it has ended", limit, || status() == "exited");
+            }
+            let output = world.rewarm().args(["wake", replica.name()]).fails(1);
+            output.says(&["is exited"]);
+            world.await_state("it has ended", limit, || status() == "exited");
+            assert_eq!(devices.used_mib(0), 0);
+            printed(&world.rewarm().args(["wait", replica.name()]).run(), "SIGKILL");
+            world.rewarm().args(["rm", replica.name()]).ok();
+            no_residue(&world, &traces);
+        }
+        world.finish();
+    }
 }
 
 /// The driver tells the same state as before.
