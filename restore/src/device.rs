@@ -7,8 +7,8 @@ use rewarm_container::shim::DeviceRequest;
 use rewarm_gpu::carried::Carried;
 use rewarm_gpu::provide::{Places, ProvideError, Wanted};
 use rewarm_gpu::topology::Room;
-use rewarm_gpu::{Helper, Launch, Pair, Wish, preflight, topology};
-use rewarm_store::Facts;
+use rewarm_gpu::{Helper, Launch, Pair, Wish, preflight, ranges, topology};
+use rewarm_store::{Facts, Manifest, RegionKind};
 
 use crate::verdict::Reason;
 
@@ -77,6 +77,23 @@ pub(crate) fn plan(
         }
     }
     if reasons.is_empty() { Ok(Some(Plan { carried, pairs })) } else { Err(reasons) }
+}
+
+/// Bytes of host memory that a replica has at most. The driver's copies of device memory are filled as a whole before it is called, also
+/// where they are zeros and nothing of them was dumped.
+pub(crate) fn host_bytes(manifest: &Manifest) -> u64 {
+    let memory = &manifest.facts.memory;
+    let carried =
+        manifest.facts.device.clone().and_then(|value| serde_json::from_value::<Carried>(value).ok());
+    let processes = carried.iter().flat_map(|carried| &carried.processes);
+    let copies: u64 = processes.flat_map(|process| &process.copies).map(ranges::Range::bytes).sum();
+    let stored = manifest
+        .regions
+        .iter()
+        .filter(|region| matches!(region.kind, RegionKind::Device { direct: false, .. }));
+    let stored: u64 = stored.map(|region| region.bytes).sum();
+    let filled = memory.logical_bytes.saturating_sub(memory.zero_bytes).saturating_sub(stored) + copies;
+    memory.logical_bytes.max(filled)
 }
 
 /// What one replica will have is not free for the next one.

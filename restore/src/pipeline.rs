@@ -11,7 +11,7 @@ use rewarm_container::{Name, Net, Origin, Publish, Spec, State};
 use rewarm_fetcher::{Access, Fetcher, Found, Stream};
 use rewarm_probe::{Engine, Hook, Ready, Recorded};
 use rewarm_report::{Clock, Stage};
-use rewarm_store::{Boot, Facts, Manifest, Reference, RegionKind, Store, Target, Trust, WorkingSet};
+use rewarm_store::{Boot, Manifest, Reference, RegionKind, Store, Target, Trust, WorkingSet};
 use tokio::sync::oneshot;
 use uuid::Uuid;
 
@@ -424,9 +424,10 @@ async fn admit(
         let (facts, asked, known) = (manifest.facts.clone(), spec.clone(), machine.clone());
         let (count, fetcher) = (request.count, context.fetcher.clone());
         let (program, wish) = (context.program.clone(), request.gpu.clone());
+        let needed = device::host_bytes(manifest);
         let verdict = blocking(move || {
             let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
-            reasons.extend(memory(&facts, asked.memory_bytes, count, &fetcher)?);
+            reasons.extend(memory(needed, asked.memory_bytes, count, &fetcher)?);
             reasons.extend(missing_sources(&asked));
             reasons.extend(unprovided);
             let device = device::plan(&facts, &program, &wish, count).unwrap_or_else(|more| {
@@ -446,14 +447,14 @@ async fn admit(
 
 /// Why memory does not suffice. What the fetcher only keeps for later gives way first.
 fn memory(
-    facts: &Facts,
+    needed: u64,
     limit: Option<u64>,
     count: u32,
     fetcher: &Fetcher,
 ) -> std::result::Result<Vec<Reason>, Cause> {
     let now = || {
         let free = rewarm_sys::machine::free_bytes().map_err(Cause::io("look at this machine"))?;
-        Ok(memory_reasons(facts, limit, count, free))
+        Ok(memory_reasons(needed, limit, count, free))
     };
     let reasons: Vec<Reason> = now()?;
     match reasons.iter().find_map(|reason| match reason {

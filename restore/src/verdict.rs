@@ -216,8 +216,7 @@ fn number(limit: u64) -> String {
 }
 
 /// Whether `count` replicas of `bytes` each fit into the limit of each and into what is free.
-pub(crate) fn memory_reasons(facts: &Facts, limit: Option<u64>, count: u32, free: u64) -> Vec<Reason> {
-    let needed = facts.memory.logical_bytes;
+pub(crate) fn memory_reasons(needed: u64, limit: Option<u64>, count: u32, free: u64) -> Vec<Reason> {
     let mut reasons = Vec::new();
     if let Some(limit) = limit.filter(|limit| *limit < needed) {
         reasons.push(Reason::MemoryLimit { needed, limit });
@@ -392,9 +391,7 @@ mod tests {
 
     #[test]
     fn memory_is_compared_with_the_limit_of_each_and_with_what_is_free() {
-        let mut facts = Facts::default();
-        facts.memory.logical_bytes = 100;
-        assert_eq!(memory_reasons(&facts, Some(100), 2, 200), []);
-        assert_eq!(memory_reasons(&facts, Some(99), 3, 200).len(), 2);
+        assert_eq!(memory_reasons(100, Some(100), 2, 200), []);
+        assert_eq!(memory_reasons(100, Some(99), 3, 200).len(), 2);
     }
 }

@@ -53,3 +53,57 @@ fn every_reason_against_a_restore_is_told_at_once() {
     no_residue(&world, &traces);
     world.finish();
 }
+
+/// The copies lie in host memory until the driver takes them.
+#[test]
+fn a_restore_without_room_for_the_copies_in_host_memory_is_refused_before_the_driver_is_called() {
+    const COPIES: u64 = (64 + 2) << 20;
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    let server = devices.server(64);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    let call = |flags: &[&str]| {
+        let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+        devices.seen_by(call.args(flags))
+    };
+    // The fetcher that this starts sees the machine as it is.
+    let clones = Replica::of_restore(&world, server.port, &call(&[]).ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    clones[0].remove();
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("device", "v1")]).ok().json();
+    let memory = &inspected["variants"][0]["manifest"]["facts"]["memory"];
+    let device = &inspected["variants"][0]["manifest"]["regions"];
+    let device = device.as_array().expect("a list").iter().find(|region| region["kind"] == "device");
+    // Zeros of the copies are not stored, and take host memory all the same.
+    let [logical, zero] =
+        ["logical_bytes", "zero_bytes"].map(|name| memory[name].as_u64().expect("a number"));
+    let needed =
+        logical - zero + COPIES - device.expect("its device memory")["bytes"].as_u64().expect("a number");
+    assert!(needed > logical, "{memory}");
+    // All but the copies has room there several times.
+    let room = COPIES - (4 << 20);
+    assert!(needed >= COPIES && (needed - COPIES) * 4 < room, "{memory}");
+    devices.control("any result 999");
+    let limit = room.to_string();
+    call(&["--memory", &limit])
+        .fails(3)
+        .says(&[&format!("the memory limit of {limit} bytes is below the {needed} bytes of the snapshot")]);
+    let meminfo = std::fs::read_to_string("/proc/meminfo").expect("it is always there");
+    let mut lines: Vec<String> = meminfo.lines().map(str::to_owned).collect();
+    let free = lines.iter_mut().find(|line| line.starts_with("MemAvailable:")).expect("it is always there");
+    *free = format!("MemAvailable: {} kB", room >> 10);
+    let forged = world.files().join("meminfo");
+    std::fs::write(&forged, lines.join("\n") + "\n").expect("our own folder");
+    with_file(call(&[]), "/proc/meminfo", &forged.display().to_string())
+        .fails(3)
+        .says(&[&format!("1 replicas need {needed} bytes of memory, {room} are free")]);
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
+    no_residue(&world, &traces);
+    let clones = Replica::of_restore(&world, server.port, &call(&[]).ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
