@@ -5,14 +5,17 @@
 //! past the server is read by the command. A stream that is given back in parts would have parts that nobody gives back, and
 //! is not fetched further than so far ahead of its reader.
 
+use std::path::Path;
 use std::time::Duration;
 
 use rewarm_gpu_sim::VERSION_ENV;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
-use rewarm_integration_tests::{Replica, World};
+use rewarm_integration_tests::devices::Devices;
+use rewarm_integration_tests::{Need, Replica, World, needs};
 use serde_json::Value;
 
-use super::world_with;
+use super::{start, world_with};
+use crate::world;
 
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long the fetcher stays without work: longer than from one command to the next, so that only what was given back is gone.
@@ -24,6 +27,34 @@ fn held(world: &World, digest: &Value) -> (Option<Value>, u64) {
     let streams = cache["streams"].as_array().cloned().unwrap_or_default();
     let stream = streams.into_iter().find(|stream| stream["digest"] == *digest);
     (stream, cache["read_bytes"].as_u64().unwrap_or(0))
+}
+
+/// Each weight's first byte is like that of the others and its second is noise, in which neither LZ4 nor zstd finds anything.
+#[test]
+fn weights_of_16_bits_lie_in_planes_in_a_bucket() {
+    let needs: Vec<Need> = needs::REPLICA.iter().copied().chain([Need::Garage]).collect();
+    let Some(world) = world(&needs) else { return };
+    let world = world.on_garage();
+    let devices = Devices::new(Path::new(env!("CARGO_BIN_EXE_gpu-workload")), &[64]);
+    let mut server = devices.server(16);
+    server.command.push("--half".to_owned());
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    let seen = world.snapshot(&source, "v1", &[]);
+    let [stored, content] =
+        ["stored_bytes", "content_bytes"].map(|name| seen[name].as_u64().expect("a number"));
+    // A quarter of the weights is zeros, and nearly all that the server has lies on the device. Where a chunk is stored as it is, or
+    // by LZ4, nothing of it is saved.
+    assert!(content >= 12 << 20, "{seen}");
+    assert!(stored * 4 < content * 3, "{seen}");
+    source.remove();
+    for mode in ["lazy", "eager"] {
+        let call = world.restore_call("device", "v1", server.port, &["--mode", mode]);
+        let clones = Replica::of_restore(&world, server.port, &devices.seen_by(call).ok());
+        server_answers_as_before(&clones[0], &server, &before);
+        clones[0].remove();
+    }
+    world.finish();
 }
 
 #[test]
