@@ -73,6 +73,25 @@ fn the_simulated_driver_does_what_the_documentation_says() {
     assert!(wrong.is_empty(), "{}", wrong.concat());
 }
 
+/// For measurements the simulated driver can restore without copying. It must be no kinder for that, but to a full device.
+#[test]
+fn a_simulated_driver_that_moves_pages_keeps_its_rules() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(!is_promised("root"), "needs root");
+        return;
+    }
+    let library = library();
+    // Only the threads of the driver, whole afterwards, in several forms, through a userfaultfd, absent under one, a second time.
+    for number in ["9", "13", "34", "31", "15", "23", "16"] {
+        let arguments = ["claim", number, "--simulated", library.to_str().expect("a path")];
+        let mut command = Command::new(FIDELITY);
+        let (_, text) = said_by(command.args(arguments).env("REWARM_SIM_MOVES", "1"));
+        let parsed = line(&text);
+        let expected = if number == "16" { "0 and locked".into() } else { parsed["expected"].clone() };
+        assert_eq!(parsed["seen"], expected, "{text}");
+    }
+}
+
 #[test]
 fn without_criu_a_claim_that_needs_it_says_so() {
     if !nix::unistd::geteuid().is_root() {

@@ -42,6 +42,9 @@ pub const RELEASE_ENV: &str = "REWARM_SIM_RELEASE";
 pub const CONTROL_ENV: &str = "REWARM_SIM_CONTROL";
 /// If set, a restore does not need `cuInit` in the caller.
 pub const PERSISTENCE_ENV: &str = "REWARM_SIM_PERSISTENCE";
+/// If set in the server, a restore moves pages in place of copying them onto a device, as fast as a real driver or as a rule of
+/// [`control`] says; the restored memory counts for no device. For measurements.
+pub const MOVES_ENV: &str = "REWARM_SIM_MOVES";
 
 /// Results of the driver, as far as they are simulated.
 pub mod code {

@@ -1,6 +1,7 @@
 //! The side of the process that uses the device: its memory, its calls, and the thread that carries steps out.
 
 pub(crate) mod custom;
+mod moved;
 pub(crate) mod refused;
 pub(crate) mod virtual_memory;
 
@@ -383,6 +384,17 @@ fn restore() -> u32 {
         Err(code) => return code,
     };
     let Ok(nodes) = device::open_nodes() else { return code::NO_DEVICE };
+    if moved::is_wanted(held) {
+        if held.allocations.values().any(|one| !places.contains_key(&one.device)) {
+            return code::INVALID_VALUE;
+        }
+        if let Err(code) = moved::restore(held, began) {
+            return code;
+        }
+        held.nodes = nodes;
+        PAGE.state.store(LOCKED, Ordering::SeqCst);
+        return code::SUCCESS;
+    }
     let mut from = held.copy.map_or(0, |(address, _)| address);
     let mut filled = Vec::new();
     for (address, allocation) in &held.allocations {
