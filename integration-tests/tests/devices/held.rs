@@ -61,13 +61,17 @@ fn thread(task: &Path) -> Thread {
     }
 }
 
-/// All threads of the only server of this world.
+/// All threads of the only server of this world. Its processes have numbers of their own; command lines may not be there yet.
 fn threads(world: &World) -> Vec<Thread> {
-    let is_server = |command: &str| command.starts_with("/srv/gpu/workload") || command.starts_with("sh -c");
+    let is_inside = |pid: &i32| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+        status.contains("NSpid:") && field(&status, "NSpid:").split_whitespace().count() > 1
+    };
     residue::processes(world.id())
         .into_iter()
-        .filter(|(_, command)| is_server(command))
-        .flat_map(|(pid, _)| std::fs::read_dir(format!("/proc/{pid}/task")).expect("it lives").flatten())
+        .map(|(pid, _)| pid)
+        .filter(is_inside)
+        .flat_map(|pid| std::fs::read_dir(format!("/proc/{pid}/task")).expect("it lives").flatten())
         .map(|task| thread(&task.path()))
         .collect()
 }
