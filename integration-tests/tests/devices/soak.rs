@@ -217,6 +217,7 @@ impl<'w> Source<'w> {
 }
 
 #[test]
+#[expect(clippy::print_stderr, reason = "over how many rounds was compared")]
 fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
     let Some((world, devices)) = world_with(&[128]) else { return };
     let (rounds, seed) = (number("REWARM_SOAK_ROUNDS"), number("REWARM_SOAK_SEED").unwrap_or(7));
@@ -236,7 +237,7 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
         || round < ROUNDS_MIN || began.elapsed() < SHORT,
         |rounds| round < rounds.max(ROUNDS_MIN),
     ) {
-        let (calm, restarts) = (round / stretch % 2 == 0, source.restarts);
+        let (calm, restarts) = ((round / stretch).is_multiple_of(2), source.restarts);
         round += 1;
         for verb in ["pause", "wake"] {
             if verb == "wake" && source.status() != "paused" {
