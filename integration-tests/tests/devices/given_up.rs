@@ -3,10 +3,11 @@
 use std::time::Duration;
 
 use rewarm_gpu_sim::VERSION_ENV;
-use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
 use rewarm_integration_tests::command::Rewarm;
 use rewarm_integration_tests::devices::Devices;
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, World};
 use rewarm_report::Stage;
 
 use super::luck::kill_shim;
@@ -30,6 +31,17 @@ fn seen_by(devices: &Devices, call: Rewarm) -> Rewarm {
     devices.seen_by(call).env(VERSION_ENV, "13040")
 }
 
+/// A server whose shim has its helper, which it has from the first use on.
+fn with_helper<'w>(world: &'w World, devices: &Devices, server: &Server) -> Replica<'w> {
+    let name = world.name("device");
+    let output = seen_by(devices, world.run_call(&name, server, &[])).ok();
+    let source = Replica::of_run(world, name, server.port, &output);
+    for verb in ["pause", "wake"] {
+        world.rewarm().args([verb, source.name()]).ok();
+    }
+    source
+}
+
 #[test]
 fn a_server_that_criu_refuses_gets_its_devices_back() {
     let Some((world, devices)) = world_with(&[64]) else { return };
@@ -37,14 +49,8 @@ fn a_server_that_criu_refuses_gets_its_devices_back() {
     let workload = server.command.join(" ");
     let command = format!("/usr/bin/python3 -c '{MULTIPATH}' & exec {workload}");
     server.command = ["sh", "-c", &command].map(str::to_owned).into();
-    let name = world.name("device");
-    let output = seen_by(&devices, world.run_call(&name, &server, &[])).ok();
-    let source = Replica::of_run(&world, name, server.port, &output);
+    let source = with_helper(&world, &devices, &server);
     let (before, used) = (answers(&source, &server), devices.used_mib(0));
-    // The shim has its helper from the first use on.
-    for verb in ["pause", "wake"] {
-        world.rewarm().args([verb, source.name()]).ok();
-    }
     let traces = world.traces();
     for way in WAYS {
         devices.control(NOTED);
@@ -69,14 +75,8 @@ fn a_server_that_criu_refuses_gets_its_devices_back() {
 fn a_server_that_is_frozen_for_too_long_gets_its_devices_back() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
-    let name = world.name("device");
-    let output = seen_by(&devices, world.run_call(&name, &server, &[])).ok();
-    let source = Replica::of_run(&world, name, server.port, &output);
+    let source = with_helper(&world, &devices, &server);
     let (before, used) = (answers(&source, &server), devices.used_mib(0));
-    // The shim has its helper from the first use on.
-    for verb in ["pause", "wake"] {
-        world.rewarm().args([verb, source.name()]).ok();
-    }
     let traces = world.traces();
     for way in WAYS {
         devices.control(NOTED);
