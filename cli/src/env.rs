@@ -41,7 +41,7 @@ variables! {
     GPU_PATIENCE "REWARM_GPU_PATIENCE" "How long a call of the CUDA driver may take before it is given up and the helper that made it killed; taken as `REWARM_LIBCUDA` is. Default: 10 seconds for a question, 1 minute for attaching, 30 seconds and 4 for each GiB for a step.";
     CDI "REWARM_CDI" "Folders of CDI files, separated by colons, which say what a container needs to use GPUs. Default: `/etc/cdi:/var/run/cdi`.";
     LOG "REWARM_LOG" "What is logged to stderr, in the syntax of `tracing` filters, such as `debug` or `rewarm_store=trace`. Default: `warn`, or what `-v` says.";
-    CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
+    CACHE_MEMORY "REWARM_CACHE_MEMORY" "Bytes of memory, such as `2GiB`, in which decoded snapshots that nobody is restored from are kept, 64 of them at most; `0` for none. Counts when the fetcher is started. Default: a quarter of the free memory.";
     CACHE_DISK "REWARM_CACHE_DISK" "Bytes on disk, such as `20GiB`, in which parts of packs that came over a network are kept, in `packs` below the cache folder; `0` for none. Counts when the fetcher is started. Default: a tenth of what is free there.";
     FETCHER_IDLE "REWARM_FETCHER_IDLE" "How long the fetcher stays when nobody needs it, such as `30s`. Counts when it is started. Default: 5 minutes.";
     STORE_PATIENCE "REWARM_STORE_PATIENCE" "How long a store may bring nothing before a restore from it is given up, and with it a replica whose memory is not complete. Default: 1 minute.";

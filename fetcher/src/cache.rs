@@ -1,6 +1,9 @@
-//! Which streams stay in memory: those that somebody holds, and of the others the most recently used up to a limit.
+//! Which streams stay in memory: those that somebody holds, and of the others the most recently used up to a limit of bytes and a number.
 
 use std::sync::Arc;
+
+/// So many that nobody holds may stay, whatever their size: each has descriptors, of which many machines give a process 1024.
+const UNHELD_MAX: usize = 64;
 
 /// What is decided about.
 pub(crate) trait Entry {
@@ -18,12 +21,13 @@ pub(crate) fn fits<E: Entry>(entries: &[Arc<E>], limit: u64, more: u64) -> bool 
     total.saturating_add(more) <= limit
 }
 
-/// Takes those out that have to go so that `more` further bytes fit below `limit`, the least recently used first.
+/// Takes those out that have to go so that `more` further bytes fit below `limit` and not too many stay, the least recently used first.
 /// What is held stays, even above the limit.
 pub(crate) fn make_room<E: Entry>(entries: &mut Vec<Arc<E>>, limit: u64, more: u64) -> Vec<Arc<E>> {
     let mut gone = Vec::new();
     loop {
-        if fits(entries, limit, more) {
+        let unheld = entries.iter().filter(|entry| !entry.is_held()).count();
+        if unheld <= UNHELD_MAX && fits(entries, limit, more) {
             return gone;
         }
         let oldest = (0..entries.len())
@@ -59,6 +63,20 @@ mod tests {
         fn used(&self) -> u64 {
             self.used
         }
+    }
+
+    #[test]
+    fn the_latest_of_many_small_ones_stay_and_all_that_are_held() {
+        let entry = |used| Arc::new(Fake { bytes: 1, held: used < 10, used });
+        let mut entries: Vec<Arc<Fake>> = (0..200).map(entry).collect();
+        let gone = make_room(&mut entries, u64::MAX, 0);
+        let first_left = 200 - UNHELD_MAX as u64;
+        assert_eq!(
+            gone.iter().map(|entry| entry.used).collect::<Vec<_>>(),
+            (10..first_left).collect::<Vec<_>>()
+        );
+        assert_eq!(entries.len(), 10 + UNHELD_MAX);
+        assert!(make_room(&mut entries, u64::MAX, 0).is_empty());
     }
 
     proptest! {
