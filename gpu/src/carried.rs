@@ -35,6 +35,9 @@ pub struct Carried {
     /// Bytes that the server had on each device, as far as NVML told it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub used: BTreeMap<Uuid, u64>,
+    /// The same of each process, by its number in `processes`.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub used_by: BTreeMap<i32, BTreeMap<Uuid, u64>>,
     /// All devices that the driver saw.
     pub devices: Vec<Device>,
     /// The processes that use them.
@@ -71,14 +74,17 @@ impl Carried {
                 direct: process.direct.clone(),
             })
         };
-        let processes = suspended.processes.iter().map(inner).collect::<io::Result<_>>();
+        let processes = suspended.processes.iter().map(inner).collect::<io::Result<Vec<_>>>();
         let processes = processes.map_err(CarryError::Numbers)?;
         let pids: Vec<i32> = suspended.processes.iter().map(|process| process.pid).collect();
+        let used = |pids: &[i32]| machine.map(|machine| machine.used_by(pids)).unwrap_or_default();
+        let used_by = pids.iter().zip(&processes).map(|(pid, inner)| (inner.pid, used(&[*pid])));
         Ok(Self {
             driver: helper.start()?,
             release: machine.map(|machine| machine.release.clone()),
             library: pids.first().and_then(|pid| library(*pid)),
-            used: machine.map(|machine| machine.used_by(&pids)).unwrap_or_default(),
+            used: used(&pids),
+            used_by: used_by.filter(|(_, used)| !used.is_empty()).collect(),
             devices: helper.devices()?,
             processes,
         })
@@ -91,6 +97,21 @@ impl Carried {
         match &self.devices[..] {
             [only] if self.used.is_empty() => [(only.uuid, self.bytes())].into(),
             _ => self.used.clone(),
+        }
+    }
+
+    /// The device to which all copies of a process belong: the only one that the driver saw, or the only one that the process
+    /// used. `None` for a process that used several, and where it is not known which.
+    #[must_use]
+    pub fn gpu_of(&self, pid: i32) -> Option<Uuid> {
+        let only = |used: &BTreeMap<Uuid, u64>| match used.len() {
+            1 => used.keys().next().copied(),
+            _ => None,
+        };
+        match &self.devices[..] {
+            [device] => Some(device.uuid),
+            _ if self.used_by.is_empty() => only(&self.used),
+            _ => self.used_by.get(&pid).and_then(only),
         }
     }
 
@@ -222,6 +243,33 @@ mod tests {
         let carried: Carried = serde_json::from_str(&text).expect("readable");
         assert_eq!(carried.needed(), [(uuid.parse().expect("a GPU"), 5)].into());
         assert_eq!((carried.release, carried.library), (None, None));
+    }
+
+    #[test]
+    fn the_device_of_copies_is_the_only_one_or_the_only_one_that_the_process_used() {
+        let uuid = |number: u8| Uuid([number; 16]);
+        let device = |number| Device { uuid: uuid(number), name: String::new(), total_bytes: 8 };
+        let bytes = |used: &[u8]| used.iter().map(|number| (uuid(*number), 8)).collect();
+        let gpu = |seen: &[u8], used: &[u8], used_by: &[(i32, &[u8])]| {
+            let carried = Carried {
+                driver: Version(13_000),
+                release: None,
+                library: None,
+                used: bytes(used),
+                used_by: used_by.iter().map(|(pid, used)| (*pid, bytes(used))).collect(),
+                devices: seen.iter().copied().map(device).collect(),
+                processes: Vec::new(),
+            };
+            carried.gpu_of(7)
+        };
+        let second = Some(uuid(2));
+        assert_eq!(gpu(&[2], &[], &[]), second);
+        assert_eq!(gpu(&[1, 2], &[2], &[]), second, "as the first program wrote it down");
+        assert_eq!(gpu(&[1, 2], &[1, 2], &[]), None);
+        assert_eq!(gpu(&[1, 2], &[], &[]), None);
+        assert_eq!(gpu(&[1, 2], &[1, 2], &[(7, &[2]), (8, &[1, 2])]), second);
+        assert_eq!(gpu(&[1, 2], &[1, 2], &[(7, &[1, 2]), (8, &[2])]), None);
+        assert_eq!(gpu(&[1, 2], &[2], &[(8, &[2])]), None, "of this one nothing was told");
     }
 
     #[test]

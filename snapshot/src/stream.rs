@@ -17,6 +17,7 @@ use bytes::Bytes;
 use rewarm_criu::layout::{Layout, PAGE_BYTES, Run};
 use rewarm_criu::page_server::{Flags, Object};
 use rewarm_gpu::carried::Carried;
+use rewarm_gpu::order::Process;
 use rewarm_report::{Progress, Stage};
 use rewarm_store::{Memory, RegionKind, RegionWriter, Session, SharedMemory, TaskMemory};
 use tokio::sync::oneshot;
@@ -85,36 +86,39 @@ impl Streamer {
     }
 }
 
-/// Where the driver's copies of device memory lie: a region of its own for each process that has some.
+/// Where the driver's copies of device memory lie, by process: a region of its own for each that has some.
 #[derive(Debug, Default)]
-struct Copies {
-    /// The device, where there is only one that they can be of: the only one, or the only one that the server used.
+struct Copies(BTreeMap<u32, CopiesOf>);
+
+/// Those of one process.
+#[derive(Debug, Default)]
+struct CopiesOf {
+    /// The device, where there is only one that they can be of.
     gpu: Option<String>,
-    /// By process, in order of address.
-    ranges: BTreeMap<u32, Vec<(u64, u64)>>,
+    /// In order of address.
+    ranges: Vec<(u64, u64)>,
 }
 
 impl Copies {
     fn of(device: Option<&Carried>) -> Self {
         let Some(carried) = device else { return Self::default() };
-        let mut used = carried.used.keys();
-        let gpu = match (&carried.devices[..], used.next(), used.next()) {
-            ([only], ..) => Some(only.uuid),
-            (_, only, None) => only.copied(),
-            _ => None,
+        let of_process = |process: &Process| CopiesOf {
+            gpu: carried.gpu_of(process.pid).map(|gpu| gpu.to_string()),
+            ranges: process.copies.iter().map(|range| (range.start, range.end)).collect(),
         };
-        let ranges = carried.processes.iter().map(|process| {
-            let ranges = process.copies.iter().map(|range| (range.start, range.end)).collect();
-            (process.pid.unsigned_abs(), ranges)
-        });
-        Self { gpu: gpu.map(|gpu| gpu.to_string()), ranges: ranges.collect() }
+        let processes = carried.processes.iter();
+        Self(processes.map(|process| (process.pid.unsigned_abs(), of_process(process))).collect())
+    }
+
+    fn gpu(&self, pid: u32) -> Option<String> {
+        self.0.get(&pid)?.gpu.clone()
     }
 
     /// Cuts a run of pages of a process where a copy begins or ends; says of each part whether it is one.
     fn cut(&self, pid: u32, run: Run) -> Vec<(Run, bool)> {
         let mut parts = Vec::new();
         let mut rest = run;
-        let ranges = self.ranges.get(&pid).map(Vec::as_slice).unwrap_or_default();
+        let ranges = self.0.get(&pid).map(|copies| &copies.ranges[..]).unwrap_or_default();
         for &(start, end) in ranges.iter().filter(|(start, end)| *start < run.end() && *end > run.vaddr) {
             rest = split(&mut parts, rest, start.max(rest.vaddr), false);
             rest = split(&mut parts, rest, end.min(rest.end()), true);
@@ -277,7 +281,7 @@ impl<'a> Streaming<'a> {
     async fn put(&mut self, object: Object, run: Run, bytes: Bytes, copy: bool) -> Result<(), Cause> {
         if let (true, Object::Task { pid }) = (copy, object) {
             if self.device.is_none() {
-                let kind = RegionKind::Device { pid, gpu: self.copies.gpu.clone(), direct: false };
+                let kind = RegionKind::Device { pid, gpu: self.copies.gpu(pid), direct: false };
                 self.device = Some(self.region(kind).await?);
             }
             return self.device.as_mut().expect("just begun").push(run, bytes).await;
@@ -318,9 +322,6 @@ fn is_zero(page: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use rewarm_gpu::driver::Version;
-    use rewarm_gpu::topology::{Device, Uuid};
-
     use super::*;
 
     const PAGE: usize = PAGE_BYTES as usize;
@@ -338,8 +339,8 @@ mod tests {
     #[test]
     fn a_run_is_cut_where_copies_begin_and_end() {
         let page = PAGE_BYTES;
-        let ranges = [(7, vec![(10 * page, 12 * page), (14 * page, 20 * page)])].into();
-        let copies = Copies { gpu: None, ranges };
+        let ranges = vec![(10 * page, 12 * page), (14 * page, 20 * page)];
+        let copies = Copies([(7, CopiesOf { gpu: None, ranges })].into());
         let run = |vaddr: u64, pages| Run { vaddr: vaddr * page, pages, zero: false, lazy: true };
         let cut = |pid, run| -> Vec<(u64, u64, bool)> {
             copies.cut(pid, run).iter().map(|(run, copy)| (run.vaddr / page, run.pages, *copy)).collect()
@@ -349,28 +350,6 @@ mod tests {
         assert_eq!(cut(7, run(18, 4)), [(18, 2, true), (20, 2, false)]);
         assert_eq!(cut(7, run(1, 9)), [(1, 9, false)]);
         assert_eq!(cut(8, run(8, 8)), [(8, 8, false)]);
-    }
-
-    #[test]
-    fn the_device_of_copies_is_the_only_one_or_the_only_one_that_was_used() {
-        let uuid = |number: u8| Uuid([number; 16]);
-        let device = |number| Device { uuid: uuid(number), name: String::new(), total_bytes: 8 };
-        let gpu = |seen: &[u8], used: &[u8]| {
-            let carried = Carried {
-                driver: Version(13_000),
-                release: None,
-                library: None,
-                used: used.iter().map(|number| (uuid(*number), 8)).collect(),
-                devices: seen.iter().copied().map(device).collect(),
-                processes: Vec::new(),
-            };
-            Copies::of(Some(&carried)).gpu
-        };
-        let second = Some(uuid(2).to_string());
-        assert_eq!(gpu(&[2], &[]), second);
-        assert_eq!(gpu(&[1, 2], &[2]), second);
-        assert_eq!(gpu(&[1, 2], &[1, 2]), None);
-        assert_eq!(gpu(&[1, 2], &[]), None);
     }
 
     #[test]

@@ -15,6 +15,13 @@ use super::world_with;
 /// process on the other one. Each has a KV cache of 2 MiB beside its weights but that one.
 const USED: [u64; 2] = [8 + 4 + 2, 4 + 2 + 2];
 
+/// The GPUs of the three regions, sorted: none is named for the process that uses both.
+const GPUS: [Option<&str>; 3] = [
+    None,
+    Some("GPU-00000000-0000-0000-0000-0000000000d0"),
+    Some("GPU-00000000-0000-0000-0000-0000000000d1"),
+];
+
 const PORTS: [u16; 3] = Devices::SEVERAL;
 
 /// One replica, by the port of each of its processes.
@@ -101,6 +108,9 @@ fn each_process_comes_back_with_its_memory_on_its_devices() {
         let own = regions.iter().filter(|region| region["pid"] == process["pid"]).count();
         assert_eq!(own, 1, "one region for each process: {regions:?}");
     }
+    let mut gpus: Vec<_> = regions.iter().map(|region| region["gpu"].as_str()).collect();
+    gpus.sort_unstable();
+    assert_eq!(gpus, GPUS, "{manifest}");
     for mode in ["lazy", "eager", "auto"] {
         let call = seen_by(restore_call(&world, &world.name(mode), &["--mode", mode]));
         let clone = restored(&world, &call.ok());

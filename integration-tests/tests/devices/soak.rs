@@ -2,8 +2,8 @@
 //!
 //! `REWARM_SOAK_ROUNDS` says how many; without it as many as fit into some seconds. `REWARM_SOAK_SEED` repeats a run.
 //!
-//! Every other stretch of rounds, the first one too, is calm: no fault there costs the server, so its shim lives through all of them, and
-//! what it holds is compared over all of them.
+//! Rounds come in stretches. In the first no fault ends a helper or costs the server, so helper, shim and server live through all of it, and
+//! what they hold is compared over all of it; in every other one after it no fault costs the server.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
@@ -27,19 +27,19 @@ const STRETCHES: u64 = 4;
 const GROWTH_KIB_MAX: u64 = 16 << 10;
 /// How long a call of the driver may take here.
 const PATIENCE: &str = "2s";
-/// What goes wrong and passes, with how often it may in one command.
-const PASSING: [&str; 13] = [
-    "",
-    "lock*1 result 600",
+/// The fetcher waits for the next restore, longer than a round takes with all that may hang in it, and keeps two snapshots, which it has
+/// before it is looked at first.
+const FETCHER: [(&str, &str); 2] = [("REWARM_FETCHER_IDLE", "15s"), ("REWARM_CACHE_MEMORY", "30MiB")];
+/// What goes wrong and passes, with how often it may in one command: what the helper says and outlives, then what ends it.
+const SAID: [&str; 5] =
+    ["", "lock*1 result 600", "checkpoint*1 result 801", "restore*1 result 2", "unlock*1 then-result 401"];
+const ENDING_HELPERS: [&str; 8] = [
     "lock*1 die",
     "lock*1 hang",
-    "checkpoint*1 result 801",
     "checkpoint*1 then-die",
     "checkpoint*1 then-hang",
     "restore*1 die",
-    "restore*1 result 2",
     "restore*1 hang",
-    "unlock*1 then-result 401",
     "unlock*1 then-die",
     "unlock*1 hang",
 ];
@@ -48,6 +48,36 @@ const FOR_GOOD: [&str; 5] =
     ["checkpoint*1 failed", "checkpoint*1 crash", "restore*1 oom", "restore*1 failed", "restore*1 crash"];
 /// Of so many faults one is for good.
 const ONE_FOR_GOOD: usize = 6;
+
+/// What may go wrong in a stretch of rounds.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Weather {
+    /// Nothing that ends a helper.
+    Still,
+    /// Nothing that costs the server.
+    Calm,
+    /// Everything.
+    Rough,
+}
+
+impl Weather {
+    fn of(stretch: u64) -> Self {
+        match stretch {
+            0 => Self::Still,
+            stretch if stretch.is_multiple_of(2) => Self::Calm,
+            _ => Self::Rough,
+        }
+    }
+
+    fn fault(self, dice: &mut Dice) -> &'static str {
+        if self == Self::Rough && dice.roll(ONE_FOR_GOOD) == 0 {
+            return FOR_GOOD[dice.roll(FOR_GOOD.len())];
+        }
+        let ending = if self == Self::Still { 0 } else { ENDING_HELPERS.len() };
+        let passing = dice.roll(SAID.len() + ending);
+        SAID.get(passing).copied().unwrap_or_else(|| ENDING_HELPERS[passing - SAID.len()])
+    }
+}
 
 /// Numbers from a seed: SplitMix64.
 struct Dice(u64);
@@ -144,16 +174,15 @@ struct Source<'w> {
     load: Load,
     answers: usize,
     restarts: usize,
-    /// The rounds that its shim has seen, and the most that one has.
+    /// The rounds that its shim has seen.
     rounds: u64,
-    rounds_max: u64,
 }
 
 impl<'w> Source<'w> {
     fn start(world: &'w World, devices: &'w Devices) -> Self {
         let server = devices.server(16);
         let (replica, load) = Self::run(world, devices, &server);
-        Self { world, devices, server, replica, load, answers: 0, restarts: 0, rounds: 0, rounds_max: 0 }
+        Self { world, devices, server, replica, load, answers: 0, restarts: 0, rounds: 0 }
     }
 
     fn run(world: &'w World, devices: &'w Devices, server: &Server) -> (Replica<'w>, Load) {
@@ -222,10 +251,6 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
     let Some((world, devices)) = world_with(&[128]) else { return };
     let (rounds, seed) = (number("REWARM_SOAK_ROUNDS"), number("REWARM_SOAK_SEED").unwrap_or(7));
     let mut dice = Dice(seed);
-    let mut fault = |calm: bool| match dice.roll(ONE_FOR_GOOD) {
-        0 if !calm => FOR_GOOD[dice.roll(FOR_GOOD.len())],
-        _ => PASSING[dice.roll(PASSING.len())],
-    };
     let stretch = (rounds.unwrap_or(0) / STRETCHES).max(ROUNDS_MIN);
     let mut source = Source::start(&world, &devices);
     let server = source.server.clone();
@@ -237,29 +262,30 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
         || round < ROUNDS_MIN || began.elapsed() < SHORT,
         |rounds| round < rounds.max(ROUNDS_MIN),
     ) {
-        let (calm, restarts) = ((round / stretch).is_multiple_of(2), source.restarts);
+        let (weather, restarts) = (Weather::of(round / stretch), source.restarts);
         round += 1;
         for verb in ["pause", "wake"] {
             if verb == "wake" && source.status() != "paused" {
                 continue;
             }
-            source.tried(fault(calm), world.rewarm().args([verb, source.replica.name()]));
+            source.tried(weather.fault(&mut dice), world.rewarm().args([verb, source.replica.name()]));
         }
         source.awake();
         server_answers_as_before(&source.replica, &server, &before);
         let tag = format!("v{}", round % 2);
         let snapshot = world.snapshot_call(&source.replica, &tag, &[]);
-        let published = source.tried(fault(calm), snapshot);
+        let published = source.tried(weather.fault(&mut dice), snapshot);
         source.awake();
         server_answers_as_before(&source.replica, &server, &before);
         if published {
             let name = world.name("clone");
             let restore = || {
                 let call = world.restore_call("device", &tag, server.port, &["--name", &name]);
+                let call = FETCHER.into_iter().fold(call, |call, (name, value)| call.env(name, value));
                 devices.seen_by(call).env("REWARM_GPU_PATIENCE", PATIENCE)
             };
             // What breaks a clone costs the source nothing.
-            devices.control(fault(false));
+            devices.control(Weather::Rough.fault(&mut dice));
             let output = restore().run();
             devices.control("");
             assert!(matches!(output.code, Some(0 | 1)), "neither done nor undone: {output}");
@@ -270,21 +296,23 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
         }
         assert_eq!(devices.used_mib(0), used, "round {round} of seed {seed}");
         assert!(
-            !calm || source.restarts == restarts,
+            weather == Weather::Rough || source.restarts == restarts,
             "round {round} of seed {seed}: a fault that passes cost the server"
         );
         source.rounds += 1;
-        source.rounds_max = source.rounds_max.max(source.rounds);
         if source.rounds == SETTLED || round % stretch == 0 {
             watch.look(&world, &source.replica, round);
         }
     }
     watch.look(&world, &source.replica, round);
     eprintln!(
-        "{round} rounds of seed {seed}, {} restarts; the shim that lived longest saw {} of them; compared over so many: {:?}",
-        source.restarts, source.rounds_max, watch.longest
+        "{round} rounds of seed {seed}, {} restarts; compared over so many: {:?}",
+        source.restarts, watch.longest
     );
-    assert!(source.rounds_max >= stretch.min(round), "one shim lives through a calm stretch");
+    for kind in ["fetcher", "helper", "server", "shim"] {
+        let compared = watch.longest.get(kind).copied().unwrap_or(0);
+        assert!(compared >= stretch - SETTLED, "{kind}: compared over {compared} rounds");
+    }
     let seen = source.load.stop();
     assert_eq!((seen.wrong, seen.failures), (Vec::new(), Vec::new()), "seed {seed}");
     assert!(seen.answers + source.answers > 0);
