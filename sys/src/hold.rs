@@ -81,35 +81,28 @@ impl Hold {
     /// `TimedOut` with the thread that does not (a long wait in the kernel); everything goes on being held.
     pub fn settle(&mut self, limit: Duration) -> io::Result<()> {
         let deadline = Instant::now() + limit;
-        while let Some(thread) = self.asked.first().copied() {
-            let pid = Pid::from_raw(thread);
-            match ptrace::getsiginfo(pid) {
-                Ok(info) if info.si_code >> 8 == EVENT_STOP => {
-                    self.asked.remove(&thread);
-                    self.held.insert(thread);
-                    continue;
+        loop {
+            for thread in self.asked.clone() {
+                match look(thread)? {
+                    Seen::Runs => {}
+                    Seen::Stands => {
+                        self.asked.remove(&thread);
+                        self.held.insert(thread);
+                    }
+                    Seen::Gone => {
+                        self.asked.remove(&thread);
+                    }
                 }
-                // On the way to a handler: it gets its signal and stops again, since it is still asked to.
-                Ok(info) => {
-                    pass_on(pid, info.si_signo);
-                    let _ = ptrace::interrupt(pid);
-                }
-                Err(Errno::ESRCH) if !exists(thread) => {
-                    self.asked.remove(&thread);
-                    reap(pid);
-                    continue;
-                }
-                // It still runs.
-                Err(Errno::ESRCH) => {}
-                Err(errno) => return Err(about(errno, "look at", thread)),
             }
+            let Some(thread) = self.asked.first() else { return Ok(()) };
             if Instant::now() > deadline {
                 let text = format!("thread {thread} does not stop within {} s", limit.as_secs());
                 return Err(io::Error::new(io::ErrorKind::TimedOut, text));
             }
+            // A namespace's init that was killed ends after all others in it, and those once their holder has heard of their end.
+            self.held.retain(|held| !has_left(*held));
             std::thread::sleep(STEP);
         }
-        Ok(())
     }
 
     /// Holds all threads of the processes that `list` gives, but for `except`, until a look finds nothing new.
@@ -146,6 +139,42 @@ impl Drop for Hold {
             }
         }
     }
+}
+
+/// What a look at a task that was asked to stand found.
+enum Seen {
+    Runs,
+    Stands,
+    Gone,
+}
+
+fn look(thread: i32) -> io::Result<Seen> {
+    let pid = Pid::from_raw(thread);
+    match ptrace::getsiginfo(pid) {
+        Ok(info) if info.si_code >> 8 == EVENT_STOP => Ok(Seen::Stands),
+        // On the way to a handler: it gets its signal and stops again, since it is still asked to.
+        Ok(info) => {
+            pass_on(pid, info.si_signo);
+            let _ = ptrace::interrupt(pid);
+            Ok(Seen::Runs)
+        }
+        Err(Errno::ESRCH) if !exists(thread) => {
+            reap(pid);
+            Ok(Seen::Gone)
+        }
+        Err(Errno::ESRCH) => Ok(Seen::Runs),
+        Err(errno) => Err(about(errno, "look at", thread)),
+    }
+}
+
+/// Whether a task that stood has died; it is reaped then.
+fn has_left(thread: i32) -> bool {
+    let pid = Pid::from_raw(thread);
+    let left = matches!(ptrace::getsiginfo(pid), Err(Errno::ESRCH)) && !exists(thread);
+    if left {
+        reap(pid);
+    }
+    left
 }
 
 /// Lets one task go, and tells whether it is gone or free. One that is about to die can be neither detached nor reaped for a
@@ -247,6 +276,34 @@ mod tests {
         assert_eq!(hold.count(), 0);
         child.kill().expect("kill");
         child.wait().expect("reap");
+    }
+
+    /// It does not end before the others of its namespace have been reaped, by their holder.
+    #[test]
+    fn an_init_that_is_killed_while_it_is_asked_to_stand_is_gone_with_its_namespace() {
+        let script = "sleep 1000 & echo; while :; do :; done";
+        let mut unshare = Command::new("unshare")
+            .args(["--user", "--map-root-user", "--pid", "--fork", "--kill-child", "sh", "-c", script])
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .expect("unshare");
+        let mut line = [0];
+        let mut stdout = unshare.stdout.take().expect("a pipe");
+        std::io::Read::read_exact(&mut stdout, &mut line).expect("it has started its child");
+        let children = |pid: i32| -> Vec<i32> {
+            let list = std::fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).expect("children");
+            list.split_whitespace().map(|pid| pid.parse().expect("a number")).collect()
+        };
+        let init = children(unshare.id().cast_signed())[0];
+        let child = children(init)[0];
+        let mut hold = Hold::new(false);
+        hold.all(|| vec![child], &BTreeSet::new(), Duration::from_secs(5)).expect("hold");
+        assert_eq!(hold.ask(&[init], &BTreeSet::new()).expect("ask"), 1);
+        nix::sys::signal::kill(Pid::from_raw(init), nix::sys::signal::Signal::SIGKILL).expect("kill");
+        hold.settle(Duration::from_secs(20)).expect("nobody is waited for in vain");
+        assert_eq!(hold.count(), 0);
+        drop(hold);
+        unshare.wait().expect("it ends with its child");
     }
 
     #[expect(clippy::zombie_processes, reason = "who reaps it, the test or the hold, is left open")]
