@@ -1,6 +1,7 @@
 //! `rewarm bench`: every pair of case and place is measured, and nothing of it is left.
 
 use std::collections::BTreeSet;
+use std::net::TcpListener;
 
 use rewarm_integration_tests::needs::Need;
 use rewarm_integration_tests::residue;
@@ -69,6 +70,11 @@ fn assert_figures(report: &Value, rounds: u64) {
                 _ => assert!(!told && row[key].is_null(), "{key}: {row}"),
             }
         }
+        if row["case"].as_str().is_some_and(|case| case.ends_with("-eager")) {
+            let [present, answered] =
+                ["present_ms", "first_answer_ms"].map(|key| row[key]["median"].as_f64().expect("checked"));
+            assert!(present < answered, "all of it is there before the server is asked: {row}");
+        }
         let read = row["bytes_read"].as_u64();
         match row["store"].as_str() {
             Some("none") => assert_eq!(read, None, "{row}"),
@@ -76,6 +82,37 @@ fn assert_figures(report: &Value, rounds: u64) {
             _ => assert!(read > Some(1 << 20), "{row}"),
         }
     }
+}
+
+/// A user's server, over a bucket: the pairs with it come on top, and from nowhere else is anything read over the network.
+#[test]
+fn a_server_file_and_a_bucket_are_measured_too() {
+    let Some(world) = world(&[Need::Root, Need::Criu, Need::Runc, Need::Garage]) else { return };
+    let world = world.on_garage();
+    let files = world.files();
+    let write = |name: &str, text: &str| std::fs::write(files.join(name), text).expect("our own folder");
+    write("server.py", include_str!("../../src/plain.py"));
+    write("probe.toml", "[[request]]\npath = \"/healthz\"\ncompare = \"body\"\n");
+    let port = TcpListener::bind(("127.0.0.1", 0)).and_then(|free| free.local_addr()).expect("a port").port();
+    let folder = files.display();
+    let text = format!(
+        "command = [\"/usr/bin/python3\", \"{folder}/server.py\", \"{port}\"]\nport = {port}\nprobe = \"probe.toml\"\n\
+         ready = \"http://127.0.0.1:{port}/healthz\"\nmount = [\"{folder}:{folder}:ro\"]\n"
+    );
+    write("server.toml", &text);
+    let work = world.root().join("tmp");
+    let flags = ["bench", "--rounds", "1", "--json", "--store", world.store(), "--work"];
+    let command = world.rewarm().args(flags).arg(&work).arg("--server").arg(files.join("server.toml"));
+    let report = command.timeout(std::time::Duration::from_secs(300)).ok().json();
+    assert_figures(&report, 1);
+    let rows = report["results"].as_array().expect("results");
+    let count = |store: &str| rows.iter().filter(|row| row["store"] == store).count();
+    let counts = ["none", "file-warm", "file-cold", "s3", "cache"].map(count);
+    assert_eq!((counts, rows.len()), ([2, 5, 5, 3, 2], 17), "{report:#}");
+    let left: Vec<_> = std::fs::read_dir(&work).expect("the work folder").flatten().collect();
+    assert!(left.is_empty(), "{left:?}");
+    assert_eq!(residue::processes(world.id()), []);
+    world.finish();
 }
 
 /// 24 GiB of memory hold no more than six times that.
