@@ -76,9 +76,20 @@ pub(crate) fn await_crash(world: &World, replica: &Replica<'_>) -> String {
     reason
 }
 
-/// Waits until no process fills memory, and asserts that none holds a userfaultfd.
+/// How the threads of a shim are called that every replica has, started cold or restored, and those that answer a command.
+const SHIM_THREADS: [&str; 5] = ["publish", "reap", "accept", "log", "connection-"];
+
+/// Waits until no process fills memory, and asserts that none holds a userfaultfd and that no shim has a thread for it.
 pub(crate) fn nothing_fills(world: &World) {
     world.await_state("the pager has ended", TOLD_MAX, || pagers(world).is_empty());
+    for (pid, command) in residue::processes(world.id()).into_iter().filter(|(_, it)| it.contains(" shim ")) {
+        for thread in rewarm_sys::hold::threads(pid).into_iter().filter(|thread| *thread != pid) {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/task/{thread}/comm")).unwrap_or_default();
+            let name = name.trim_end();
+            let known = SHIM_THREADS.iter().any(|known| name.starts_with(known));
+            assert!(name.is_empty() || known, "{command} has a thread {name}");
+        }
+    }
     for (pid, command) in residue::processes(world.id()) {
         for fd in std::fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten() {
             let target = std::fs::read_link(fd.path()).unwrap_or_default();

@@ -91,7 +91,7 @@ impl Scene {
         self.refused_otherwise(digest, texts, texts);
     }
 
-    /// The same where `verify`, which knows nothing of processes, says something else.
+    /// The same where `verify` says something else.
     fn refused_otherwise(&self, digest: &str, texts: &[&str], verified: &[&str]) {
         self.restore_fails(digest, 5, texts);
         let reference = self.world.reference("plain", digest);
@@ -285,5 +285,41 @@ fn more_mappings_than_any_process_has_are_refused() {
     let count = (1 << 20) + 1;
     scene.restore_fails(&runs(count, count, count), 5, &["layout has 1048577 runs"]);
     scene.restore_fails(&runs(24_000_000, 1, 1), 5, &["layout has 24000000 runs"]);
+    scene.finish(&before);
+}
+
+/// `verify` says it before anybody restores.
+#[test]
+fn a_snapshot_that_lacks_what_a_restore_reads_is_not_whole() {
+    let Some((scene, before)) = Scene::new() else { return };
+    let without = |name: &str| scene.images(|files| drop(files.remove(name).expect("an image")));
+    // Nothing but its head.
+    let bare = scene.images(|files| files.get_mut("pstree.img").expect("the tree").truncate(8));
+    let renamed = scene.images(|files| {
+        let [pid, threads] = [1, 5];
+        image::change(files.get_mut("pstree.img").expect("the tree"), |task| {
+            task.numbers(pid, &[2]).numbers(threads, &[2])
+        });
+        for image in ["core", "mm"] {
+            let of_one = files.remove(&format!("{image}-1.img")).expect("the first task");
+            files.insert(format!("{image}-2.img"), of_one);
+        }
+    });
+    for (digest, text) in [
+        (without("mm-1.img"), "mm-1.img"),
+        (without("core-1.img"), "core-1.img"),
+        (without("files.img"), "files.img"),
+        (without("inventory.img"), "inventory.img"),
+        (bare, "pstree.img: has no task"),
+        (renamed, "there are pages of process 1, which is not in the tree"),
+    ] {
+        let reference = scene.world.reference("plain", &digest);
+        scene
+            .world
+            .rewarm()
+            .args(["verify", &reference])
+            .fails(5)
+            .says(&["1 of what was read is damaged", text]);
+    }
     scene.finish(&before);
 }
