@@ -13,6 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use rewarm_sys::mount;
 
 use crate::error::{Context, Error};
@@ -104,7 +105,15 @@ impl Replica {
     pub(super) fn release_dump(&self) -> Result<(), Error> {
         if self.change(|inner| inner.dumped_by.take()).is_some() {
             let dump = self.paths.dump();
-            mount::detach(&dump).context("unmount", dump.display())?;
+            match mount::detach(&dump) {
+                // The server ended meanwhile, and its mounts went with it.
+                Err(error)
+                    if matches!(
+                        error.raw_os_error().map(Errno::from_raw),
+                        Some(Errno::EINVAL | Errno::ENOENT)
+                    ) => {}
+                detached => detached.context("unmount", dump.display())?,
+            }
         }
         Ok(())
     }

@@ -198,14 +198,26 @@ impl<'w> Source<'w> {
         entry["status"].as_str().expect("text").to_owned()
     }
 
+    /// What a fault for good has killed is seen to have ended a moment later.
+    fn settled(&self) -> String {
+        let mut status = self.status();
+        self.world.await_state("the server answers, or shows as what it is", Duration::from_secs(10), || {
+            let answers = || self.replica.ask("GET", "/health", None).is_ok_and(|it| it.status == 200);
+            let settled = status != "ready" || answers();
+            status = self.status();
+            settled
+        });
+        status
+    }
+
     /// One command with a fault of the driver. What passes leaves the server serving, or paused where a restore was needed and did not
     /// succeed; what is for good may cost it. True: the command was done.
     fn tried(&mut self, rule: &str, call: Rewarm) -> bool {
         self.devices.control(rule);
         let output = call.run();
         self.devices.control("");
-        let (code, status) = (output.code, self.status());
         let for_good = FOR_GOOD.contains(&rule);
+        let (code, status) = (output.code, if for_good { self.settled() } else { self.status() });
         // 6: a snapshot whose server did not get its devices back, and is paused.
         assert!(matches!(code, Some(0 | 1 | 6)), "{rule:?}: neither done nor undone: {output}");
         match &status[..] {
