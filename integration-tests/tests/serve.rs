@@ -7,6 +7,7 @@ mod luck;
 mod memory;
 mod operators;
 mod pool;
+mod removed;
 mod scaling;
 mod sockets;
 mod traces;

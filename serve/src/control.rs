@@ -8,7 +8,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 use std::time::Duration;
 
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -19,7 +19,7 @@ use tokio::sync::{Semaphore, broadcast, mpsc};
 
 use crate::config::{Budget, Config, Matching, PoolConfig};
 use crate::link::{Configure, Line, Purpose, ToGateway, ToParent};
-use crate::live::{Dialler, Heard, Live, LiveDesk, Room, Shared, Ticker};
+use crate::live::{Dialler, Heard, Live, Room, Shared, Ticker};
 use crate::operators::Operators;
 use crate::status::{self, Command, Handle, MemoryStatus, Notice, Refused, Source, Status, UnixMs};
 use crate::traces::Traces;
@@ -112,6 +112,8 @@ struct Control {
     world: Arc<World>,
     room: Room,
     fronts: HashMap<SocketAddr, Arc<Front>>,
+    /// Those of addresses that are not in the file any more, for as long as they have clients.
+    closed: Vec<Weak<Front>>,
     operators: Operators,
     lanes: Arc<Lanes>,
     places: Arc<Semaphore>,
@@ -132,10 +134,17 @@ struct World {
 struct Pools {
     /// In the order of the file.
     served: Vec<Arc<Live>>,
-    /// Not in the file any more, with replicas that are still busy.
+    /// Not in the file any more, with requests that came before, or with replicas that are still there.
     leaving: Vec<Arc<Live>>,
     /// From the first configuration on.
     memory: Option<(Ledger, Option<Budget>)>,
+}
+
+impl Pools {
+    /// All that have anything to do.
+    fn all(&self) -> impl Iterator<Item = &Arc<Live>> {
+        self.served.iter().chain(&self.leaving)
+    }
 }
 
 impl World {
@@ -150,7 +159,7 @@ impl World {
     /// The pool that has a replica of this name.
     fn pool_of(&self, replica: &str) -> Option<Arc<Live>> {
         let pools = self.lock();
-        pools.served.iter().chain(&pools.leaving).find(|pool| pool.has(replica)).cloned()
+        pools.all().find(|pool| pool.has(replica)).cloned()
     }
 }
 
@@ -207,6 +216,7 @@ impl Control {
             world,
             room: Room::default(),
             fronts: HashMap::new(),
+            closed: Vec::new(),
             lanes,
             places: Arc::new(Semaphore::new(0)),
             drain: Duration::ZERO,
@@ -260,7 +270,7 @@ impl Control {
         if let Some(pool) = self.world.pool_of(replica) {
             pool.heard(replica, heard);
         }
-        self.world.lock().leaving.retain(|pool| !pool.is_empty());
+        self.world.lock().leaving.retain(|pool| !pool.is_over());
     }
 
     /// Takes a configuration in. The parent has found it to be good.
@@ -335,7 +345,7 @@ impl Control {
         }
         let mut pools = self.world.lock();
         pools.served = served;
-        pools.leaving.retain(|pool| !pool.is_empty());
+        pools.leaving.retain(|pool| !pool.is_over());
         begun
     }
 
@@ -359,7 +369,7 @@ impl Control {
             let here = served.iter().map(|pool| (pool.config(), pool));
             let here = here.filter(|(config, _)| config.listen == address);
             Arc::new(Table(
-                here.map(|(config, pool)| (config.matching, Arc::new(LiveDesk(pool.clone())) as _)).collect(),
+                here.map(|(config, pool)| (config.matching, Arc::new(pool.desk()) as _)).collect(),
             ))
         };
         self.operators.change(config, configure)?;
@@ -386,11 +396,15 @@ impl Control {
         }
         let wanted =
             |address: &SocketAddr| config.pools.iter().any(|pool: &PoolConfig| pool.listen == *address);
+        let closed = &mut self.closed;
+        closed.retain(|front| front.strong_count() > 0);
         self.fronts.retain(|address, front| {
             let stays = wanted(address);
-            match stays {
-                true => front.change(router(*address), limits, tls.clone()),
-                false => front.close(),
+            if stays {
+                front.change(router(*address), limits, tls.clone());
+            } else {
+                front.close();
+                closed.push(Arc::downgrade(front));
             }
             stays
         });
@@ -399,13 +413,14 @@ impl Control {
 
     /// Takes nothing more, lets what is there be answered, and says so.
     fn finish(&self) {
-        let fronts: Vec<Arc<Front>> = self.fronts.values().cloned().collect();
+        let closed = self.closed.iter().filter_map(Weak::upgrade);
+        let fronts: Vec<Arc<Front>> = self.fronts.values().cloned().chain(closed).collect();
         let (world, line, drain) = (self.world.clone(), self.line.clone(), self.drain);
         let traces = self.traces.clone();
         fronts.iter().for_each(|front| front.close());
         tokio::spawn(async move {
             let answered = async {
-                let idle = || world.lock().served.iter().all(|pool| pool.is_idle());
+                let idle = || world.lock().all().all(|pool| pool.is_idle());
                 while !idle() {
                     tokio::time::sleep(FINISH_POLL).await;
                 }
@@ -419,7 +434,7 @@ impl Control {
                     drain.as_secs_f64()
                 );
             }
-            world.lock().served.iter().for_each(|pool| pool.finish());
+            world.lock().all().for_each(|pool| pool.finish());
             if let Some(traces) = traces {
                 // It waits and does not panic.
                 let _ = tokio::task::spawn_blocking(move || traces.end(LAST_SPANS)).await;

@@ -13,7 +13,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::fcntl::{Flock, FlockArg};
 use rewarm_autoscaler::pool::Tier;
@@ -63,6 +63,7 @@ pub async fn run(settings: Settings, replicas: Arc<dyn Replicas>, ready: impl Fn
         settings,
         replicas,
         config,
+        left: Vec::new(),
         addresses: Addresses::default(),
         tasks: HashMap::new(),
         finding: Vec::new(),
@@ -84,6 +85,8 @@ struct Keeper {
     settings: Settings,
     replicas: Arc<dyn Replicas>,
     config: Config,
+    /// Pools that are not in the file any more, until nothing can be held there from before.
+    left: Vec<(PoolConfig, Instant)>,
     addresses: Addresses,
     tasks: HashMap<String, Task>,
     /// One for each pool: looks at its snapshot.
@@ -124,7 +127,7 @@ impl Keeper {
         let mut ready = Some(ready);
         let mut deaths = 0;
         loop {
-            let began = std::time::Instant::now();
+            let began = Instant::now();
             let mut gateway = self.start_gateway()?;
             match self.attend(&mut gateway, &mut signals, &mut ready).await? {
                 Ended::Finished => break,
@@ -223,7 +226,12 @@ impl Keeper {
         for pool in &config.pools {
             self.finding.push(tokio::spawn(find(pool.clone(), self.replicas.clone(), line.clone())));
         }
-        self.config = config;
+        let before = std::mem::replace(&mut self.config, config);
+        let now = Instant::now();
+        let gone = before.pools.into_iter().map(|pool| (pool.queue.deadline, pool));
+        self.left.extend(gone.map(|(deadline, pool)| (pool, now + deadline)));
+        let again = |pool: &PoolConfig| self.config.pools.iter().any(|config| config.name == pool.name);
+        self.left.retain(|(pool, until)| *until > now && !again(pool));
         Ok(())
     }
 
@@ -313,12 +321,14 @@ impl Keeper {
     }
 
     fn may_start(&self, pool: &str, name: &str) -> Option<&PoolConfig> {
-        let config = self.config.pools.iter().find(|config| config.name == pool)?;
+        // What is held in a pool that is not in the file any more is answered all the same.
+        let left = self.left.iter().filter(|(_, until)| *until > Instant::now()).map(|(config, _)| config);
+        let config = self.config.pools.iter().chain(left).find(|config| config.name == pool)?;
         let own = name.strip_prefix(pool).is_some_and(|rest| rest.starts_with('-'));
         // Those that are on their way out count too, so there is some room.
         let most = (config.max_replicas + config.warm) as usize * 2 + 8;
-        (own && !self.tasks.contains_key(name) && self.tasks.len() < most * self.config.pools.len())
-            .then_some(config)
+        let pools = self.config.pools.len() + self.left.len();
+        (own && !self.tasks.contains_key(name) && self.tasks.len() < most * pools).then_some(config)
     }
 
     fn job(&mut self, name: &str, job: Job) {

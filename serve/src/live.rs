@@ -10,6 +10,7 @@ mod dial;
 mod inner;
 mod members;
 mod picture;
+mod removed;
 mod requests;
 mod room;
 mod spans;
@@ -22,7 +23,7 @@ use arc_swap::ArcSwap;
 use opentelemetry_sdk::trace::SdkTracer;
 use rewarm_autoscaler::ledger::{Ledger, Memory};
 use rewarm_autoscaler::moment::Moment;
-use rewarm_autoscaler::policy::{Event, StartSeconds};
+use rewarm_autoscaler::policy::StartSeconds;
 use rewarm_autoscaler::pool::{Pool, Shape};
 use rewarm_autoscaler::queue::{Queue, QueueLimits};
 use rewarm_autoscaler::start_times::StartTimes;
@@ -33,7 +34,6 @@ use self::capture::Capture;
 use self::circuit::Tiers;
 pub(crate) use self::dial::Dialler;
 use self::inner::Inner;
-pub(crate) use self::requests::LiveDesk;
 pub(crate) use self::room::Room;
 use crate::config::{Cold, PoolConfig};
 use crate::link::{Line, ToParent};
@@ -77,6 +77,8 @@ pub(crate) struct Live {
     traffic: Arc<Traffic>,
     /// Asked for at each request, so not behind the lock.
     manners: ArcSwap<Manners>,
+    /// Everybody who may still bring a request has one of these.
+    open: Arc<()>,
     /// Something may have to happen earlier than [`Live::run`] thinks.
     sooner: Notify,
     inner: Mutex<Inner>,
@@ -135,6 +137,7 @@ impl Live {
                 fixed: None,
                 paused: false,
                 finishing: false,
+                removed: false,
                 rolling: None,
                 capture: Capture::default(),
                 desired: 0,
@@ -151,8 +154,8 @@ impl Live {
                 shared: shared.clone(),
                 config,
             };
-            let (traffic, sooner) = (Arc::default(), Notify::new());
-            Self { name, shared, traffic, manners, sooner, inner: Mutex::new(inner) }
+            let (traffic, open, sooner) = (Arc::default(), Arc::default(), Notify::new());
+            Self { name, shared, traffic, manners, open, sooner, inner: Mutex::new(inner) }
         })
     }
 
@@ -187,9 +190,9 @@ impl Live {
         work(&mut self.inner.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Lets time pass, for ever.
+    /// Lets time pass, until the pool is over.
     pub(crate) async fn run(self: Arc<Self>) {
-        loop {
+        while !self.is_over() {
             let (next, short) = self.with(|inner| {
                 inner.pass();
                 let short = inner.asks_for_room();
@@ -245,14 +248,15 @@ impl Live {
         self.with(|inner| inner.finishing = true);
     }
 
-    /// The pool is not in the file any more: its replicas go when they are idle, and what is held is refused.
+    /// The pool is not in the file any more: what it has and holds is answered, and its replicas go after that.
     pub(crate) fn close(&self) {
-        self.with(|inner| {
-            inner.paused = true;
-            inner.refuse_held("the pool was removed");
-            inner.decide(Event::Timer);
-            inner.dismiss_warm();
-        });
+        self.with(Inner::close);
+    }
+
+    /// Whether nothing is left of a pool that is not in the file any more, and nobody can ask it.
+    pub(crate) fn is_over(&self) -> bool {
+        let asked = Arc::strong_count(&self.open) > 1;
+        !asked && self.look(|inner| inner.removed && inner.queue.is_empty()) && self.is_empty()
     }
 
     /// Whether nothing is in flight and nothing held.

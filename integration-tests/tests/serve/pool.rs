@@ -253,6 +253,40 @@ fn sigterm_lets_what_is_in_flight_be_answered() {
 }
 
 #[test]
+fn sigterm_lets_what_is_held_be_answered() {
+    let Some(world) = pool_world() else { return };
+    let (port, admin) = (free_port(), free_port());
+    let held = |count: u64| {
+        world.await_state("a request is held", Duration::from_secs(60), || {
+            let status = http::get(admin, "/admin/status").expect("an answer").json();
+            status["pools"][0]["held"] == count
+        });
+    };
+    let ask = |path: &'static str| std::thread::spawn(move || http::get(port, path).expect("an answer"));
+    // Behind a request of the only replica; then while the first one is restored.
+    for (least, paths) in [(1, &["/sleep?ms=1500", "/check"][..]), (0, &["/check"])] {
+        let more = format!("concurrency = 1\nmax_replicas = 1\nmin_replicas = {least}\n");
+        let pools = pool(&world, "p", "v1", port, &more);
+        let serving = world.serve(&format!("[serve]\nadmin = '127.0.0.1:{admin}'\n{pools}"));
+        if least == 1 {
+            serving.await_replicas(&["ready"]);
+        }
+        let mut asked = Vec::new();
+        for path in paths {
+            std::thread::sleep(Duration::from_millis(200));
+            asked.push(ask(path));
+        }
+        held(1);
+        serving.end();
+        for asked in asked {
+            let answer = asked.join().expect("no panic");
+            assert_eq!(answer.status, 200, "{least} of {paths:?}: {}", answer.text());
+        }
+    }
+    world.finish();
+}
+
+#[test]
 fn sigterm_waits_for_what_is_in_flight_no_longer_than_the_file_says() {
     let Some(world) = pool_world() else { return };
     let port = free_port();

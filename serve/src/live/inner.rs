@@ -48,6 +48,8 @@ pub(super) struct Inner {
     pub(super) fixed: Option<u32>,
     pub(super) paused: bool,
     pub(super) finishing: bool,
+    /// It is not in the file any more.
+    pub(super) removed: bool,
     /// On its way to take the place of a replica of an older snapshot.
     pub(super) rolling: Option<ReplicaId>,
     pub(super) capture: Capture,
@@ -113,7 +115,8 @@ impl Inner {
         let wanted = decision.map_or(self.desired, |decision| decision.wanted);
         let bounded = wanted.clamp(self.config.min_replicas, self.config.max_replicas);
         let by_hand = self.fixed.map(|fixed| fixed.min(self.config.max_replicas));
-        self.desired = if self.paused { 0 } else { by_hand.unwrap_or(bounded) };
+        let nobody = self.paused || self.is_left();
+        self.desired = if nobody { 0 } else { by_hand.unwrap_or(bounded) };
         if self.rolling.is_some_and(|id| self.pool.find(id).is_some_and(|replica| replica.is_starting())) {
             // It is one too many until it serves, and nobody is to go before.
             self.desired = self.desired.max(self.pool.active());
@@ -135,11 +138,15 @@ impl Inner {
             }
         }
         self.meets(obstacle);
+        if self.is_left() {
+            self.dismiss_warm();
+        }
         if steps.is_empty() {
             return;
         }
         let reason = match (self.paused, self.fixed, decision) {
             (true, ..) => "the pool is paused".to_owned(),
+            _ if self.is_left() => "the pool was removed".to_owned(),
             (_, Some(fixed), _) => format!("{fixed} replicas were asked for by hand"),
             (.., Some(decision)) => decision.reason.to_string(),
             (.., None) => "the last decision still holds".to_owned(),

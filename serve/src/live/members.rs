@@ -519,7 +519,7 @@ impl Inner {
     /// Replaces replicas of an older snapshot, one at a time: a new one is made first where there is room for it, then an
     /// old one is let go.
     pub(super) fn roll(&mut self) {
-        if self.finishing || self.paused {
+        if self.finishing || self.paused || self.removed {
             return;
         }
         let Some(current) = self.known.as_ref().map(|known| known.source.clone()) else { return };

@@ -20,9 +20,9 @@ use super::members::BROKEN_MAX;
 use crate::config::Routing;
 use crate::status::Notice;
 
-/// A pool as the gateway's proxy sees it.
+/// A pool as the gateway's proxy sees it. Who has one may bring requests.
 #[derive(Clone)]
-pub(crate) struct LiveDesk(pub(crate) Arc<Live>);
+pub(crate) struct LiveDesk(Arc<Live>, #[expect(dead_code, reason = "it is counted")] Arc<()>);
 
 /// A held request, as the queue keeps it.
 pub(super) struct Waiter {
@@ -121,6 +121,11 @@ impl Drop for Taken {
 }
 
 impl Live {
+    /// The pool for clients.
+    pub(crate) fn desk(self: &Arc<Self>) -> LiveDesk {
+        LiveDesk(self.clone(), self.open.clone())
+    }
+
     fn ended(&self, id: ReplicaId, began: Moment, early: bool) {
         self.with(|inner| inner.ended(id, began, early));
     }

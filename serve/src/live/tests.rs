@@ -14,6 +14,7 @@ use crate::config::Config;
 use crate::link::ToParent;
 
 mod luck;
+mod removed;
 mod room;
 mod slots;
 mod spans;
@@ -107,7 +108,7 @@ impl World {
 
     /// A request comes, and waits where it must.
     fn ask(&self, want: Want) -> JoinHandle<Result<Slot, Refusal>> {
-        let desk = LiveDesk(self.live.clone());
+        let desk = self.live.desk();
         tokio::spawn(async move { desk.slot(&want).slot().await })
     }
 
