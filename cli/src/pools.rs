@@ -66,17 +66,21 @@ fn told(error: &dyn std::error::Error) -> String {
     messages(error).join(": ")
 }
 
-impl Pools {
-    /// Looks for the programs and the configuration of stores, and whether the pools' snapshots can be understood.
-    pub(crate) async fn new(global: &Global, pools: &PoolsConfig) -> Result<Self, Cause> {
-        let config = Config::load(global)?;
-        for pool in &pools.pools {
-            let reference = reference(pool).map_err(|problem| Cause::Usage { problem })?;
-            config.demand(&reference.store, None)?;
-            if pool.capture {
-                capture::check(pool, &config)?;
-            }
+/// Whether the pools' snapshots can be understood, and captured where they are to be.
+pub(crate) fn check(pools: &PoolsConfig, config: &Config) -> Result<(), Cause> {
+    for pool in &pools.pools {
+        let reference = reference(pool).map_err(|problem| Cause::Usage { problem })?;
+        config.demand(&reference.store, None)?;
+        if pool.capture {
+            capture::check(pool, config)?;
         }
+    }
+    Ok(())
+}
+
+impl Pools {
+    /// Looks for the programs. The pools are those of a file that is good.
+    pub(crate) async fn new(global: &Global, pools: &PoolsConfig, config: Config) -> Result<Self, Cause> {
         let cache = pools.serve.memory.map(|memory| memory.cache);
         let context = restore::context(global, Clock::start(Arc::new(Hidden)), cache).await?;
         let runc_version = programs::runc_version().await?;
@@ -228,6 +232,10 @@ async fn not_wanted(given_up: GivenUp) -> &'static str {
 
 #[async_trait::async_trait]
 impl Replicas for Pools {
+    fn check(&self, pools: &PoolsConfig) -> Result<(), String> {
+        check(pools, &self.config).map_err(|cause| told(&cause))
+    }
+
     async fn find(&self, pool: &PoolConfig) -> Result<Known, String> {
         let Seen { source, spec, host_bytes, device_bytes, fits, .. } = self.look(pool).await?;
         let port = spec.ports.first().copied();

@@ -87,6 +87,12 @@ pub enum Error {
         /// How often.
         times: u32,
     },
+    /// A pool of which no replica could be made.
+    #[error("{problem}")]
+    Pools {
+        /// What is wrong with it.
+        problem: String,
+    },
     /// The replicas that are there cannot be listed.
     #[error("look for replicas: {reason}")]
     Replicas {

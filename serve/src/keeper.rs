@@ -4,6 +4,7 @@
 //! Each replica has a task of its own, in which one thing happens after the other.
 
 mod addresses;
+mod file;
 mod replica;
 
 use std::collections::HashMap;
@@ -22,6 +23,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 
 use self::addresses::Addresses;
+use self::file::File;
 use self::replica::{Job, Task};
 use crate::config::{Config, OnExit, PoolConfig};
 use crate::control::SOCKET_FD;
@@ -57,7 +59,7 @@ pub struct Settings {
 /// The configuration is not good, another `serve` has the state folder, an address is taken, or the gateway cannot be
 /// kept alive. Replicas stay then; the next `serve` finds them.
 pub async fn run(settings: Settings, replicas: Arc<dyn Replicas>, ready: impl FnOnce(&Config)) -> Result<()> {
-    let config = Config::read(&settings.config)?;
+    let config = check(&settings.config)?;
     let _lock = lock(&settings.state)?;
     let mut keeper = Keeper {
         settings,
@@ -72,6 +74,14 @@ pub async fn run(settings: Settings, replicas: Arc<dyn Replicas>, ready: impl Fn
     let outcome = keeper.serve(ready).await;
     keeper.finding.iter().for_each(JoinHandle::abort);
     outcome
+}
+
+/// Reads a configuration and the files that it names, and starts nothing.
+///
+/// # Errors
+/// One of them cannot be read, or is not good.
+pub fn check(file: &Path) -> Result<Config> {
+    File::read(file).map(|file| file.config)
 }
 
 fn lock(state: &Path) -> Result<Flock<std::fs::File>> {
@@ -194,26 +204,8 @@ impl Keeper {
     /// Tells the gateway what it is to do from now on.
     fn configure(&mut self, existing: Vec<crate::replicas::Existing>) -> Result<()> {
         let Some(line) = self.line.clone() else { return Ok(()) };
-        let read = |what, path: &Path| {
-            std::fs::read_to_string(path).map_err(|source| Error::ReadFile {
-                what,
-                path: path.to_owned(),
-                source,
-            })
-        };
-        let text = read("configuration", &self.settings.config)?;
-        let config = Config::parse(&text, &self.settings.config)?;
-        let tls = match &config.serve.tls {
-            Some(tls) => Some((read("certificate", &tls.cert)?, read("key", &tls.key)?)),
-            None => None,
-        };
-        if let Some((certificate, key)) = &tls {
-            rewarm_gateway::tls::acceptor(certificate.as_bytes(), key.as_bytes())?;
-        }
-        let token = match &config.serve.admin_token {
-            Some(path) => Some(crate::admin::read_token(path)?),
-            None => None,
-        };
+        let File { text, config, tls, token } = File::read(&self.settings.config)?;
+        self.replicas.check(&config).map_err(|problem| Error::Pools { problem })?;
         let opened = self.addresses.open(&config)?;
         let listening = opened.iter().map(|(purpose, address, _)| (*purpose, *address)).collect();
         let sockets: Vec<OwnedFd> = opened.into_iter().map(|(_, _, socket)| socket.into()).collect();

@@ -8,7 +8,7 @@ use rewarm_autoscaler::pool::Tier;
 use rewarm_report::Timing;
 use serde::{Deserialize, Serialize};
 
-use crate::config::PoolConfig;
+use crate::config::{Config, PoolConfig};
 
 /// What is known of a pool's snapshot before anything is started.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -65,6 +65,12 @@ pub struct Existing {
 /// Makes replicas, and ends them. Errors are told in words, with their causes: they go into a log and onto a page.
 #[async_trait::async_trait]
 pub trait Replicas: Send + Sync + 'static {
+    /// Whether replicas of these pools could be made, as far as that can be said without asking a store.
+    ///
+    /// # Errors
+    /// What is wrong with one of them.
+    fn check(&self, config: &Config) -> Result<(), String>;
+
     /// What the pool's snapshot is at the moment.
     ///
     /// # Errors

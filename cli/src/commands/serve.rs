@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use crate::args::{Global, Serve};
 use crate::failure::Cause;
-use crate::pools::Pools;
+use crate::pools::{self, Pools};
 use crate::render::{Output, bytes};
 use crate::{programs, replicas};
 
@@ -36,13 +36,14 @@ struct Served {
 }
 
 pub(crate) async fn run(args: &Serve, global: &Global) -> Result<u8, Cause> {
+    let (config, stores) = (keeper::check(&args.file)?, crate::config::Config::load(global)?);
+    pools::check(&config, &stores)?;
     if args.check {
-        tell(args, global, &Config::read(&args.file)?, "is good")?;
+        tell(args, global, &config, "is good")?;
         return Ok(0);
     }
     programs::fit_for_containers()?;
-    let config = Config::read(&args.file)?;
-    let pools = Pools::new(global, &config).await?;
+    let pools = Pools::new(global, &config, stores).await?;
     let settings =
         Settings { config: args.file.clone(), state: pools.state().to_owned(), program: replicas::program() };
     let ready = |config: &Config| {

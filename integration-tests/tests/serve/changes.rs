@@ -88,6 +88,34 @@ fn a_file_that_is_read_again_changes_pools_without_losing_a_request() {
 }
 
 #[test]
+fn a_file_with_a_pool_that_cannot_be_restored_changes_nothing() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "min_replicas = 1\n"));
+    serving.await_replicas(&["ready"]);
+    let before = serving.replicas();
+    let good = pool(&world, "q", "v1", free_port(), "");
+    let digest = world.reference("pool", &format!("blake3:{}", "0".repeat(64)));
+    for (bad, problem) in [
+        (good.replace(&world.reference("pool", "v1"), "nonsense"), "is nonsense"),
+        (
+            good.replace(&world.reference("pool", "v1"), &digest) + "capture = true\n",
+            "snapshot names a digest",
+        ),
+    ] {
+        // What else it says is good, and would be seen.
+        world.configure(&(config(&world, port, "min_replicas = 2\n") + &bad));
+        serving.running().signal(Signal::SIGHUP);
+        serving.running().await_stderr(problem);
+        assert!(who(port, "/who", None).contains(&before[0].0));
+    }
+    assert!(serving.running().stderr().contains("the configuration is not good; the old one holds"));
+    assert_eq!(serving.replicas(), before);
+    serving.end();
+    world.finish();
+}
+
+#[test]
 fn a_tag_that_moves_on_is_followed_without_losing_a_request() {
     let Some(world) = pool_world() else { return };
     let port = free_port();

@@ -232,6 +232,24 @@ fn a_file_is_checked_without_starting_anything() {
     );
     world.configure(&good.replace("min_replicas", "min_replica"));
     world.serve_call().arg("--check").fails(2).says(&["min_replica", "min_replicas"]);
+    let snapshot = world.reference("pool", "v1");
+    let digest = world.reference("pool", &format!("blake3:{}", "0".repeat(64)));
+    let absent = world.files().join("absent.pem");
+    let tls = format!("[serve]\ntls = {{ cert = '{0}', key = '{0}' }}", absent.display());
+    let token = format!("[serve]\nadmin_token = '{}'", absent.display());
+    for (before, after, problem) in [
+        (snapshot.clone(), "nonsense".to_owned(), "is nonsense"),
+        (format!("{snapshot}'\n"), format!("{digest}'\ncapture = true\n"), "snapshot names a digest"),
+        ("[serve]".to_owned(), tls, "read certificate"),
+        ("[serve]".to_owned(), token, "read admin token"),
+    ] {
+        assert!(good.contains(&before), "{before} of {good}");
+        world.configure(&good.replace(&before, &after));
+        // What is checked is what a start would find.
+        for output in [world.serve_call().arg("--check").fails(2), world.serve_call().fails(2)] {
+            output.says(&[problem]);
+        }
+    }
     let list = world.rewarm_json().args(["ps", "--all"]).ok().json();
     assert_eq!(list["replicas"], serde_json::json!([]));
     world.finish();
