@@ -10,6 +10,7 @@ mod pool;
 mod removed;
 mod scaling;
 mod sockets;
+mod tls;
 mod traces;
 
 use std::time::{Duration, Instant};
