@@ -236,6 +236,9 @@ pub(crate) struct Snapshot {
     /// Hook after it, here and in each restored replica.
     #[arg(long, value_name = "URL|CMD")]
     pub(crate) post: Option<Hook>,
+    /// How long each hook may take here.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "60s")]
+    pub(crate) hook_timeout: Duration,
     /// auto (what pays), planes (for weights of 16 bits), zstd:LEVEL or none.
     #[arg(long, value_name = "CODEC", default_value = "auto", value_parser = values::spelled::<Compression>)]
     pub(crate) compression: Compression,
@@ -295,6 +298,9 @@ pub(crate) struct Restore {
     /// How long to wait for it.
     #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "10m")]
     pub(crate) ready_timeout: Duration,
+    /// How long the snapshot's post hook may take.
+    #[arg(long, value_name = "TIME", value_parser = values::duration, default_value = "60s")]
+    pub(crate) hook_timeout: Duration,
     /// When memory is filled: lazy (while the server runs), eager (before it runs) or auto.
     #[arg(long, value_name = "MODE", value_enum, default_value = "auto")]
     pub(crate) mode: Mode,

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use rewarm_fetcher::{DiskSettings, Fetcher, Settings};
-use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Timing};
 use rewarm_restore::{Context, Mode, Outcome, Request, Restored};
 use serde::Serialize;
@@ -97,7 +96,7 @@ fn request(args: &Restore, global: &Global) -> Result<Request, Cause> {
         },
         gpu: args.gpu.clone().unwrap_or_default(),
         no_probe: args.no_probe,
-        hook_timeout: HOOK_TIMEOUT,
+        hook_timeout: args.hook_timeout,
         cold_fallback: args.cold_fallback.then(|| args.command.clone()),
     })
 }

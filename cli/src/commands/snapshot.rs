@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use rewarm_container::State;
-use rewarm_probe::{Probe, limits::HOOK_TIMEOUT};
+use rewarm_probe::Probe;
 use rewarm_report::{Clock, Timing};
 use rewarm_snapshot::{Context, Outcome, Request};
 use rewarm_store::{SigningKey, Target};
@@ -67,7 +67,7 @@ fn request(args: &Snapshot, global: &Global) -> Result<Request, Cause> {
         engine: args.engine.clone(),
         pre: args.pre.clone(),
         post: args.post.clone(),
-        hook_timeout: HOOK_TIMEOUT,
+        hook_timeout: args.hook_timeout,
         compression: args.compression,
         rate: args.rate,
         tcp_close: args.tcp_close,
