@@ -1,5 +1,6 @@
 //! The verdict: a machine that a snapshot does not fit is refused before any data moves, with every reason at once.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -7,6 +8,7 @@ use std::time::Duration;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
 use rewarm_integration_tests::server::{Server, own_library};
 use rewarm_integration_tests::{Need, Replica, World};
+use serde_json::Value;
 
 use crate::world_for;
 
@@ -50,6 +52,80 @@ fn libraries_that_changed_since_the_snapshot_are_all_named() {
         let cold = Replica::of_restore(&world, server.port, &output);
         assert_ne!(answers(&cold[0], &server), before, "a cold start makes its own token");
     });
+    world.finish();
+}
+
+/// Stores the manifest of the only snapshot again, with other facts, and gives its digest.
+fn with_facts(world: &World, change: impl FnOnce(&mut Value)) -> String {
+    let folder = world.store_folder().join("manifests");
+    let path = fs::read_dir(&folder).expect("a folder").flatten().next().expect("a manifest").path();
+    let text = fs::read_to_string(&path).expect("text");
+    let mut manifest: Value = serde_json::from_str(text.lines().next().expect("a line")).expect("it is JSON");
+    change(&mut manifest["facts"]);
+    let text = format!("{manifest}\n{{\"signatures\":[]}}\n");
+    let digest = rewarm_store::Digest::of(text.as_bytes());
+    fs::write(folder.join(digest.hex()), text).expect("our own folder");
+    digest.to_string()
+}
+
+/// What a snapshot says of its machine is what the kernel says there, and each kind of it that differs is a reason.
+#[test]
+fn reasons_of_every_kind_come_at_once() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let library = own_library(&world.files(), "libfirst.so");
+    server.env.push(("LD_PRELOAD".to_owned(), library.to_string_lossy().into_owned()));
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let inspect = |target: &str| {
+        let reference = world.reference("plain", target);
+        world.rewarm_json().args(["inspect", &reference]).ok().json()["variants"][0].clone()
+    };
+    let facts = inspect("v1")["manifest"]["facts"].clone();
+    let text = fs::read_to_string("/proc/cpuinfo").expect("the kernel tells");
+    let flags = text.lines().find_map(|line| line.strip_prefix("flags\t\t: ")).expect("flags");
+    let of_the_kernel: BTreeSet<&str> = flags.split_whitespace().collect();
+    let written = facts["cpu"]["features"].as_array().expect("a list").iter().filter_map(Value::as_str);
+    assert_eq!(written.collect::<BTreeSet<_>>(), of_the_kernel);
+    assert_eq!(facts["architecture"], std::env::consts::ARCH);
+
+    let other = with_facts(&world, |facts| {
+        facts["architecture"] = "riscv64".into();
+        facts["criu"] = "1.0".into();
+        facts["cpu"]["features"].as_array_mut().expect("a list").push("amx_nowhere".into());
+    });
+    let intact = fs::read(&library).expect("our own file");
+    fs::write(&library, [&intact[..], b"upgraded"].concat()).expect("our own file");
+    let traces = world.traces();
+    let words = [
+        format!("the snapshot is for riscv64, this machine is {}", std::env::consts::ARCH),
+        "this processor lacks amx_nowhere, which the server may use".to_owned(),
+        format!(
+            "the snapshot was made by CRIU 1.0, this machine has {}",
+            facts["criu"].as_str().expect("text")
+        ),
+        format!("libfirst.so has {} bytes", intact.len() + 8),
+    ];
+    without_packs(&world, || {
+        let output = world.restore_call("plain", &other, server.port, &[]).fails(3);
+        output.says(&words.each_ref().map(String::as_str)).says(&["stage admit"]);
+        assert!(output.took < Duration::from_secs(1), "{output}");
+        let verdict = inspect(&other)["verdict"].clone();
+        assert_eq!(verdict["fits"], false, "{verdict}");
+        let reasons = verdict["reasons"].as_array().expect("a list");
+        assert_eq!(reasons.len(), words.len(), "{verdict}");
+        for (reason, word) in reasons.iter().zip(&words) {
+            assert!(reason.as_str().is_some_and(|reason| reason.contains(word)), "{word} in {verdict}");
+        }
+    });
+    no_residue(&world, &traces);
+    // It was these facts: with those that were written, and the library as it was, it fits.
+    fs::write(&library, intact).expect("our own file");
+    let same = with_facts(&world, |_| ());
+    let clones = world.restore("plain", &same, server.port, &[]);
+    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 
@@ -217,6 +293,7 @@ fn memory_that_is_short_while_dumping() {
     server.command[2] = format!("import os\nballast = os.urandom(1 << 20) * 400\n{}", server.command[2]);
     let source = world.start("plain", &server);
     let (before, traces) = (answers(&source, &server), world.traces());
+    let mut rounds: BTreeMap<Option<i32>, Vec<i32>> = BTreeMap::new();
     // Short at different moments: for a thread, for the memory of pages, for a buffer.
     for mb in (380..=520).step_by(10) {
         let tag = format!("under-{mb}-mb");
@@ -230,7 +307,10 @@ fn memory_that_is_short_while_dumping() {
             assert!(!visible(&world).to_string().contains(&tag), "a snapshot is visible: {output}");
         }
         server_answers_as_before(&source, &server, &before);
+        rounds.entry(output.code).or_default().push(mb);
     }
+    // Otherwise all of them had far too little, or enough.
+    assert!(rounds.contains_key(&Some(0)) && rounds.contains_key(&Some(1)), "codes by limit: {rounds:?}");
     no_residue(&world, &traces);
     world.finish();
 }
