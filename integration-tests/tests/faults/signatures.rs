@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
 use rewarm_integration_tests::server::Server;
 
@@ -41,10 +42,20 @@ fn a_required_signature() {
     let config = config.to_string_lossy().into_owned();
     restore("unsigned", &["--config", &config]).fails(5).says(&["no signature", &ours]);
     restore("other", &["--config", &config, "--require-signature=theirs"]).fails(5);
+    // What nobody trusts says nothing of what is to be started instead: only the caller does.
+    restore("unsigned", &["--config", &config, "--cold-fallback"]).fails(5).says(&["no signature", &ours]);
     no_residue(&world, &traces);
+    let fallback = ["--config", &config, "--ready", &server.ready, "--cold-fallback", "--"];
+    let output = restore("unsigned", &fallback).args(&server.command).ok();
+    let told = output.json();
+    assert_eq!(told["started"], "cold", "{output}");
+    assert!(told["replicas"][0]["cold_because"].to_string().contains("no signature"), "{output}");
+    let cold = Replica::of_restore(&world, server.port, &output);
+    assert_ne!(answers(&cold[0], &server), before, "a cold start makes its own token");
+    cold[0].remove();
     let clone = world.name("clone");
     let output = restore("signed", &["--config", &config, "--require-signature", "--name", &clone]).ok();
-    let clones = rewarm_integration_tests::replica::Replica::of_restore(&world, server.port, &output);
+    let clones = Replica::of_restore(&world, server.port, &output);
     server_answers_as_before(&clones[0], &server, &before);
     // What nobody could restore is not taken.
     let call = world.snapshot_call(&clones[0], "again", &["--config", &config]);
