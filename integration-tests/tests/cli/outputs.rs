@@ -111,6 +111,14 @@ fn assert_stages(report: &Value, operation: Operation) {
     for stage in stages {
         assert!(stage["took_ms"].as_f64().is_some_and(|took| took >= 0.0), "{stage}");
     }
+    let begun =
+        |stage: &Value| stage["start_ms"].as_f64().unwrap_or_else(|| panic!("no beginning of {stage}"));
+    assert!(stages.is_sorted_by_key(begun), "stages are told as they began: {report}");
+    let place = |stage: &Value| Stage::ALL.iter().position(|known| stage["stage"] == known.name());
+    // Those of a restore go on side by side.
+    if operation == Operation::Snapshot {
+        assert!(stages.is_sorted_by_key(place), "stages begin in their order: {report}");
+    }
 }
 
 /// Every reading verb gives JSON, and no text beside it.
