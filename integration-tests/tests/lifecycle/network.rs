@@ -58,6 +58,30 @@ fn a_port_without_an_address_is_open_on_all_of_them() {
     world.finish();
 }
 
+/// A port that takes connections is ready, there and in a clone.
+#[test]
+fn a_server_may_be_ready_as_soon_as_its_port_is_open() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    server.ready = "tcp:8000".to_owned();
+    // Whoever does not wait for the port finds it closed.
+    server.command[2] = server.command[2].replacen(
+        "server = http.server",
+        "import time; time.sleep(1)\nserver = http.server",
+        1,
+    );
+    let source = world.start("plain", &server);
+    let before = answers(&source, &server);
+    world.snapshot(&source, "v1", &[]);
+    for flags in
+        [&["--name", &world.name("recorded")][..], &["--name", &world.name("given"), "--ready", "tcp:8000"]]
+    {
+        let clones = world.restore("plain", "v1", server.port, flags);
+        server_answers_as_before(&clones[0], &server, &before);
+    }
+    world.finish();
+}
+
 #[test]
 fn with_several_clones_the_port_must_be_left_to_the_kernel() {
     let server = Server::plain();
