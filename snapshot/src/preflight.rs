@@ -504,6 +504,12 @@ mod tests {
         of_python(program, |pid, word| {
             if word != "made" {
                 println!("skipped: needs Linux 6.11");
+                let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").expect("a release");
+                let mut numbers = release
+                    .split(|part: char| !part.is_ascii_digit())
+                    .map_while(|number| number.parse::<u32>().ok());
+                let version = (numbers.next().expect("a number"), numbers.next().expect("a number"));
+                assert!(version < (6, 11), "Linux {release} knows MAP_DROPPABLE");
                 return;
             }
             let old = Version { major: 4, minor: 1, patch: 1 };
