@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use rewarm_integration_tests::checks::{
-    Answers, answers, no_half_uploads, no_residue, server_answers_as_before, store_verifies, visible,
+    Answers, answers, no_half_uploads, no_residue, server_answers_as_before, visible,
 };
 use rewarm_integration_tests::garage::free_port;
 use rewarm_integration_tests::mounts::{mount, unmount};
@@ -60,7 +60,7 @@ fn a_store_that_cannot_be_reached() {
             .env("AWS_SECRET_ACCESS_KEY", "key")
             .timeout(Duration::from_secs(60))
             .fails(1);
-        output.says(&["bucket"]);
+        output.says(&["cannot reach s3://bucket to", "AWS_ENDPOINT_URL"]);
     }
     server_answers_as_before(&source, &server, &before);
     no_residue(&world, &traces);
@@ -77,12 +77,14 @@ fn a_wrong_key_and_a_missing_bucket() {
     let (before, traces) = (answers(&source, &server), world.traces());
     let wrong = "f".repeat(64);
     let call = world.snapshot_call(&source, "v1", &[]).env("AWS_SECRET_ACCESS_KEY", &wrong);
-    call.fails(1).says(&[world.id()]);
+    let denied = format!("{} does not allow to", world.store());
+    call.fails(1).says(&["stage preflight", &denied, "AWS_", "the server goes on serving"]);
     let missing = format!("s3://absent-{}", world.id());
     let reference = format!("{missing}/plain@v1");
-    world.rewarm().args(["snapshot", source.name(), &reference]).fails(4).says(&[&missing]);
-    world.rewarm().args(["restore", &reference, "--name", &world.name("clone")]).fails(4);
-    world.rewarm().args(["ls", &missing]).fails(4).says(&[&missing]);
+    let absent = format!("does not exist in {missing}");
+    world.rewarm().args(["snapshot", source.name(), &reference]).fails(4).says(&[&absent]);
+    world.rewarm().args(["restore", &reference, "--name", &world.name("clone")]).fails(4).says(&[&absent]);
+    world.rewarm().args(["ls", &missing]).fails(4).says(&[&absent]);
     server_answers_as_before(&source, &server, &before);
     no_residue(&world, &traces);
     world.finish();
@@ -242,7 +244,6 @@ fn snapshots_to_one_tag_at_once() {
     for (replica, before) in replicas.iter().zip(&before) {
         server_answers_as_before(replica, &server, before);
     }
-    store_verifies(&world);
     world.finish();
 }
 
@@ -276,7 +277,6 @@ fn of_two_snapshots_to_one_tag_the_later_one_is_refused(world: &World) {
     for (replica, before) in [&first, &second].into_iter().zip(&before) {
         server_answers_as_before(replica, &server, before);
     }
-    store_verifies(world);
     // It may try again.
     call(&first).ok();
 }
