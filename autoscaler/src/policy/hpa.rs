@@ -57,6 +57,16 @@ impl Hpa {
         Self { settings, replicas: 0, recommended: VecDeque::new(), asked: Moment::START, next_sync }
     }
 
+    /// Replicas that it did not ask for (the minimum, or those of a policy before it) are looked at from now on.
+    fn take_over(&mut self, view: &View<'_>) {
+        self.replicas = view.pool.active();
+        if self.replicas > 0 {
+            self.asked = view.now;
+            self.recommended.clear();
+            self.next_sync = view.now.next_multiple_of(self.settings.sync);
+        }
+    }
+
     fn sync(&mut self, view: &View<'_>) -> Decision {
         let now = view.now;
         let requests = f64::from(view.requests());
@@ -95,6 +105,7 @@ impl Policy for Hpa {
         if self.replicas == 0 {
             let held = view.held.len() as u32;
             if held == 0 {
+                self.take_over(view);
                 return None;
             }
             self.replicas = 1;

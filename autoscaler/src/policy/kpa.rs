@@ -80,6 +80,7 @@ pub struct Kpa {
     poke: bool,
     /// Whether the activator knows the revision, that is, reports about it.
     known: bool,
+    reported: Moment,
     next_report: Moment,
     next_tick: Moment,
     /// The last valid decision.
@@ -123,6 +124,7 @@ impl Kpa {
             pushed: 0.0,
             poke: false,
             known: false,
+            reported: Moment::START,
             next_report: Moment::START + REPORT,
             next_tick: Moment::START + TICK + TICK_PHASE,
             last: 0,
@@ -141,7 +143,10 @@ impl Kpa {
     /// revision about which it had nothing to say.
     fn report(&mut self, now: Moment, ready: u32) {
         self.integrate(now);
-        let average = std::mem::take(&mut self.area) / REPORT.as_secs_f64();
+        // Of a second, unless it was looked late.
+        let time = now.seconds_since(self.reported).max(REPORT.as_secs_f64());
+        self.reported = now;
+        let average = std::mem::take(&mut self.area) / time;
         if self.known || ready > 0 {
             self.scaler.record(now, (average - std::mem::take(&mut self.pushed)).max(0.0));
         }
@@ -207,10 +212,13 @@ impl Policy for Kpa {
         }
         if view.now >= self.next_report {
             self.report(view.now, view.pool.serving());
-            self.next_report = self.next_report + REPORT;
+            // Not one for each second that was missed: a pool may be given this policy long after its process began.
+            self.next_report = view.now.next_multiple_of(REPORT);
         }
         if view.now >= self.next_tick {
-            self.next_tick = self.next_tick + TICK;
+            while self.next_tick <= view.now {
+                self.next_tick = self.next_tick + TICK;
+            }
             return self.tick(view);
         }
         None
