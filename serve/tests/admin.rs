@@ -529,7 +529,31 @@ async fn metrics_say_what_the_status_says_and_are_all_documented() {
     let emitted: BTreeSet<&str> =
         families.iter().map(|name| name.strip_prefix("rewarm_").expect("our prefix")).collect();
     assert_eq!(emitted, documented, "docs/admin.md");
+    let faults: Vec<String> = families.iter().flat_map(|family| against_conventions(&text, family)).collect();
+    assert!(faults.is_empty(), "{}", faults.join("\n"));
     served.end().await;
+}
+
+/// What `promtool check metrics` would find fault with in one family.
+fn against_conventions(text: &str, family: &str) -> Vec<String> {
+    let line = |word: &str| {
+        let found = text.lines().find_map(|line| line.strip_prefix(&format!("# {word} {family} ")));
+        found.unwrap_or_default()
+    };
+    let counter = line("TYPE") == "counter";
+    let reserved = ["_count", "_sum", "_bucket"].iter().any(|ending| family.ends_with(ending));
+    let small = family.bytes().all(|byte| matches!(byte, b'a'..=b'z' | b'0'..=b'9' | b'_'));
+    let words: Vec<&str> = family.split('_').collect();
+    let unit = ["ms", "milliseconds", "minutes", "kib", "mib", "gib", "kilobytes", "percent"];
+    let checks = [
+        (line("HELP").is_empty(), "has no HELP"),
+        (!matches!(line("TYPE"), "counter" | "gauge" | "histogram"), "has no TYPE that is known"),
+        (counter != family.ends_with("_total"), "counters end in _total, and nothing else does"),
+        (reserved, "ends as the series of a histogram do"),
+        (!small, "has letters that are not small"),
+        (words.iter().any(|word| unit.contains(word)), "has a unit that is not a base unit"),
+    ];
+    checks.into_iter().filter(|(fault, _)| *fault).map(|(_, why)| format!("{family}: {why}")).collect()
 }
 
 /// Answers every request with these metrics.
