@@ -14,6 +14,7 @@ mod removed;
 mod requests;
 mod room;
 mod spans;
+mod took;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +24,6 @@ use arc_swap::ArcSwap;
 use opentelemetry_sdk::trace::SdkTracer;
 use rewarm_autoscaler::ledger::{Ledger, Memory};
 use rewarm_autoscaler::moment::Moment;
-use rewarm_autoscaler::policy::StartSeconds;
 use rewarm_autoscaler::pool::{Pool, Shape};
 use rewarm_autoscaler::queue::{Queue, QueueLimits};
 use rewarm_autoscaler::start_times::StartTimes;
@@ -35,13 +35,11 @@ use self::circuit::Tiers;
 pub(crate) use self::dial::Dialler;
 use self::inner::Inner;
 pub(crate) use self::room::Room;
+use self::took::{FIRST_GUESS, Took};
 use crate::config::{Cold, PoolConfig};
 use crate::link::{Line, ToParent};
 use crate::replicas::{Existing, Known, Started};
 use crate::status::{Command, Notice, PoolStatus, Refused, Totals};
-
-/// What starts are expected to take before anything is known, in seconds.
-const FIRST_GUESS: StartSeconds = StartSeconds { wake: 0.1, restore: 1.0 };
 
 /// Time since this process began, for all pools.
 #[derive(Debug, Clone, Copy)]
@@ -147,7 +145,7 @@ impl Live {
                 decisions: VecDeque::new(),
                 starts: VecDeque::new(),
                 start_failed: None,
-                took: Vec::new(),
+                took: Took::default(),
                 totals: Totals::default(),
                 refused: Vec::new(),
                 now: shared.ticker.now(),

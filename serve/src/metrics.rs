@@ -265,7 +265,7 @@ impl Reading {
         to.pool_gauge(
             pools,
             "circuit_open",
-            "1 while nothing is started, after failures in a row",
+            "1 while starts of one kind are left alone, after failures in a row",
             |pool| f64::from(u8::from(pool.circuit.is_some())),
         )?;
         let counted = self.metrics.lock();

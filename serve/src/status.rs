@@ -78,7 +78,7 @@ pub struct PoolStatus {
     pub desired: u32,
     /// What a start is expected to take, in seconds.
     pub start_seconds: StartSecondsStatus,
-    /// Why nothing is started at the moment, after several failures in a row.
+    /// Why nothing is started at the moment, or only in another way, after several failures in a row.
     pub circuit: Option<CircuitStatus>,
     /// Why a start that is wanted is not begun: memory is short, or starts have failed.
     pub obstacle: Option<String>,
@@ -123,7 +123,7 @@ pub struct LimitsStatus {
 pub struct StartSecondsStatus {
     /// A warm replica is woken.
     pub wake: f64,
-    /// The snapshot is restored.
+    /// The snapshot is restored, or, while restores are left alone, the server is started cold.
     pub restore: f64,
 }
 

@@ -127,13 +127,18 @@ impl<'a> Engine<'a> {
         work == Moment::NEVER && (!left || next.since(self.account.last_answer()) > TAIL)
     }
 
+    /// What makes replicas from nothing in this scenario.
+    fn tier(&self) -> Tier {
+        if self.scenario.restore.is_some() { Tier::Restore } else { Tier::Cold }
+    }
+
     fn view(&self) -> View<'_> {
         View {
             now: self.now,
             pool: &self.pool,
             held: self.queue.arrivals(),
             limits: &self.scenario.limits,
-            start: self.times.expected(),
+            start: self.times.expected(self.tier()),
         }
     }
 
@@ -196,7 +201,7 @@ impl<'a> Engine<'a> {
             pool: &self.pool,
             held: self.queue.arrivals(),
             limits: &self.scenario.limits,
-            start: self.times.expected(),
+            start: self.times.expected(self.tier()),
         };
         let Some(decision) = self.policy.decide(&view, event) else { return };
         let limits = &self.scenario.limits;
@@ -211,7 +216,7 @@ impl<'a> Engine<'a> {
         match step {
             Step::Undrain(replica) => self.pool.undrain(replica, self.now),
             Step::Wake(replica) => {
-                let expected = self.now + Duration::from_secs_f64(self.times.expected().wake);
+                let expected = self.now + Duration::from_secs_f64(self.times.of(Tier::Wake));
                 self.pool.wake(replica, expected).expect("an unlimited ledger has room");
                 let took = self.scenario.wake.draw(&mut self.random);
                 self.begin(took, replica, Tier::Wake, expected);
@@ -219,12 +224,10 @@ impl<'a> Engine<'a> {
             // Nothing is restored here in order to wait.
             Step::Claim(replica) => self.pool.claim(replica),
             Step::Restore => {
-                let (tier, samples) = match &self.scenario.restore {
-                    Some(samples) => (Tier::Restore, samples),
-                    None => (Tier::Cold, &self.scenario.cold),
-                };
+                let tier = self.tier();
+                let samples = self.scenario.restore.as_ref().unwrap_or(&self.scenario.cold);
                 // No more than a live pool knows: not what this start will take, but what starts have taken.
-                let expected = self.now + Duration::from_secs_f64(self.times.expected().restore);
+                let expected = self.now + Duration::from_secs_f64(self.times.of(tier));
                 let replica = self.pool.start(tier, expected).expect("an unlimited ledger has room");
                 let took = samples.draw(&mut self.random);
                 self.begin(took, replica, tier, expected);

@@ -83,8 +83,7 @@ impl Inner {
         match problem {
             None => {
                 self.capture = Capture::default();
-                // What failed before has no say about the new variant.
-                self.tiers.replaced();
+                self.replaced();
                 tracing::info!(pool = self.config.name, "the snapshot has a variant that fits this machine");
             }
             Some(problem) => {

@@ -3,6 +3,9 @@
 //! A start that fails is replaced by one of the next tier at once. Three failures of a tier in a row open its circuit:
 //! it is left alone for a while, which doubles with each further failure. A replica that is lost soon after it began to serve is
 //! such a failure too: without that, a snapshot whose replicas answer once and then refuse would be restored for ever.
+//!
+//! Wakes have a circuit of their own: while it is open, warm replicas stay as they are and others are restored. Without that each
+//! request to a pool whose wakes hang would wait for a wake to time out first.
 
 use std::time::Duration;
 
@@ -25,9 +28,10 @@ struct Circuit {
     reason: String,
 }
 
-/// The tiers that make a replica from nothing.
+/// What has failed of each tier.
 #[derive(Debug)]
 pub(super) struct Tiers {
+    wake: Circuit,
     restore: Circuit,
     cold: Circuit,
     cold_allowed: bool,
@@ -38,6 +42,11 @@ pub(super) struct Tiers {
 impl Circuit {
     fn closed(&self, now: Moment) -> bool {
         self.until.is_none_or(|until| until <= now)
+    }
+
+    fn open(&self, now: Moment) -> Option<Open> {
+        let until = self.until.filter(|until| *until > now)?;
+        Some(Open { failures: self.in_a_row, until, reason: self.reason.clone() })
     }
 
     fn failed(&mut self, now: Moment, reason: &str) {
@@ -76,7 +85,8 @@ pub(super) struct Open {
 
 impl Tiers {
     pub(super) fn new(cold_allowed: bool) -> Self {
-        Self { restore: Circuit::default(), cold: Circuit::default(), cold_allowed, owed: 0 }
+        let (wake, restore, cold) = Default::default();
+        Self { wake, restore, cold, cold_allowed, owed: 0 }
     }
 
     pub(super) fn allow_cold(&mut self, allowed: bool) {
@@ -93,6 +103,23 @@ impl Tiers {
         self.restore.closed(now).then_some(Tier::Restore)
     }
 
+    /// The tier that makes replicas from nothing, as long as nothing changes. One restore that fails is replaced by a cold start,
+    /// and the next may work; once the circuit was open, restores have to prove first that they do.
+    pub(super) fn usual(&self) -> Tier {
+        let cold = self.cold_allowed && self.restore.until.is_some() && self.cold.until.is_none();
+        if cold { Tier::Cold } else { Tier::Restore }
+    }
+
+    /// Whether warm replicas can be woken, as far as is known.
+    pub(super) fn wakes(&self, now: Moment) -> bool {
+        self.wake.closed(now)
+    }
+
+    /// When a wake is tried again that is not now.
+    pub(super) fn wakes_again(&self) -> Option<Moment> {
+        self.wake.until
+    }
+
     /// Whether the snapshot can be restored, as far as is known.
     pub(super) fn restores(&self, now: Moment) -> bool {
         self.restore.closed(now)
@@ -105,7 +132,7 @@ impl Tiers {
                 self.owed += 1;
             }
             Tier::Cold => self.cold.failed(now, reason),
-            Tier::Wake => {}
+            Tier::Wake => self.wake.failed(now, reason),
         }
     }
 
@@ -115,7 +142,7 @@ impl Tiers {
         match tier {
             Tier::Restore => self.restore.lost(now, reason),
             Tier::Cold => self.cold.lost(now, reason),
-            Tier::Wake => {}
+            Tier::Wake => self.wake.lost(now, reason),
         }
     }
 
@@ -127,13 +154,14 @@ impl Tiers {
                 self.owed = 0;
             }
             Tier::Cold => self.cold.started(),
-            Tier::Wake => {}
+            Tier::Wake => self.wake.started(),
         }
     }
 
     /// Restores are of another snapshot from now on.
     pub(super) fn replaced(&mut self) {
         self.restore.worked();
+        self.wake.worked();
         self.owed = 0;
     }
 
@@ -142,24 +170,19 @@ impl Tiers {
         match tier {
             Tier::Restore => self.restore.worked(),
             Tier::Cold => self.cold.worked(),
-            Tier::Wake => {}
+            Tier::Wake => self.wake.worked(),
         }
     }
 
     /// Why nothing can be started now, if nothing can.
     pub(super) fn open(&self, now: Moment) -> Option<Open> {
-        let open = |circuit: &Circuit| {
-            let until = circuit.until.filter(|until| *until > now)?;
-            Some(Open { failures: circuit.in_a_row, until, reason: circuit.reason.clone() })
-        };
-        let restore = open(&self.restore)?;
-        if self.cold_allowed { open(&self.cold).map(|cold| cold.sooner(restore)) } else { Some(restore) }
+        let restore = self.restore.open(now)?;
+        if self.cold_allowed { self.cold.open(now).map(|cold| cold.sooner(restore)) } else { Some(restore) }
     }
 
-    /// A restore's circuit that is open while cold starts serve.
+    /// A circuit that is open while another tier serves: of restores, or of wakes.
     pub(super) fn degraded(&self, now: Moment) -> Option<Open> {
-        let until = self.restore.until.filter(|until| *until > now)?;
-        Some(Open { failures: self.restore.in_a_row, until, reason: self.restore.reason.clone() })
+        self.restore.open(now).or_else(|| self.wake.open(now))
     }
 }
 
@@ -233,5 +256,43 @@ mod tests {
             assert_eq!(tiers.choose(at(0.5)), Some(Tier::Cold));
         }
         assert_eq!((tiers.open(at(0.5)), tiers.degraded(at(0.5)).map(|open| open.failures)), (None, Some(3)));
+    }
+
+    #[test]
+    fn cold_starts_are_the_usual_ones_from_the_opening_of_the_circuit_to_the_next_restore_that_serves() {
+        let mut tiers = Tiers::new(true);
+        (0..2).for_each(|_| tiers.failed(Tier::Restore, at(0.0), "store down"));
+        assert_eq!(tiers.usual(), Tier::Restore, "each of them is replaced, and the next may work");
+        tiers.failed(Tier::Restore, at(0.0), "store down");
+        assert_eq!(tiers.usual(), Tier::Cold);
+        (0..3).for_each(|_| assert_eq!(tiers.choose(at(2.0)), Some(Tier::Cold), "one for each that failed"));
+        assert_eq!(tiers.choose(at(2.0)), Some(Tier::Restore), "it is tried");
+        assert_eq!(tiers.usual(), Tier::Cold, "and has not served yet");
+        tiers.started(Tier::Restore);
+        assert_eq!(tiers.usual(), Tier::Restore);
+        let mut alone = Tiers::new(false);
+        (0..3).for_each(|_| alone.failed(Tier::Restore, at(0.0), "store down"));
+        assert_eq!(alone.usual(), Tier::Restore, "there is no other");
+    }
+
+    #[test]
+    fn wakes_that_fail_have_a_circuit_of_their_own() {
+        let mut tiers = Tiers::new(true);
+        for _ in 0..2 {
+            tiers.failed(Tier::Wake, at(0.0), "its device is gone");
+            assert!(tiers.wakes(at(0.0)));
+        }
+        for (now, until) in [(0.0, 1.0), (1.0, 3.0)] {
+            tiers.failed(Tier::Wake, at(now), "its device is gone");
+            assert_eq!((tiers.wakes(at(now)), tiers.wakes(at(until))), (false, true));
+            assert_eq!((tiers.open(at(now)), tiers.choose(at(now))), (None, Some(Tier::Restore)));
+            assert_eq!(
+                tiers.degraded(at(now)).map(|open| open.reason),
+                Some("its device is gone".to_owned())
+            );
+        }
+        tiers.started(Tier::Wake);
+        tiers.failed(Tier::Wake, at(9.0), "its device is gone");
+        assert!(tiers.wakes(at(9.0)), "one worked in between");
     }
 }

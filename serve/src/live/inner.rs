@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use rewarm_autoscaler::ledger::{Hold, Memory};
 use rewarm_autoscaler::moment::Moment;
-use rewarm_autoscaler::policy::{Event, Limits, Policy, View};
-use rewarm_autoscaler::pool::{Pool, ReplicaId, State};
+use rewarm_autoscaler::policy::{Event, Limits, Policy, StartSeconds, View};
+use rewarm_autoscaler::pool::{Pool, ReplicaId, State, Tier};
 use rewarm_autoscaler::queue::Queue;
 use rewarm_autoscaler::start_times::StartTimes;
 use rewarm_autoscaler::steer::{Step, Victim, next_step};
@@ -17,15 +17,11 @@ use super::circuit::Tiers;
 use super::members::Member;
 use super::requests::{Granted, Waiter};
 use super::room::{Lack, Obstacle};
+use super::took::{self, Took};
 use super::{Live, Shared, queue_limits, shape};
 use crate::config::{Cold, PoolConfig};
 use crate::replicas::Known;
 use crate::status::{Command, DECISIONS_MAX, DecisionStatus, Notice, Refused, StartStatus, Totals};
-
-/// Fewer measured starts than this say nothing about the slowest ones.
-const STARTS_KNOWN: usize = 20;
-/// A start that takes so many times as long as the slowest of a hundred is failed.
-const START_PATIENCE: f64 = 3.0;
 
 /// A pool, under its lock.
 pub(super) struct Inner {
@@ -65,8 +61,8 @@ pub(super) struct Inner {
     /// When the last start failed or was given up; nothing once another one has succeeded. By this process's own time: the
     /// machine's clock may be set.
     pub(super) start_failed: Option<Moment>,
-    /// Seconds that restores and cold starts took, the last ones.
-    pub(super) took: Vec<f64>,
+    /// Seconds that starts took, the last ones of each tier.
+    pub(super) took: Took,
     pub(super) totals: Totals,
     /// Slots that nobody took; dropped outside of the lock.
     pub(super) refused: Vec<Granted>,
@@ -90,7 +86,7 @@ impl Inner {
             pool: &self.pool,
             held: self.queue.arrivals(),
             limits: &self.limits,
-            start: self.times.expected(),
+            start: self.expected(),
         }
     }
 
@@ -109,7 +105,7 @@ impl Inner {
             pool: &self.pool,
             held: self.queue.arrivals(),
             limits: &self.limits,
-            start: self.times.expected(),
+            start: self.expected(),
         };
         let decision = self.policy.decide(&view, event);
         let wanted = decision.map_or(self.desired, |decision| decision.wanted);
@@ -187,7 +183,9 @@ impl Inner {
                 }
                 Ok(format!("{} gets requests again", self.told(id)))
             }
-            Step::Wake(id) => self.wake(id),
+            Step::Wake(id) if self.tiers.wakes(self.now) => self.wake(id),
+            // Where nothing else can be started, a wake that may fail is better than nothing.
+            Step::Wake(id) => self.start(false).map(|(_, done)| done).or_else(|_| self.wake(id)),
             Step::Claim(id) => {
                 self.pool.claim(id);
                 self.claimed(id);
@@ -255,15 +253,18 @@ impl Inner {
         deadlines.chain(known.into_iter().flatten()).min().unwrap_or(Moment::NEVER)
     }
 
-    /// How long a start may take.
-    pub(super) fn start_timeout(&self) -> Duration {
-        if self.took.len() < STARTS_KNOWN {
-            return self.config.start_timeout;
+    /// How long a start of this tier may take.
+    pub(super) fn start_timeout(&self, tier: Tier) -> Duration {
+        self.took.limit(tier, self.config.start_timeout)
+    }
+
+    /// What the next starts will take. Where wakes are left alone, warm replicas help nobody sooner than others.
+    pub(super) fn expected(&self) -> StartSeconds {
+        let expected = self.times.expected(self.tiers.usual());
+        match self.tiers.wakes(self.now) {
+            true => expected,
+            false => StartSeconds { wake: expected.restore, ..expected },
         }
-        let mut sorted = self.took.clone();
-        sorted.sort_unstable_by(f64::total_cmp);
-        let slowest = sorted[(sorted.len() * 99).div_ceil(100) - 1];
-        Duration::from_secs_f64(slowest * START_PATIENCE).max(Duration::from_secs(1))
     }
 
     /// What one replica takes, as far as is known.
@@ -276,11 +277,22 @@ impl Inner {
 
     /// The snapshot was looked at: what a replica takes, and which ones are of an older one.
     pub(super) fn learn(&mut self, known: Known) {
+        self.times.guess(took::first_guess(&known));
+        if self.known.as_ref().is_some_and(|before| before.source != known.source) {
+            self.replaced();
+        }
         self.known = Some(known);
         let (serving, paused) = self.memory();
         self.pool.reshape(shape(&self.config, serving, paused));
         self.roll();
         self.capture();
+    }
+
+    /// Restores are of another snapshot from now on: what the one before did has no say about it.
+    pub(super) fn replaced(&mut self) {
+        self.tiers.replaced();
+        self.times.replaced();
+        self.took.replaced();
     }
 
     /// Changes what holds from now on.

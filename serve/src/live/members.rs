@@ -20,8 +20,6 @@ use crate::status::{Notice, STARTS_MAX, StartOutcome, StartStatus, UnixMs};
 
 /// So many requests in a row that a replica does not answer end it.
 pub(super) const BROKEN_MAX: u32 = 3;
-/// How many measured starts are remembered.
-const TOOK_MAX: usize = 200;
 /// Where neither the file nor the snapshot names a port.
 const PORT: u16 = 8000;
 /// A replica that has served for so long was no failed start, whatever becomes of it.
@@ -131,7 +129,7 @@ impl Inner {
             let reason = self.tiers.open(self.now).map_or(String::new(), |open| open.reason);
             return Err(Obstacle::Circuit(reason));
         };
-        let expected = self.now + std::time::Duration::from_secs_f64(self.times.expected().restore);
+        let expected = self.now + std::time::Duration::from_secs_f64(self.times.of(tier));
         let begun = match parking {
             true => self.pool.start_parking(tier, expected),
             false => self.pool.start(tier, expected),
@@ -139,7 +137,7 @@ impl Inner {
         let id = begun?;
         let name = format!("{}-{:06x}", self.config.name, random());
         self.enter(id, &name, None);
-        let deadline = self.now + self.start_timeout();
+        let deadline = self.now + self.start_timeout(tier);
         self.members.get_mut(&id).expect("just entered").deadline = Some(deadline);
         self.told(id);
         self.order(&ToParent::Start { pool: self.config.name.clone(), name: name.clone(), tier });
@@ -149,9 +147,9 @@ impl Inner {
 
     /// Begins to wake a warm replica.
     pub(super) fn wake(&mut self, id: ReplicaId) -> Result<String, Obstacle> {
-        let expected = self.now + std::time::Duration::from_secs_f64(self.times.expected().wake);
+        let expected = self.now + std::time::Duration::from_secs_f64(self.times.of(Tier::Wake));
         self.pool.wake(id, expected)?;
-        let deadline = self.now + self.start_timeout();
+        let deadline = self.now + self.start_timeout(Tier::Wake);
         let now = self.now;
         let member = self.members.get_mut(&id).expect("every replica is a member");
         (member.began, member.began_at, member.deadline) = (now, crate::status::now(), Some(deadline));
@@ -272,9 +270,9 @@ impl Inner {
         self.record(id, outcome, Vec::new(), Some(reason.to_owned()));
         self.totals.cut_off += u64::from(self.pool.fail(id, self.now));
         let hold = self.pool.remove(id, self.now);
+        self.prove();
+        self.tiers.failed(tier, self.now, reason);
         if state == State::Restoring {
-            self.prove();
-            self.tiers.failed(tier, self.now, reason);
             self.leave(id, hold, None);
         } else {
             self.leave(id, hold, Some(reason));
@@ -290,7 +288,10 @@ impl Inner {
         for id in late {
             match self.pool.find(id).map(|replica| replica.state()) {
                 Some(State::Restoring | State::Waking) => {
-                    let reason = format!("it took more than {} ms", self.start_timeout().as_millis());
+                    self.took.late(self.pool.find(id).map_or(Tier::Restore, |replica| replica.tier()));
+                    let member = &self.members[&id];
+                    let limit = member.deadline.map(|deadline| deadline.since(member.began));
+                    let reason = format!("it took more than {} ms", limit.unwrap_or_default().as_millis());
                     self.failed(id, StartOutcome::TimedOut, &reason);
                 }
                 Some(State::Draining) => {
@@ -381,10 +382,7 @@ impl Inner {
         self.tiers.started(tier);
         let took = self.record(id, StartOutcome::Ready, started.stages, None);
         self.times.record(tier, took);
-        if self.took.len() == TOOK_MAX {
-            self.took.remove(0);
-        }
-        self.took.push(took);
+        self.took.record(tier, took);
         if let Some(member) = self.members.get_mut(&id) {
             member.source = started.source;
         }
@@ -407,6 +405,8 @@ impl Inner {
         if !parked {
             let took = self.record(id, StartOutcome::Ready, Vec::new(), None);
             self.times.record(Tier::Wake, took);
+            self.took.record(Tier::Wake, took);
+            self.tiers.started(Tier::Wake);
         }
         self.serve_with(id);
     }
@@ -507,13 +507,13 @@ impl Inner {
         self.config.warm > waiting + away && !busy && self.tiers.restores(self.now)
     }
 
-    /// When warm replicas are made again after a start that failed.
+    /// When warm replicas are made again after a start that failed, or wakes that did.
     pub(super) fn warm_again(&self) -> Option<Moment> {
         if self.finishing || self.paused || !self.warm_missing() {
             return None;
         }
-        let again = self.start_failed? + WARM_REST;
-        (again > self.now).then_some(again)
+        let rested = self.start_failed.map(|failed| failed + WARM_REST);
+        rested.max(self.tiers.wakes_again()).filter(|again| *again > self.now)
     }
 
     /// Replaces replicas of an older snapshot, one at a time: a new one is made first where there is room for it, then an

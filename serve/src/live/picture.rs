@@ -17,7 +17,7 @@ impl Inner {
     }
 
     pub(super) fn start_seconds(&self) -> StartSecondsStatus {
-        let expected = self.times.expected();
+        let expected = self.expected();
         StartSecondsStatus { wake: expected.wake, restore: expected.restore }
     }
 

@@ -171,7 +171,7 @@ impl Desk for LiveDesk {
     }
 
     fn retry_after(&self) -> Duration {
-        self.0.look(|inner| Duration::from_secs_f64(inner.times.expected().restore.clamp(1.0, 60.0)))
+        self.0.look(|inner| Duration::from_secs_f64(inner.expected().restore.clamp(1.0, 60.0)))
     }
 
     fn traffic(&self) -> &Arc<Traffic> {

@@ -3,7 +3,7 @@
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
-use rewarm_autoscaler::pool::Tier;
+use rewarm_autoscaler::pool::{State, Tier};
 use rewarm_gateway::{Desk, Refusal, Slot, Want};
 use rewarm_report::Timing;
 use tokio::sync::mpsc;
@@ -104,6 +104,26 @@ impl World {
             inner.now = inner.now + time;
             inner.pass();
         });
+    }
+
+    /// Lives through so much time at once, looking whenever the pool wants to, as [`Live::run`] does.
+    fn live_through(&self, time: Duration) {
+        self.live.with(|inner| {
+            let end = inner.now + time;
+            for _ in 0..100_000 {
+                let next = inner.next_moment();
+                if next > end {
+                    return;
+                }
+                inner.now = inner.now.max(next);
+                inner.pass();
+            }
+            panic!("it looks without end, at {:?} for {:?}", inner.now, inner.next_moment());
+        });
+    }
+
+    fn states(&self) -> Vec<State> {
+        self.live.status().replicas.iter().map(|replica| replica.state).collect()
     }
 
     /// A request comes, and waits where it must.

@@ -70,7 +70,7 @@ function key(...words) {
 
 /** What a person must know before anything else. */
 function noteOf(pool) {
-  if (pool.circuit) return [`Nothing is started until ${timeOfDay(pool.circuit.until)}, after ${count(pool.circuit.failures, "failure")} in a row: ${pool.circuit.reason}`, true];
+  if (pool.circuit) return [`Starts of one kind are left alone until ${timeOfDay(pool.circuit.until)}, after ${count(pool.circuit.failures, "failure")} in a row: ${pool.circuit.reason}`, true];
   if (pool.obstacle) return [`${pool.obstacle[0].toUpperCase()}${pool.obstacle.slice(1)}.`, true];
   if (pool.paused) return ["Paused by hand: requests are refused, what is in flight is finished, and nothing is started until it is resumed.", false];
   if (pool.fixed !== null) return [`Set by hand to ${count(pool.fixed, "replica")}, whatever the policy wants.`, false];

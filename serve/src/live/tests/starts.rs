@@ -1,7 +1,5 @@
 //! Starts and wakes that take too long, and what a person or the load makes of replicas that go.
 
-use rewarm_autoscaler::pool::State;
-
 use super::*;
 use crate::status::{DECISIONS_MAX, StartOutcome};
 
@@ -57,19 +55,165 @@ async fn a_wake_that_takes_too_long_is_ended_and_another_replica_is_restored() {
 }
 
 #[tokio::test]
-async fn once_enough_starts_are_known_a_start_may_take_three_times_as_long_as_the_slowest_of_a_hundred() {
+async fn a_cold_start_is_not_bound_by_what_restores_took_nor_a_restore_by_what_cold_starts_took() {
     let world = World::new("start_timeout = '60s'\n", None);
-    let limit = |took: Vec<f64>| {
-        world.live.with(|inner| {
-            inner.took = took;
-            inner.start_timeout().as_secs_f64()
-        })
+    world.live.with(|inner| (0..20).for_each(|_| inner.took.record(Tier::Restore, 0.1)));
+    let asked = world.ask(Want::default());
+    let (late, tier) = world.start().await;
+    assert_eq!(tier, Tier::Restore);
+    world.pass(Duration::from_millis(1500));
+    assert!(matches!(world.told().await, ToParent::GiveUp { name } if name == late));
+    assert_eq!(outcome(&world).1, Some("it took more than 1000 ms".to_owned()));
+    assert_eq!(world.live.with(|inner| inner.start_timeout(Tier::Restore)), Duration::from_secs(2));
+    let (cold, tier) = world.start().await;
+    assert_eq!(tier, Tier::Cold);
+    world.pass(Duration::from_secs(20));
+    assert_eq!(world.live.status().starts.len(), 1, "it may still come");
+    world.serves(&cold, Vec::new());
+    assert_eq!(asked.await.expect("no panic").expect("a slot").upstream.name(), cold);
+
+    let world = World::new("start_timeout = '5s'\n", None);
+    world.live.with(|inner| (0..20).for_each(|_| inner.took.record(Tier::Cold, 60.0)));
+    let _asked = world.ask(Want::default());
+    let (late, tier) = world.start().await;
+    assert_eq!(tier, Tier::Restore);
+    world.pass(LATE);
+    assert!(matches!(world.told().await, ToParent::GiveUp { name } if name == late));
+}
+
+/// Restores of 0.4 s and cold starts of 30 s were measured.
+fn measured(world: &World) {
+    world.live.with(|inner| {
+        for _ in 0..5 {
+            inner.times.record(Tier::Restore, 0.4);
+            inner.times.record(Tier::Cold, 30.0);
+        }
+    });
+}
+
+fn expected(world: &World) -> f64 {
+    world.live.status().start_seconds.restore
+}
+
+#[tokio::test]
+async fn cold_starts_are_reckoned_with_only_while_they_take_the_place_of_restores() {
+    let world = World::new("", None);
+    measured(&world);
+    assert!((expected(&world) - 0.4).abs() < 1e-9);
+    for _ in 0..2 {
+        world.live.with(|inner| inner.tiers.failed(Tier::Restore, inner.now, "the store is down"));
+        assert!((expected(&world) - 0.4).abs() < 1e-9, "the next may work");
+    }
+    world.live.with(|inner| inner.tiers.failed(Tier::Restore, inner.now, "the store is down"));
+    assert!((expected(&world) - 30.0).abs() < 1e-9);
+    world.live.heard("p-captured", Heard::Captured(None));
+    assert!((expected(&world) - 1.0).abs() < 1e-9, "restores are of another snapshot, and not cold starts");
+}
+
+#[tokio::test]
+async fn a_snapshot_of_other_bytes_is_another_guess_and_what_the_one_before_took_is_forgotten() {
+    let world = World::new("start_timeout = '60s'\n", None);
+    let known = |digest: &str, gib: u64| Known {
+        source: format!("s3://models/p@{digest}"),
+        host_bytes: gib << 30,
+        device_bytes: 0,
+        port: None,
+        fits: true,
     };
-    let seconds = |count: u32| (1..=count).map(f64::from).collect::<Vec<_>>();
-    assert!((limit(seconds(19)) - 60.0).abs() < 1e-9, "too few are known");
-    assert!((limit(seconds(20)) - 60.0).abs() < 1e-9, "three times 20 s");
-    assert!((limit(seconds(200)) - 594.0).abs() < 1e-9, "two of two hundred were slower");
-    assert!((limit(vec![0.01; 50]) - 1.0).abs() < 1e-9, "a busy machine is allowed a second");
+    let limit = || world.live.with(|inner| inner.start_timeout(Tier::Restore).as_secs());
+    world.live.known(known("one", 4));
+    assert!((expected(&world) - 4.2).abs() < 1e-9, "{}", expected(&world));
+    measured(&world);
+    world.live.with(|inner| (0..20).for_each(|_| inner.took.record(Tier::Restore, 0.4)));
+    world.live.known(known("one", 4));
+    assert!((expected(&world) - 0.4).abs() < 1e-9, "what was measured counts more");
+    assert_eq!(limit(), 1);
+    world.live.known(known("two", 40));
+    assert!((expected(&world) - 40.2).abs() < 1e-9, "{}", expected(&world));
+    assert_eq!(limit(), 60);
+}
+
+#[tokio::test]
+async fn where_wakes_fail_three_times_in_a_row_warm_replicas_are_left_alone_for_a_while() {
+    let world = World::new("warm = 1\n", None);
+    let mut warm = world.with_warm().await;
+    for _ in 0..3 {
+        let asked = world.ask(Want::default());
+        assert!(matches!(world.told().await, ToParent::Wake { name } if name == warm));
+        world.live.heard(&warm, Heard::Failed("its device is gone".to_owned()));
+        world.stops(&warm, "its device is gone").await;
+        let (name, _) = world.start().await;
+        world.serves(&name, Vec::new());
+        drop(asked.await.expect("no panic").expect("a slot"));
+        assert!(matches!(world.told().await, ToParent::Pause { name: paused } if paused == name));
+        world.live.heard(&name, Heard::Paused);
+        warm = name;
+    }
+    let circuit = world.live.status().circuit.expect("wakes are left alone");
+    assert_eq!((circuit.failures, circuit.reason.as_str()), (3, "its device is gone"));
+    let asked = world.ask(Want::default());
+    let (name, tier) = world.start().await;
+    assert_eq!(tier, Tier::Restore, "although one is warm");
+    world.serves(&name, Vec::new());
+    drop(asked.await.expect("no panic").expect("a slot"));
+    world.stops(&name, "it is not needed").await;
+    let began = Instant::now();
+    while world.live.status().circuit.is_some() {
+        assert!(began.elapsed() < PATIENCE, "the circuit stays open");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    let asked = world.ask(Want::default());
+    assert!(matches!(world.told().await, ToParent::Wake { name } if name == warm));
+    world.live.heard(&warm, Heard::Woken);
+    assert_eq!(asked.await.expect("no panic").expect("a slot").upstream.name(), warm);
+    assert_eq!(world.live.with(|inner| inner.tiers.wakes_again()), None, "one that works closes it for good");
+}
+
+#[tokio::test]
+async fn no_policy_leaves_a_pool_at_zero_that_is_asked_nor_one_with_replicas_that_is_not() {
+    let kinds = ["{ kind = 'kpa' }", "{ kind = 'hpa' }", "{ kind = 'tracker' }", "{ kind = 'rewarm' }"];
+    for kind in kinds {
+        let world = World::new(&format!("policy = {kind}\n"), None);
+        let (name, slot) = world.first_slot().await;
+        world.live_through(Duration::from_secs(400));
+        assert_eq!(world.states(), [State::Busy], "{kind}: it answers");
+        drop(slot);
+        // From now on, and not from where it has been already.
+        world.live_through(Duration::from_secs(1200));
+        assert_eq!(world.states(), [], "{kind}");
+        world.stops(&name, "it is not needed").await;
+    }
+}
+
+#[tokio::test]
+async fn a_policy_that_is_chosen_for_a_pool_with_replicas_lets_them_go_when_they_are_idle() {
+    for kind in ["kpa", "hpa", "tracker", "rewarm"] {
+        let before = if kind == "rewarm" { "tracker" } else { "rewarm" };
+        let world = World::new(&format!("target_wait = '1ms'\npolicy = {{ kind = '{before}' }}\n"), None);
+        let (name, slot) = world.first_slot().await;
+        let mut config = world.live.config();
+        config.policy = World::new(&format!("policy = {{ kind = '{kind}' }}\n"), None).live.config().policy;
+        world.live.change(config);
+        drop(slot);
+        world.live_through(Duration::from_secs(400));
+        assert_eq!(world.states(), [], "{kind}");
+        world.stops(&name, "it is not needed").await;
+    }
+}
+
+#[tokio::test]
+async fn a_policy_that_is_chosen_late_does_not_catch_up_on_what_was_before() {
+    for kind in ["kpa", "hpa", "tracker"] {
+        let world = World::new("", None);
+        let mut config = world.live.config();
+        config.policy = World::new(&format!("policy = {{ kind = '{kind}' }}\n"), None).live.config().policy;
+        world.live.with(|inner| {
+            inner.now = inner.now + Duration::from_secs(30 * 86_400);
+            inner.change(config);
+            inner.pass();
+            assert!(inner.next_moment() > inner.now, "{kind}: {:?} at {:?}", inner.next_moment(), inner.now);
+        });
+    }
 }
 
 #[tokio::test]
