@@ -3,11 +3,13 @@
 //! `REWARM_SOAK_ROUNDS` says how many; without it as many as fit into some seconds. `REWARM_SOAK_SEED` repeats a run.
 //!
 //! Rounds come in stretches. In the first no fault ends a helper or costs the server, so helper, shim and server live through all of it, and
-//! what they hold is compared over all of it; in every other one after it no fault costs the server.
+//! what they hold is compared over all of it; in every other one after it no fault costs the server. The fetcher lives through all.
 
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
 use rewarm_integration_tests::devices::Devices;
 use rewarm_integration_tests::load::Load;
@@ -27,9 +29,9 @@ const STRETCHES: u64 = 4;
 const GROWTH_KIB_MAX: u64 = 16 << 10;
 /// How long a call of the driver may take here.
 const PATIENCE: &str = "2s";
-/// The fetcher waits for the next restore, longer than a round takes with all that may hang in it, and keeps two snapshots, which it has
-/// before it is looked at first.
-const FETCHER: [(&str, &str); 2] = [("REWARM_FETCHER_IDLE", "15s"), ("REWARM_CACHE_MEMORY", "30MiB")];
+/// The fetcher waits for the next restore, longer than a round takes with all that may hang in it, so that one lives through all rounds; it
+/// keeps two snapshots, which it has before it is looked at first.
+const FETCHER: [(&str, &str); 2] = [("REWARM_FETCHER_IDLE", "2m"), ("REWARM_CACHE_MEMORY", "30MiB")];
 /// What goes wrong and passes, with how often it may in one command: what the helper says and outlives, then what ends it.
 const SAID: [&str; 5] =
     ["", "lock*1 result 600", "checkpoint*1 result 801", "restore*1 result 2", "unlock*1 then-result 401"];
@@ -328,5 +330,10 @@ fn rounds_of_snapshot_restore_pause_and_wake_with_faults() {
     let seen = source.load.stop();
     assert_eq!((seen.wrong, seen.failures), (Vec::new(), Vec::new()), "seed {seed}");
     assert!(seen.answers + source.answers > 0);
+    // It would wait for minutes.
+    for (pid, _) in residue::services(world.id()) {
+        // A worker that has ended with its keeper already is what is wanted.
+        let _ = kill(Pid::from_raw(pid), Signal::SIGTERM);
+    }
     world.finish();
 }
