@@ -216,10 +216,10 @@ impl World {
         &self.store
     }
 
-    /// The variables that the store needs.
+    /// The variables that the store needs, when it is asked by the straight way: see [`World::behind`].
     #[must_use]
-    pub fn store_env(&self) -> &[(String, String)] {
-        &self.store_env
+    pub fn straight_env(&self) -> Vec<(String, String)> {
+        self.garage.as_ref().map_or_else(|| self.store_env.clone(), Garage::env)
     }
 
     /// The store's folder.
@@ -377,20 +377,37 @@ impl World {
         }
     }
 
-    /// Stops and removes every replica, and asserts that nothing of the world is left on the machine.
+    /// Stops and removes every replica, and asserts that nothing of the world is left on the machine, and that each snapshot in
+    /// its store is whole.
+    ///
+    /// # Panics
+    ///
+    /// When something is left, or damaged.
+    pub fn finish(self) {
+        self.clear();
+        checks::no_half_uploads(&self);
+        checks::verified(&self);
+        self.await_no_services();
+    }
+
+    /// [`World::finish`] where the test has damaged the store or taken it away, and has not mended it.
     ///
     /// # Panics
     ///
     /// When something is left.
-    pub fn finish(self) {
+    pub fn finish_unverified(self) {
+        self.clear();
+        self.await_no_services();
+    }
+
+    fn clear(&self) {
         let list = self.rewarm_json().args(["ps", "--all"]).ok();
         for name in crate::replica::names(&list) {
             // It may have ended by itself, which is not what is tested here.
             let _ = self.rewarm().args(["stop", &name, "--timeout", "300ms"]).run();
             self.rewarm().args(["rm", &name]).ok();
         }
-        checks::nothing_left(&self);
-        self.await_no_services();
+        checks::nothing_left(self);
     }
 
     /// Waits until the fetcher has ended for lack of work.

@@ -2,7 +2,7 @@
 //! covered here, or the test fails because nothing pauses there.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -17,6 +17,19 @@ use crate::world_for;
 
 fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
     Stage::ALL.iter().copied().filter(move |stage| stage.operation() == operation)
+}
+
+/// Makes everything that killed commands announced, or left half written, so old that gc takes nobody for alive.
+fn a_day_passes(world: &World) {
+    let yesterday = SystemTime::now() - Duration::from_secs(24 * 3600);
+    for folder in ["sessions", "packs"] {
+        for entry in std::fs::read_dir(world.store_folder().join(folder)).into_iter().flatten().flatten() {
+            if folder == "sessions" || entry.file_name().to_string_lossy().contains('#') {
+                let file = std::fs::File::options().write(true).open(entry.path()).expect("our own folder");
+                file.set_modified(yesterday).expect("our own file");
+            }
+        }
+    }
 }
 
 /// Hooks and a probe, so that no stage is passed over because it has nothing to do.
@@ -63,6 +76,11 @@ fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
     store_verifies(&world);
     let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
     server_answers_as_before(&clones[0], &server, &before);
+    if signal == Signal::SIGKILL {
+        // Nobody could take away what a killed one had half uploaded, so gc does.
+        a_day_passes(&world);
+        world.rewarm().args(["gc", world.store()]).ok();
+    }
     world.finish();
 }
 
@@ -228,7 +246,7 @@ fn a_killed_shim_takes_its_replica_with_it() {
         std::thread::sleep(Duration::from_millis(20));
     }
     no_processes(&world);
-    let _ = world.rewarm().args(["rm", replica.name()]).run();
+    world.rewarm().args(["rm", replica.name()]).ok();
     no_residue(&world, &traces);
     // The name is free.
     let again = world.start("plain", &server);
@@ -246,7 +264,8 @@ fn a_shim_killed_during_a_dump_ends_the_snapshot_with_an_error() {
     kill_shim(&world, &replica);
     running.go_on();
     let output = running.wait();
-    assert!(matches!(output.code, Some(1 | 6)), "{output}");
+    // Nobody is left stopped, which would be 6: the server has ended with its shim.
+    output.expect_code(1);
     assert!(!visible(&world).to_string().contains(replica.name()), "a snapshot is visible");
     let _ = world.rewarm_json().args(["ps", "--all"]).ok();
     no_processes(&world);

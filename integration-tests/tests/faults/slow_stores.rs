@@ -97,6 +97,7 @@ fn credentials_that_expire_in_the_middle_end_what_is_being_filled_with_the_reaso
     let reason = await_crash(&world, &replica);
     assert!(reason.contains(world.id()), "the store is not named: {reason}");
     assert!(reason.contains("denied") || reason.contains("403"), "{reason}");
+    world.garage().let_read(true);
     world.finish();
 }
 

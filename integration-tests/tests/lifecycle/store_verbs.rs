@@ -44,12 +44,14 @@ fn verify_reports_each_damaged_object() {
     // A damaged boot object is found, and hides nothing else.
     let boots = world.store_folder().join("boots");
     let boot = fs::read_dir(boots).expect("boots").next().expect("one").expect("readable").path();
-    let mut bad = fs::read(&boot).expect("readable");
+    let good = fs::read(&boot).expect("readable");
+    let mut bad = good.clone();
     bad[30] ^= 1;
     fs::write(&boot, &bad).expect("our own folder");
     world.rewarm().args(["verify", &reference]).fails(5).says(&["boots/"]);
     world.rewarm().args(["ls", world.store()]).ok().says(&["not known", "boots/"]);
     world.rewarm().args(["gc", world.store()]).fails(5).says(&["boots/"]);
+    fs::write(&boot, &good).expect("our own folder");
     world.finish();
 }
 
