@@ -307,6 +307,7 @@ fn a_snapshot_killed_between_steps_of_an_engine_leaves_no_server_waiting() {
         }
     }
     server_answers_as_before(&source, &server, &before);
+    world.collect_what_the_killed_left();
     world.finish();
 }
 

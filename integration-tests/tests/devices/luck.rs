@@ -68,6 +68,7 @@ fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
             devices.control("");
         }
     }
+    world.collect_what_the_killed_left();
     world.finish();
 }
 

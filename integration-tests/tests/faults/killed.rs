@@ -2,7 +2,7 @@
 //! covered here, or the test fails because nothing pauses there.
 
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -17,19 +17,6 @@ use crate::world_for;
 
 fn stages(operation: Operation) -> impl Iterator<Item = Stage> {
     Stage::ALL.iter().copied().filter(move |stage| stage.operation() == operation)
-}
-
-/// Makes everything that killed commands announced, or left half written, so old that gc takes nobody for alive.
-fn a_day_passes(world: &World) {
-    let yesterday = SystemTime::now() - Duration::from_secs(24 * 3600);
-    for folder in ["sessions", "packs"] {
-        for entry in std::fs::read_dir(world.store_folder().join(folder)).into_iter().flatten().flatten() {
-            if folder == "sessions" || entry.file_name().to_string_lossy().contains('#') {
-                let file = std::fs::File::options().write(true).open(entry.path()).expect("our own folder");
-                file.set_modified(yesterday).expect("our own file");
-            }
-        }
-    }
 }
 
 /// Hooks and a probe, so that no stage is passed over because it has nothing to do.
@@ -77,9 +64,7 @@ fn snapshot_ended_by(signal: Signal, stop: &[&str]) {
     let clones = world.restore("plain", "v1", server.port, &["--name", &world.name("clone")]);
     server_answers_as_before(&clones[0], &server, &before);
     if signal == Signal::SIGKILL {
-        // Nobody could take away what a killed one had half uploaded, so gc does.
-        a_day_passes(&world);
-        world.rewarm().args(["gc", world.store()]).ok();
+        world.collect_what_the_killed_left();
     }
     world.finish();
 }
