@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::command::{Output, Running};
+use crate::command::{Output, Rewarm, Running};
 use crate::replica::entries;
 use crate::world::World;
 
@@ -48,8 +48,18 @@ impl World {
     /// When it ends before that.
     #[must_use]
     pub fn serve(&self, config: &str) -> Serving<'_> {
+        self.serve_as(config, |call| call)
+    }
+
+    /// The same with something added to the call.
+    ///
+    /// # Panics
+    ///
+    /// As [`World::serve`].
+    #[must_use]
+    pub fn serve_as(&self, config: &str, call: impl FnOnce(Rewarm) -> Rewarm) -> Serving<'_> {
         self.configure(config);
-        let running = self.serve_call().spawn();
+        let running = call(self.serve_call()).spawn();
         running.await_stdout("is served");
         Serving { world: self, running }
     }
@@ -65,7 +75,7 @@ impl World {
 
     /// The call of `rewarm serve`.
     #[must_use]
-    pub fn serve_call(&self) -> crate::Rewarm {
+    pub fn serve_call(&self) -> Rewarm {
         let file = self.files().join("pool.toml");
         self.rewarm().env("REWARM_LOG", "info").args(["serve", "-f"]).arg(file).timeout(serve_max())
     }

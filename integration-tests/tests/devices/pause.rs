@@ -5,6 +5,8 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::http::request;
+use rewarm_integration_tests::load::Load;
 use rewarm_integration_tests::pool::free_port;
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Output, Replica};
@@ -218,6 +220,40 @@ fn a_server_that_a_pause_or_snapshot_stranded_shows_as_such_and_can_only_be_stop
         assert_eq!(devices.used_mib(0), 0, "{verb}");
         world.rewarm().args(["rm", replica.name()]).ok();
     }
+    world.finish();
+}
+
+/// What waits in a pool is restored and paused: it has no device memory, and answers as soon as it has it back.
+#[test]
+fn a_warm_replica_of_a_pool_has_device_memory_only_while_it_serves() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let question = &server.questions[0];
+    let before = source.ask(question.method, &question.path, question.body.as_deref()).expect("an answer");
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let (snapshot, port) = (world.reference("device", "v1"), free_port());
+    let pool = format!(
+        "name = 'p'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\nmax_replicas = 1\nwarm = 1\n"
+    );
+    let serving = world.serve_as(&format!("[[pool]]\n{pool}"), |call| devices.seen_by(call));
+    serving.await_replicas(&["paused"]);
+    for round in 0..2 {
+        assert_eq!(devices.used_mib(0), 0, "{round}: it waits");
+        let answer =
+            request(port, question.method, &question.path, question.body.as_deref()).expect("an answer");
+        assert_eq!((answer.status, answer.text()), (200, before.text()), "{round}");
+        // An idle one goes back soon.
+        let load = Load::posting(port, "/generate", "under load");
+        world.await_state("what serves has its device memory", Duration::from_secs(60), || {
+            devices.used_mib(0) >= DEVICE_MIB
+        });
+        let seen = load.stop();
+        assert_eq!((seen.wrong, seen.failures), (Vec::new(), Vec::new()), "{round}");
+        serving.await_replicas(&["paused"]);
+    }
+    let _ = serving.end();
     world.finish();
 }
 
