@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := build
-.PHONY: setup build demo check test bench bench-memory bench-gateway bench-serve bench-s3 soak clean help
+.PHONY: setup build demo check test bench bench-memory bench-gateway bench-serve bench-s3 bench-simulate soak clean help
 
 # A test whose need is missing fails when the need stands here, instead of saying `skipped`.
 NEEDS := root,criu,runc,garage,azurite,gcs,node,nginx,tmux,chromium,torch
@@ -44,6 +44,9 @@ bench-serve: setup build ## pools from zero, waking, a burst, held requests, KED
 
 bench-s3: setup build ## `rewarm bench` with a bucket, beside what the S3 server gives at most
 	@setup/bench-s3
+
+bench-simulate: build ## how fast `rewarm simulate` is, for a million requests
+	@setup/bench-simulate
 
 # `make test` runs each of these for some seconds, but Ray Serve.
 soak: setup build ## long proofs: fuzzers, faults, repeated snapshots for hours, and Ray Serve

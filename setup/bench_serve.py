@@ -256,14 +256,16 @@ class Bench:
                 server.ask()
             return [server.ask()[0] for _ in range(RUNNING_ASKED)]
 
-    def from_rest(self, server, warm):
-        """What the first answer takes where no replica serves, and `warm` are paused."""
+    def from_rest(self, server, warm, decoded=True):
+        """What the first answer takes where no replica serves, and `warm` are paused; without `decoded` the fetcher holds nothing of it."""
         hasty = "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\nfollow = '0s'"
         at_rest = ["warm"] * warm
         took = []
         with self.serving(server, f"warm = {warm}\nmax_replicas = 1\n{hasty}"):
             for round in range(self.options.rounds + 1):
                 until("the pool is at rest", lambda pool: states(pool) == at_rest)
+                if not decoded:
+                    subprocess.run([self.options.rewarm, "--state", self.work / "state", "cache", "--clear"], check=True, stdout=subprocess.DEVNULL)
                 time.sleep(PAUSE)
                 seconds, held = server.ask()
                 if not held:
@@ -275,11 +277,11 @@ class Bench:
 
     def rest(self, which):
         warm = 1 if which == "wake" else 0
-        goal = {"wake": "30 ms", "zero": "400 ms"}[which]
-        what = {"wake": "to a paused one", "zero": "to one in a folder"}[which]
+        goal = {"wake": "30 ms", "zero": "400 ms", "store": "400 ms"}[which]
+        what = {"wake": "to a paused one", "zero": "to one in a folder, decoded here before", "store": "to one in a folder, of which nothing is decoded here"}[which]
         for server in (self.embedding, self.small):
             self.note(f"{server.label}, {which}")
-            running, first = self.running(server), self.from_rest(server, warm)
+            running, first = self.running(server), self.from_rest(server, warm, which != "store")
             above = (statistics.median(first) - statistics.median(running)) * 1000
             aim = goal if server is self.embedding else ""
             self.row(f"{server.label}: first request {what}", f"{spread(first)}; running {spread(running)}", f"{above:.0f} ms above", aim)
@@ -474,6 +476,7 @@ class Bench:
         self.row("---", "---", "---", "---")
         parts = {
             "zero": lambda: self.rest("zero"),
+            "store": lambda: self.rest("store"),
             "wake": lambda: self.rest("wake"),
             "burst": self.burst,
             "held": self.held,
@@ -492,7 +495,7 @@ def main():
     parser.add_argument("--python", required=True)
     parser.add_argument("--examples", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=["zero", "wake", "burst", "held", "keda", "trace"])
+    parser.add_argument("--only", choices=["zero", "store", "wake", "burst", "held", "keda", "trace"])
     parser.add_argument("--trace", type=pathlib.Path)
     parser.add_argument("--trace-seconds", type=float, default=600)
     options = parser.parse_args()

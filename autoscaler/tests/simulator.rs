@@ -93,7 +93,8 @@ fn rewarm_is_in_time_and_cheaper_than_kpa() {
         let (ours, kpa) = (outcome(&trace, &config, "rewarm"), outcome(&trace, &config, "kpa"));
         assert!(ours.within_target >= 0.99, "{name}: {ours:?}");
         let share = ours.replica_seconds_per_request / kpa.replica_seconds_per_request;
-        assert!(share <= 0.85, "{name}: {share:.3} of what kpa takes");
+        let most = if name.contains("code") { 0.5 } else { 0.85 };
+        assert!(share <= most, "{name}: {share:.3} of what kpa takes, at most {most}");
         assert_eq!((ours.drops, ours.killed_in_flight), (0, 0), "{name}");
     }
 }
