@@ -233,9 +233,10 @@ fn a_warm_replica_of_a_pool_has_device_memory_only_while_it_serves() {
     let before = source.ask(question.method, &question.path, question.body.as_deref()).expect("an answer");
     world.snapshot(&source, "v1", &[]);
     source.remove();
-    let (snapshot, port) = (world.reference("device", "v1"), free_port());
+    // Its replicas have names of this world.
+    let (name, snapshot, port) = (world.name("p"), world.reference("device", "v1"), free_port());
     let pool = format!(
-        "name = 'p'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\nmax_replicas = 1\nwarm = 1\n"
+        "name = '{name}'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\nmax_replicas = 1\nwarm = 1\n"
     );
     let serving = world.serve_as(&format!("[[pool]]\n{pool}"), |call| devices.seen_by(call));
     serving.await_replicas(&["paused"]);
