@@ -1,10 +1,12 @@
 //! Hooks before and after: where they run, how often, and what their failure does.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
-use rewarm_integration_tests::residue;
+use rewarm_integration_tests::residue::{self, Trace};
 use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, World};
 
 use crate::world_for;
 
@@ -38,6 +40,13 @@ fn a_hook_may_be_a_request_to_the_server() {
     world.finish();
 }
 
+/// A snapshot whose pre hook failed is none, and leaves nothing. The post hook undoes what the pre hook began, so it has run.
+fn aborted(world: &World, source: &Replica<'_>, traces: &BTreeSet<Trace>) {
+    assert_eq!(source.sh("cat /srv/hooks"), "post");
+    no_residue(world, traces);
+    assert!(!visible(world).to_string().contains(source.name()), "a snapshot is visible");
+}
+
 #[test]
 fn a_failing_pre_hook_aborts_with_the_server_serving() {
     let server = Server::plain();
@@ -47,10 +56,7 @@ fn a_failing_pre_hook_aborts_with_the_server_serving() {
     let hooks = ["--pre", "echo not today >&2; exit 3", "--post", "echo post >> /srv/hooks"];
     world.snapshot_call(&source, "v1", &hooks).fails(1).says(&["drain", "not today", "3"]);
     server_answers_as_before(&source, &server, &before);
-    // The post hook undoes what the pre hook began, so it runs although there is no snapshot.
-    assert_eq!(source.sh("cat /srv/hooks"), "post");
-    no_residue(&world, &traces);
-    assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    aborted(&world, &source, &traces);
     world.finish();
 }
 
@@ -92,9 +98,7 @@ fn a_pre_hook_that_does_not_end_is_killed_and_the_server_serves() {
     let left = residue::processes(world.id());
     assert_eq!(left.len(), alive, "{left:?}");
     server_answers_as_before(&source, &server, &before);
-    assert_eq!(source.sh("cat /srv/hooks"), "post");
-    no_residue(&world, &traces);
-    assert!(!visible(&world).to_string().contains(source.name()), "a snapshot is visible");
+    aborted(&world, &source, &traces);
     world.finish();
 }
 
