@@ -255,9 +255,12 @@ fn a_command_inside_gets_signals_and_dies_with_its_client() {
     let late = ExecRequest { timeout_ms: Some(300), ..request("echo begun; sleep 60") };
     let output = client.exec(late, None).expect("exec");
     assert!(output.timed_out && output.stdout == "begun\n", "{output:?}");
-    let running = client.exec_start(request("echo up > /var/tmp/m2; exec sleep 61"), None).expect("exec");
-    wait_for("the command", || world::try_get(&client, "/read/m2").ok().filter(|text| text.contains("up")));
-    drop(running);
+    // At any moment: runc says who the command is only some time after it has begun.
+    for moment in 0..40 {
+        let running = client.exec_start(request("exec sleep 61"), None).expect("exec");
+        std::thread::sleep(Duration::from_millis(3 * moment));
+        drop(running);
+    }
     let sleeping = || {
         client
             .exec(request("cat /proc/[0-9]*/cmdline 2>/dev/null | tr '\\0' ' '"), None)

@@ -9,12 +9,13 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::Signal;
 use rewarm_sys::pidfd::PidFd;
 
 use crate::bundle::user;
 use crate::error::{Context, Error};
 use crate::runc::Runc;
-use crate::shim::children::signal;
+use crate::shim::children::{descendants, signal};
 use crate::shim::executable::is_foreign;
 use crate::shim::protocol::{self, ExecOutput, ExecRequest, Request};
 use crate::shim::replica::{Asker, Replica};
@@ -22,6 +23,9 @@ use crate::shim::start::read_pid;
 
 /// How long output is waited for after the command has ended: something that it left running may hold the pipes for ever.
 const OUTPUT_GRACE: Duration = Duration::from_millis(200);
+
+/// How long the processes of a command that was given up are looked for.
+const END_GRACE: Duration = Duration::from_secs(2);
 
 static SERIAL: AtomicU64 = AtomicU64::new(0);
 
@@ -107,12 +111,7 @@ impl Replica {
             }
             Ok(Ending::Ended(status)) => self.exec_code(*status, &pid_file, &log),
             _ => {
-                // The command leads a session of its own; runc's death alone would not end it.
-                if let Ok(pid) = read_pid(&pid_file) {
-                    signal(-pid.cast_signed(), 9);
-                }
-                let _ = child.kill();
-                let _ = child.wait();
+                end(&mut child, &pid_file);
                 Ok(128 + 9)
             }
         };
@@ -155,6 +154,31 @@ impl Replica {
 /// Removes a file of ours, which may not be there.
 fn drop_file(path: &Path) {
     let _ = std::fs::remove_file(path);
+}
+
+/// Ends a command that runs, or is about to. It leads a session of its own, so runc's death alone would not end it; and runc
+/// writes the pid file some time after the command has begun, so that file alone would not name it.
+fn end(child: &mut std::process::Child, pid_file: &Path) {
+    // What stands starts nothing more, and reaps nothing, so that no number below is given to another process.
+    signal(child.id().cast_signed(), Signal::SIGSTOP as i32);
+    if let Ok(pid) = read_pid(pid_file) {
+        signal(-pid.cast_signed(), Signal::SIGKILL as i32);
+    }
+    let deadline = Instant::now() + END_GRACE;
+    loop {
+        let lives = |process: &PidFd| !process.ended_within(Duration::ZERO).unwrap_or(true);
+        let alive: Vec<PidFd> = descendants(child.id()).into_iter().filter(lives).collect();
+        if alive.is_empty() || Instant::now() >= deadline {
+            break;
+        }
+        // runc's own helpers start each other: those that were started meanwhile are found by the next look.
+        for process in &alive {
+            let _ = process.signal(Signal::SIGKILL);
+            let _ = process.ended_within(Duration::from_millis(100));
+        }
+    }
+    let _ = child.kill();
+    let _ = child.wait();
 }
 
 /// Waits for the command, and passes signals on that the client sends.
