@@ -79,11 +79,12 @@ impl Replica {
     }
 
     fn set_drained(&self, resume: Option<Resume>, owner: Option<ConnectionId>) -> Result<(), Error> {
-        let mut inner = self.lock();
-        inner.drained_by = owner;
-        let Some(record) = &mut inner.record else { return Ok(()) };
-        record.drained = resume;
-        write_json(&self.paths.record(), record)
+        self.change(|inner| {
+            inner.drained_by = owner;
+            let Some(record) = &mut inner.record else { return Ok(()) };
+            record.drained = resume;
+            write_json(&self.paths.record(), record)
+        })
     }
 }
 

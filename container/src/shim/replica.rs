@@ -33,6 +33,9 @@ pub(super) const KILL_DEADLINE: Duration = Duration::from_secs(10);
 pub(super) type ConnectionId = u64;
 pub(super) const LEASE: ConnectionId = 0;
 /// Stands for the shim where it does what a command was to do.
+/// How long the next command waits for a server that the shim lets go on after a command that was killed.
+const GOES_ON: Duration = Duration::from_secs(10);
+
 pub(super) const ITSELF: ConnectionId = u64::MAX;
 
 /// One replica and everything that belongs to it.
@@ -211,6 +214,9 @@ impl Replica {
         paused: bool,
     ) -> Result<(Busy<'_>, &Parts), Error> {
         let parts = self.parts(what)?;
+        // Who comes right after a command that was killed is not refused for what the shim still does in that one's place.
+        let settled = |inner: &Inner| inner.drained_by != Some(ITSELF) || inner.doomed || inner.exit.is_some();
+        self.wait_until(Some(GOES_ON), settled);
         let mut inner = self.lock();
         self.require_running(what, &inner)?;
         if let Some(busy) = inner.busy {

@@ -102,6 +102,23 @@ fn a_snapshot_with_stop_killed_at_any_stage_leaves_the_server_serving() {
     snapshot_ended_by(Signal::SIGKILL, &["--stop"]);
 }
 
+/// What a killed command leaves undone, the shim does in its place, and that may take as long as a hook does.
+#[test]
+fn a_snapshot_right_after_a_killed_one_waits_until_the_server_goes_on() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let hooks = ["--pre", "true", "--post", "sleep 2; echo post >> /tmp/hooks"];
+    let source = world.start("plain", &server);
+    let running = world.snapshot_call(&source, "v1", &hooks).pause_at(Stage::Delta).spawn();
+    running.await_stderr(&format!("paused at {}", Stage::Delta));
+    running.signal(Signal::SIGKILL);
+    let _ = ended(running, Signal::SIGKILL, Stage::Delta);
+    world.snapshot(&source, "v1", &hooks);
+    assert_eq!(source.sh("wc -l < /tmp/hooks"), "2", "so often the post hook ran");
+    world.collect_what_the_killed_left();
+    world.finish();
+}
+
 fn restore_ended_by(signal: Signal, count: &str) {
     let server = Server::plain();
     let Some(world) = world_for(&server) else { return };
