@@ -18,7 +18,6 @@ use rewarm_criu::patch;
 use rewarm_fetcher::{Lease, Stream};
 use rewarm_gpu::carried::Carried;
 use rewarm_gpu::ranges;
-use rewarm_sys::fresh;
 use serde::{Deserialize, Serialize};
 
 use crate::blueprint::{Blueprint, DeviceRegion, DirectRegion};
@@ -42,8 +41,6 @@ pub(crate) struct Orders {
     pub(crate) shared: Vec<TaskOrders>,
     /// When memory is filled.
     pub(crate) when: When,
-    /// What is filled while the tree is stopped is written in huge pages; otherwise copied in small ones.
-    pub(crate) huge: bool,
     /// Find out what is touched first. What is filled before anybody touches it is not noticed.
     pub(crate) record: bool,
     /// No other pager reads the stream: what this one is done with is given back.
@@ -146,21 +143,20 @@ pub(crate) const DEVICE_STREAM: u32 = 1 << 31;
 
 impl Lazy {
     /// Plans the filling of a snapshot's tasks. The images of all replicas hold their `mm` images already; where memory
-    /// is filled before it is used, and huge pages come quickly, mappings that are worth it are marked for them there.
+    /// is filled before it is used, mappings that are worth huge pages are marked for them there.
     pub(crate) fn plan(
         blueprint: &Blueprint,
         images: &[PathBuf],
         stream: Arc<Stream>,
         when: When,
     ) -> Result<Self, Cause> {
-        let huge = when == When::Stopped && huge_pages_serve(blueprint, images.len() as u64);
         let mut tasks = Vec::new();
         let mut regions = Vec::new();
         for object in &blueprint.objects {
             let (Object::Task { pid }, Some(first)) = (object.object, images.first()) else { continue };
             let mut task = orders(&object.layout, pid, stream.layout().base(object.region), first)?;
             task.zeros.clear();
-            if huge {
+            if when == When::Stopped {
                 let huge = task.plan()?.huge();
                 for directory in images {
                     patch::advise_huge_pages(directory, pid, &huge)?;
@@ -208,7 +204,6 @@ impl Lazy {
             devices,
             shared: shared.iter().map(|segment| segment.orders.clone()).collect(),
             when,
-            huge,
             record,
             passing,
         };
@@ -263,13 +258,6 @@ impl Lazy {
         let [content, table] = self.stream.files();
         [self.orders.as_fd(), content, table]
     }
-}
-
-/// Whether memory that is filled before anything runs is filled sooner in huge pages. Device memory always is.
-fn huge_pages_serve(blueprint: &Blueprint, clones: u64) -> bool {
-    let tasks = blueprint.objects.iter().filter(|object| matches!(object.object, Object::Task { .. }));
-    let content: u64 = tasks.map(|object| object.layout.stream_bytes()).sum();
-    has_devices(blueprint) || fresh::is_quick(content.saturating_mul(clones))
 }
 
 fn has_devices(blueprint: &Blueprint) -> bool {

@@ -35,6 +35,7 @@ mod serve;
 mod simulation;
 mod source;
 mod space;
+mod stopped;
 mod tasks;
 mod userfault;
 mod working_set;
@@ -45,7 +46,7 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 
 pub use control::{Command, Heard, Holder, Report};
-pub use eager::{Stopped, Written, fill_stopped};
+pub use eager::Written;
 pub use error::Error;
 pub use pending::Piece;
 pub use plan::{AtFork, Defect, ENTRIES_MAX, Mapping, PAGE, Plan, Run};

@@ -117,9 +117,8 @@ fn start(control: &Control, work: &Path, cgroup: PathBuf, held: bool) -> io::Res
     let eager = orders.when == When::Stopped;
     let config = Config {
         mode: match orders.when {
-            When::Stopped if orders.huge => Mode::Eager,
-            // Told when the tree is restored, as for the other.
-            When::Stopped => Mode::LazyWhenTold,
+            // Told when the tree is restored.
+            When::Stopped => Mode::Eager,
             When::AtOnce => Mode::Lazy,
             // The background waits until the command has seen what is touched, or is gone.
             When::Recorded => Mode::LazyWhenTold,

@@ -6,13 +6,10 @@
 //! each huge page is looked at, and after a slow one small pages are taken for a while.
 
 use std::io;
-use std::num::NonZeroUsize;
-use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use nix::libc;
-use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap_anonymous, munmap};
 use nix::time::{ClockId, clock_gettime};
 
 /// Bytes of a huge page.
@@ -23,9 +20,6 @@ const QUICK: Duration = Duration::from_millis(1);
 
 /// So many huge pages are made of small ones after a slow one, before the next is tried.
 const SMALL: u32 = 64;
-
-/// What [`is_quick`] takes at most.
-pub const SAMPLE_MAX: usize = 64 << 20;
 
 /// Chooses the pages of what is brought in next. For several threads.
 #[derive(Debug, Default)]
@@ -52,48 +46,16 @@ impl Fresh {
         Ok(brought)
     }
 
+    /// Whether small pages are taken, since the last huge one was slow.
+    pub fn is_slow(&self) -> bool {
+        self.small.load(Ordering::Relaxed) > 0
+    }
+
     fn took(&self, time: Duration) {
         if time > QUICK {
             self.small.store(SMALL, Ordering::Relaxed);
         }
     }
-}
-
-/// Whether huge pages for so many bytes would come quickly, as far as a sixteenth of them shows, [`SAMPLE_MAX`] at most. They are
-/// taken and given back; free memory that was used last is handed out first, so what comes next gets the same. Also `false`
-/// where there are none.
-#[must_use]
-pub fn is_quick(bytes: u64) -> bool {
-    let sample = usize::try_from(bytes / 16).map_or(SAMPLE_MAX, |part| part.min(SAMPLE_MAX));
-    let pages = sample.div_ceil(HUGE_BYTES).max(1);
-    // One more, since they begin at a multiple of their length.
-    let length = NonZeroUsize::new((pages + 1) * HUGE_BYTES).expect("at least two pages");
-    let rights = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
-    // SAFETY: a new private mapping, whose only pointer stays in this function.
-    let Ok(start) = (unsafe { mmap_anonymous(None, length, rights, MapFlags::MAP_PRIVATE) }) else {
-        return false;
-    };
-    // SAFETY: it is the mapping made above, and advice changes no byte of it.
-    let marked = unsafe { madvise(start, length.get(), MmapAdvise::MADV_HUGEPAGE) }.is_ok();
-    let quick = marked && are_quick(start, pages);
-    // SAFETY: the mapping made above, which nobody uses any more.
-    let _ = unsafe { munmap(start, length.get()) };
-    quick
-}
-
-fn are_quick(start: NonNull<libc::c_void>, pages: usize) -> bool {
-    let first = start.as_ptr().cast::<u8>();
-    let first = first.wrapping_add(first.align_offset(HUGE_BYTES));
-    are_all_quick((0..pages).map(|page| {
-        let before = thread_time();
-        populate_at(first.wrapping_add(page * HUGE_BYTES), HUGE_BYTES)?;
-        Ok(thread_time().saturating_sub(before))
-    }))
-}
-
-/// By how long each huge page took. After the first slow one none is taken any more.
-fn are_all_quick(mut took: impl Iterator<Item = io::Result<Duration>>) -> bool {
-    took.all(|took| took.is_ok_and(|took| took <= QUICK))
 }
 
 /// Brings in the pages of a part of a mapping, as if each had been written, without changing them.
@@ -134,22 +96,12 @@ mod tests {
         let fresh = Fresh::default();
         assert!(fresh.next_is_huge());
         fresh.took(QUICK);
-        assert!(fresh.next_is_huge());
+        assert!(fresh.next_is_huge() && !fresh.is_slow());
         fresh.took(QUICK + Duration::from_nanos(1));
+        assert!(fresh.is_slow());
         let small = (0..SMALL).filter(|_| !fresh.next_is_huge()).count();
         assert_eq!(small, SMALL as usize);
         assert!(fresh.next_is_huge(), "one is tried again");
-    }
-
-    #[test]
-    fn a_slow_huge_page_ends_the_sample() {
-        let slow = QUICK + Duration::from_nanos(1);
-        let mut taken = 0;
-        let took = [Ok(QUICK), Ok(slow), Ok(QUICK)].into_iter().inspect(|_| taken += 1);
-        assert!(!are_all_quick(took));
-        assert_eq!(taken, 2);
-        assert!(are_all_quick([Ok(QUICK), Ok(Duration::ZERO)].into_iter()));
-        assert!(!are_all_quick([Ok(QUICK), Err(io::ErrorKind::OutOfMemory.into())].into_iter()));
     }
 
     #[test]

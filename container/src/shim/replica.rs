@@ -215,7 +215,8 @@ impl Replica {
     ) -> Result<(Busy<'_>, &Parts), Error> {
         let parts = self.parts(what)?;
         // Who comes right after a command that was killed is not refused for what the shim still does in that one's place.
-        let settled = |inner: &Inner| inner.drained_by != Some(ITSELF) || inner.doomed || inner.exit.is_some();
+        let settled =
+            |inner: &Inner| inner.drained_by != Some(ITSELF) || inner.doomed || inner.exit.is_some();
         self.wait_until(Some(GOES_ON), settled);
         let mut inner = self.lock();
         self.require_running(what, &inner)?;

@@ -1,28 +1,19 @@
 //! Filling the driver's copies of device memory, first of all and while the tree is stopped.
 //!
-//! They are taken out of the userfaultfd before: what is pinned must be there as ordinary memory. Then all threads write them, in
-//! huge pages, zero pages too; a driver that meets absent memory takes it page after page in one thread.
+//! All threads write them, zero pages too, since a driver that meets absent memory takes it page after page in one thread. Then
+//! they are out of the userfaultfd: what is pinned must be there as ordinary memory.
 
 use std::ops::Range;
-use std::sync::Mutex;
-use std::sync::PoisonError;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Instant;
-
-use rewarm_sys::procmem;
+use std::sync::Arc;
 
 use super::Device;
-use super::eager::{Stopped, Written, fill_stopped};
 use super::error::Error;
 use super::pending::Piece;
 use super::plan::Mapping;
 use super::ranges::Ranges;
-use super::source::Source;
 use super::space::Space;
+use super::stopped::Stopped;
 use super::userfault::Userfault;
-
-/// Bytes of one write of zeros: a huge page.
-const STEP: u64 = 2 << 20;
 
 /// Takes the ranges of device memory of an address space out of its userfaultfd.
 pub(super) fn unregister<U: Userfault>(space: &Space<U>, device: &Device) -> Result<(), Error> {
@@ -67,66 +58,16 @@ fn zeros(device: &Device) -> impl Iterator<Item = Range<u64>> + '_ {
     })
 }
 
-/// Writes device memory of tasks that stand still; `pids` as seen from here, in the order of `devices`.
-pub(super) fn fill(
-    devices: &[Device],
-    pids: &[i32],
-    source: &dyn Source,
-    threads: usize,
-) -> Result<Written, Error> {
-    let began = Instant::now();
-    let stopped: Vec<Stopped> = devices
-        .iter()
-        .zip(pids)
-        .map(|(device, pid)| Stopped {
-            pid: *pid,
-            task: device.stream,
-            pieces: device.plan.pieces().to_vec(),
-        })
-        .collect();
-    let content = fill_stopped(&stopped, source, threads)?;
-    let mut steps = Vec::new();
-    for (device, pid) in devices.iter().zip(pids) {
-        for zero in zeros(device) {
-            let mut at = zero.start;
-            while at < zero.end {
-                let end = (at / STEP + 1) * STEP;
-                steps.push((*pid, device.pid, at..end.min(zero.end)));
-                at = end;
-            }
-        }
+/// Device memory of a task that stands still, `pid` as seen from here; all of it is in `space`'s userfaultfd, if there is one.
+pub(super) fn stopped<U>(device: &Device, pid: i32, space: Option<Arc<Space<U>>>) -> Stopped<U> {
+    let mut own = Ranges::default();
+    ranges(device).into_iter().for_each(|range| own.insert(range));
+    Stopped {
+        pid,
+        task: device.stream,
+        pieces: device.plan.pieces().to_vec(),
+        zeros: zeros(device).collect(),
+        space,
+        own,
     }
-    write_zeros(&steps, threads)?;
-    let zero_bytes: u64 = steps.iter().map(|(_, _, step)| step.end - step.start).sum();
-    Ok(Written { bytes: content.bytes + zero_bytes, time: began.elapsed() })
-}
-
-fn write_zeros(steps: &[(i32, u32, Range<u64>)], threads: usize) -> Result<(), Error> {
-    let (next, failure) = (AtomicUsize::new(0), Mutex::new(None));
-    let zeros = vec![0; STEP as usize];
-    let work = || {
-        while let Some((pid, task, step)) = steps.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let mut at = step.start;
-            while at < step.end {
-                let bytes = &zeros[..(step.end - at) as usize];
-                match procmem::write(*pid, &[procmem::Piece { target: at, bytes }]) {
-                    Ok(written) if written > 0 => at += written,
-                    result => {
-                        let errno = result.err().unwrap_or(nix::errno::Errno::EFAULT);
-                        let error = Error::Refused { task: *task, vaddr: at, errno };
-                        failure.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
-                        next.store(steps.len(), Ordering::Relaxed);
-                        return;
-                    }
-                }
-            }
-        }
-    };
-    std::thread::scope(|scope| {
-        for _ in 1..threads.min(steps.len()) {
-            scope.spawn(work);
-        }
-        work();
-    });
-    failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
 }

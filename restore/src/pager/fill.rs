@@ -29,7 +29,7 @@ pub(super) const STEP: u64 = 512 << 10;
 const UNREGISTERED_MAX: u32 = 3;
 
 /// How often the kernel may lack memory for a page before the replica is given up: about a second.
-const NO_MEMORY_MAX: u32 = 100;
+pub(super) const NO_MEMORY_MAX: u32 = 100;
 
 /// What to do with pages that are not registered.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

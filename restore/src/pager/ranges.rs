@@ -70,6 +70,15 @@ impl Ranges {
         !range.is_empty() && (self.contains(range.start) || self.map.range(range.clone()).next().is_some())
     }
 
+    /// What of the range is in the set, lowest first.
+    pub(super) fn within(&self, range: Range<u64>) -> impl Iterator<Item = Range<u64>> + '_ {
+        let before = self.map.range(..range.start).next_back();
+        let parts = before.into_iter().chain(self.map.range(range.clone()));
+        parts
+            .map(move |(&start, &end)| start.max(range.start)..end.min(range.end))
+            .filter(|part| !part.is_empty())
+    }
+
     /// The ranges, lowest first.
     pub(super) fn iter(&self) -> impl Iterator<Item = Range<u64>> + '_ {
         self.map.iter().map(|(&start, &end)| start..end)
@@ -104,6 +113,8 @@ mod tests {
                 let all: Vec<_> = ranges.iter().collect();
                 prop_assert!(all.windows(2).all(|pair| pair[0].end < pair[1].start), "{:?} are not merged", all);
                 prop_assert_eq!(ranges.contains(30), model.contains(&30));
+                let within: Vec<u64> = ranges.within(10..40).flatten().collect();
+                prop_assert_eq!(within, model.range(10..40).copied().collect::<Vec<_>>());
             }
         }
     }

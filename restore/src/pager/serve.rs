@@ -20,7 +20,7 @@ use rewarm_sys::uffd::Uffd;
 use super::behind::Behind;
 use super::control::{self, Command, Report};
 use super::device;
-use super::eager::{Stopped, Written, fill_stopped, give_back};
+use super::eager::{Written, fill_stopped, take_out};
 use super::engine::{Engine, message};
 use super::error::Error;
 use super::events::{self, Fault};
@@ -29,6 +29,7 @@ use super::plan::{PAGE, Plan};
 use super::ranges::Ranges;
 use super::source::Source;
 use super::space::{Space, State};
+use super::stopped::Stopped;
 use super::{Config, Mode, Segment, Summary, Task};
 
 /// How often overdue chunks and finished address spaces are looked for when nothing happens.
@@ -304,20 +305,24 @@ impl Pager {
         let through = |segment: &Segment| {
             let (task, pieces) = (segment.pid, segment.plan.pieces().to_vec());
             let pid = self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?;
-            Ok(Stopped { pid, task: segment.stream, pieces })
+            let (task, zeros, own) = (segment.stream, Vec::new(), Ranges::default());
+            Ok(Stopped::<Uffd> { pid, task, pieces, zeros, space: None, own })
         };
         let segments = self.config.shared.iter().map(through).collect::<Result<Vec<_>, Error>>()?;
         self.shared = fill_stopped(&segments, &*self.source, self.config.threads)?;
-        let mut pids = Vec::new();
+        let mut devices = Vec::new();
         for wanted in &self.config.devices {
             let task = wanted.pid;
-            pids.push(self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?);
+            let pid = self.config.tasks.host_pid(task).ok_or(Error::NoProcess { task })?;
             let watched = self.watched.iter().find(|watched| watched.space.task == task);
-            if let Some(watched) = watched {
-                device::unregister(&watched.space, wanted)?;
+            devices.push(device::stopped(wanted, pid, watched.map(|watched| watched.space.clone())));
+        }
+        self.device = fill_stopped(&devices, &*self.source, self.config.threads)?;
+        for (wanted, device) in self.config.devices.iter().zip(&devices) {
+            if let Some(space) = &device.space {
+                device::unregister(space, wanted)?;
             }
         }
-        self.device = device::fill(&self.config.devices, &pids, &*self.source, self.config.threads)?;
         self.may_not_run = false;
         // Where all memory is filled before anything runs, everybody has to wait for all of it.
         if self.config.mode == Mode::Eager { Ok(()) } else { self.report(&Report::MayRun, None) }
@@ -495,7 +500,11 @@ impl Pager {
             for mapping in maps.iter().filter(|mapping| mapping.write && !mapping.shared) {
                 writable.insert(mapping.start..mapping.end);
             }
-            stopped.push(Stopped { pid, task, pieces: give_back(&self.engine, space, &writable)? });
+            let pieces = take_out(&self.engine, space, &writable)?;
+            // Where nothing is marked for huge pages a copy is quicker: it clears nothing before.
+            let (space, mut own) = (Some(space.clone()), Ranges::default());
+            self.plans[&task].huge().into_iter().for_each(|range| own.insert(range));
+            stopped.push(Stopped { pid, task, pieces, zeros: Vec::new(), space, own });
         }
         self.eager = fill_stopped(&stopped, &*self.source, self.config.threads)?;
         Ok(())

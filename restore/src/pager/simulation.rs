@@ -19,19 +19,23 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use machine::{Machine, Virtual, token};
+use nix::errno::Errno;
+use rewarm_sys::procmem;
 use rewarm_sys::uffd::Event;
 use schedule::{GivenUp, Random, Schedule, mix};
 
 use super::behind::Behind;
-use super::eager::give_back;
+use super::eager::take_out;
 use super::engine::{Duty, Engine, Job};
 use super::error::Error;
 use super::events::{self, Fault};
 use super::fault::Need;
+use super::pending::Piece;
 use super::plan::{AtFork, Mapping, PAGE, Plan, Run};
 use super::ranges::Ranges;
 use super::source::{Source, SourceError};
 use super::space::{Space, State};
+use super::stopped::Stopped;
 use super::userfault::Userfault;
 use super::working_set::{Extent, WorkingSet};
 
@@ -466,16 +470,34 @@ fn what_cannot_be_written_from_outside_is_copied_before() {
     let mut writable = Ranges::default();
     writable.insert(((1 << 20) + 5) * PAGE..(4 << 20) * PAGE);
     machine.be_stubborn_about(2 << 20..(2 << 20) + 10);
-    let left = give_back(&engine, &space, &writable).expect("all can be had");
-    let left: Vec<_> = left.iter().map(|piece| (piece.offset / PAGE, piece.length / PAGE)).collect();
-    assert_eq!(left, [(5, 5), (20, 10)]);
-    let content: Vec<_> = memory.content.chunks(PAGE as usize).map(|page| Some(token(page))).collect();
-    let expected = |pages: Range<usize>| content[pages].to_vec();
+    let left = take_out(&engine, &space, &writable).expect("all can be had");
+    let places: Vec<_> = left.iter().map(|piece| (piece.offset / PAGE, piece.length / PAGE)).collect();
+    assert_eq!(places, [(5, 5), (10, 10), (20, 10)]);
+    let expected = |pages: Range<usize>| {
+        memory.content.chunks(PAGE as usize).map(|page| Some(token(page))).collect::<Vec<_>>()[pages].to_vec()
+    };
     let area = |number: u64, pages: Range<u64>| {
         machine.seen((number << 20) + pages.start..(number << 20) + pages.end)
     };
     assert_eq!(area(1, 0..5), expected(0..5));
-    assert_eq!(area(2, 0..10), expected(10..20));
-    assert_eq!([area(1, 5..10), area(3, 0..10)].concat(), [None; 15]);
-    assert!(space.enter().is_none());
+    assert_eq!([area(1, 5..10), area(2, 0..10), area(3, 0..10)].concat(), [None; 25]);
+    // Of what is opened, the kernel keeps the second; the third is another's.
+    let mut own = Ranges::default();
+    own.insert(0..(3 << 20) * PAGE);
+    let (pieces, space) = (left.clone(), Some(space));
+    let stopped = Stopped { pid: -1, task: TASK, pieces, zeros: Vec::new(), space, own };
+    stopped.open(left.iter().map(Piece::addresses));
+    let registered = |page: u64| {
+        stopped.space.as_ref().is_some_and(|space| space.state().registered.contains(page * PAGE))
+    };
+    assert_eq!([(1 << 20) + 5, 2 << 20, 3 << 20].map(registered), [false, true, true]);
+    for piece in &left[1..] {
+        let bytes = &memory.content[piece.offset as usize..][..piece.length as usize];
+        stopped.put(&[procmem::Piece { target: piece.vaddr, bytes }], None).expect("copied");
+    }
+    assert_eq!([area(2, 0..10), area(3, 0..10)].concat(), expected(10..30));
+    // What is not registered any more is written, for which there would have to be a process.
+    let bytes = &memory.content[left[0].offset as usize..][..left[0].length as usize];
+    let put = stopped.put(&[procmem::Piece { target: left[0].vaddr, bytes }], None);
+    assert!(matches!(put, Err(Error::Write { errno: Errno::ESRCH, .. })), "{put:?}");
 }
