@@ -79,7 +79,7 @@ class Bench:
         self.rewarm("rm", name)
 
     def restores(self, names, rate):
-        """For each snapshot, in turns: medians of the time to ready less that within the driver, in seconds, and of the driver's.
+        """For each snapshot, in turns: the times to ready less those within the driver, in seconds, and the driver's.
 
         The driver's restore call moves at most `rate` GB a second, or as much as it can with 0."""
         self.control.write_text(f"restore rate {round(rate * 1e9 / 2**20)}\n" if rate else "")
@@ -94,7 +94,7 @@ class Bench:
                 ours.append(report["replicas"][0]["ready_ms"] / 1000 - spent)
                 driver.append(spent)
             self.stop(name)
-        return {name: tuple(map(statistics.median, both)) for name, both in seen.items()}
+        return seen
 
 
 def main():
@@ -122,9 +122,17 @@ def main():
             # In pairs: all three at once may be more than is kept decoded, and what is decoded anew is no comparison.
             seen = bench.restores([name, "host"], rate)
             (ours, driver), (host, _) = seen[name], seen["host"]
-            reached = f"{moved / driver:.2f} GB/s" if driver else "no call"
-            print(f"  restore of {bench.options.mib} MiB of host memory: {host:.3f} s")
-            print(f"  the same bytes of {what}: {ours:.3f} s and {driver:.3f} s in the driver ({reached}); ours {ours / host:.2f} times", flush=True)
+            spent, pairs = statistics.median(driver), [one / other for one, other in zip(ours, host)]
+            reached = f"{moved / spent:.2f} GB/s" if spent else "no call"
+            print(f"  restore of {bench.options.mib} MiB of host memory: {spread(host)} s")
+            print(f"  the same bytes of {what}: {spread(ours)} s and {spent:.3f} s in the driver ({reached})")
+            ratio = statistics.median(ours) / statistics.median(host)
+            print(f"  ours {ratio:.2f} times; pair by pair {spread(pairs, 2)}", flush=True)
+
+
+def spread(values, digits=3):
+    """The median, and from least to most."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
 main()

@@ -23,7 +23,7 @@ use super::userfault::Userfault;
 
 /// So many lots are taken out of the userfaultfd in one go, once huge pages have come quickly for a while. Each time costs a moment
 /// of every thread, and what was taken out before a slow huge page is written in huge pages all the same.
-const BATCH_MAX: usize = 16;
+const BATCH_MAX: usize = 4;
 
 /// What an eager fill did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -318,8 +318,9 @@ mod tests {
             }
             (batch.len(), huge)
         };
-        let grown: Vec<_> = (0..6).map(|_| take()).collect();
-        assert_eq!(grown, [1, 2, 4, 8, 5, 16].map(|length| (length, true)));
+        let grown: Vec<_> = (0..7).map(|_| take()).collect();
+        assert_eq!(grown, [1, 2, 4, 4, 4, 4, 1].map(|length| (length, true)));
+        assert_eq!(take(), (4, true));
         // A slow one: small pages, one lot after the other, then one huge page is tried.
         let slow = || {
             let began = std::time::Instant::now();
