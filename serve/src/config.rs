@@ -59,6 +59,18 @@ pub struct Serve {
     pub drain: Duration,
 }
 
+impl Serve {
+    /// Keys with another value than `before` of which a running `serve` takes no notice.
+    pub(crate) fn waits_for_a_start(&self, before: &Self) -> Vec<&'static str> {
+        let part = |budget: Option<Budget>, of: fn(Budget) -> u64| budget.map(of);
+        let all = |budget: Budget| budget.replicas.saturating_add(budget.cache);
+        let memory = part(self.memory, all) != part(before.memory, all);
+        let cache = part(self.memory, |budget| budget.cache) != part(before.memory, |budget| budget.cache);
+        let changed = [("memory", memory), ("cache", cache), ("otlp", self.otlp != before.otlp)];
+        changed.into_iter().filter(|(_, changed)| *changed).map(|(key, _)| key).collect()
+    }
+}
+
 /// How host memory is divided, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Budget {

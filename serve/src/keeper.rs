@@ -268,8 +268,14 @@ impl Keeper {
 
     /// Reads the file again. A file that is not good changes nothing.
     fn reload(&mut self) {
+        let before = self.config.serve.clone();
         match self.configure(Vec::new()) {
-            Ok(()) => tracing::info!("the configuration was read again"),
+            Ok(()) => {
+                tracing::info!("the configuration was read again");
+                for key in self.config.serve.waits_for_a_start(&before) {
+                    tracing::warn!(key, "[serve] has another value, which holds from the next start on");
+                }
+            }
             Err(error) => {
                 tracing::error!(error = %chain(&error), "the configuration is not good; the old one holds")
             }

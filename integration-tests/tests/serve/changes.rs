@@ -82,6 +82,10 @@ fn a_file_that_is_read_again_changes_pools_without_losing_a_request() {
     serving.running().signal(Signal::SIGHUP);
     world.await_state("the address is gone", Duration::from_secs(30), || http::get(other, "/check").is_err());
     serving.await_replicas(&["ready"]);
+    // What a running gateway cannot take over is said.
+    world.configure(&file(1, "").replace("[serve]", "[serve]\nmemory = '3GiB'"));
+    serving.running().signal(Signal::SIGHUP);
+    serving.running().await_stderr("holds from the next start on key=\"memory\"");
     all_was_answered(loads);
     serving.end();
     world.finish();
