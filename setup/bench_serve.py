@@ -256,29 +256,42 @@ class Bench:
                 server.ask()
             return [server.ask()[0] for _ in range(RUNNING_ASKED)]
 
+    def cache(self, *words):
+        command = [self.options.rewarm, "--state", self.work / "state", "--json", "cache", *words]
+        return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+
+    def prefetched(self):
+        """Waits until the pool has its snapshot on the machine."""
+        deadline = time.monotonic() + 60
+        while not any(stream["complete"] for stream in self.cache().get("streams", [])):
+            if time.monotonic() > deadline:
+                raise Failed("the snapshot was not brought onto the machine")
+            time.sleep(0.1)
+
     def from_rest(self, server, warm, decoded=True):
-        """What the first answer takes where no replica serves, and `warm` are paused; without `decoded` the fetcher holds nothing of it."""
+        """What the first answers take where no replica serves, and `warm` are paused; without `decoded` the fetcher holds nothing of it."""
         hasty = "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\nfollow = '0s'"
         at_rest = ["warm"] * warm
         took = []
+        self.cache("--clear")
         with self.serving(server, f"warm = {warm}\nmax_replicas = 1\n{hasty}"):
-            for round in range(self.options.rounds + 1):
+            self.prefetched()
+            for round in range(self.options.rounds):
                 until("the pool is at rest", lambda pool: states(pool) == at_rest)
                 if not decoded:
-                    subprocess.run([self.options.rewarm, "--state", self.work / "state", "cache", "--clear"], check=True, stdout=subprocess.DEVNULL)
+                    self.cache("--clear")
                 time.sleep(PAUSE)
                 seconds, held = server.ask()
                 if not held:
                     raise Failed("a replica was there: the request was not held")
-                # The first one also starts the fetcher and reads what later ones find in memory.
-                if round or warm:
-                    took.append(seconds)
+                took.append(seconds)
+                self.note(f"answered after {seconds * 1000:.0f} ms")
         return took[: self.options.rounds]
 
     def rest(self, which):
         warm = 1 if which == "wake" else 0
         goal = {"wake": "30 ms", "zero": "400 ms", "store": "400 ms"}[which]
-        what = {"wake": "to a paused one", "zero": "to one in a folder, decoded here before", "store": "to one in a folder, of which nothing is decoded here"}[which]
+        what = {"wake": "to a paused one", "zero": "to one in a folder, decoded here by the pool", "store": "to one in a folder, of which nothing is decoded here any more"}[which]
         for server in (self.embedding, self.small):
             self.note(f"{server.label}, {which}")
             running, first = self.running(server), self.from_rest(server, warm, which != "store")

@@ -19,7 +19,7 @@ use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Hidden};
 use rewarm_restore::{Context, Ground, Mode, Request, Seen, cold};
 use rewarm_serve::config::{Cold, Config as PoolsConfig, PoolConfig};
-use rewarm_serve::replicas::{Existing, GivenUp, Known, Order, Replicas, Started};
+use rewarm_serve::replicas::{Existing, GivenUp, Kept, Known, Order, Replicas, Started};
 use rewarm_store::Reference;
 
 use crate::args::Global;
@@ -55,6 +55,8 @@ pub(crate) struct Pools {
     specs: Mutex<HashMap<String, Spec>>,
     /// The network namespaces of replicas that were dialled.
     networks: Mutex<HashMap<String, Arc<std::fs::File>>>,
+    /// Held by who brings a snapshot here.
+    prefetching: tokio::sync::Mutex<()>,
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -84,7 +86,9 @@ impl Pools {
         let cache = pools.serve.memory.map(|memory| memory.cache);
         let context = restore::context(global, Clock::start(Arc::new(Hidden)), cache).await?;
         let runc_version = programs::runc_version().await?;
-        Ok(Self { context, config, runc_version, specs: Mutex::default(), networks: Mutex::default() })
+        let (specs, networks) = (Mutex::default(), Mutex::default());
+        let prefetching = tokio::sync::Mutex::default();
+        Ok(Self { context, config, runc_version, specs, networks, prefetching })
     }
 
     /// The state folder.
@@ -241,6 +245,17 @@ impl Replicas for Pools {
         let port = spec.ports.first().copied();
         lock(&self.specs).insert(pool.name.clone(), spec);
         Ok(Known { source, host_bytes, device_bytes, port, fits })
+    }
+
+    async fn prefetch(&self, pool: &PoolConfig, known: &Known) -> Result<Option<Kept>, String> {
+        // One after the other: a second one would delay the first, and count on the same room.
+        let _turn = self.prefetching.lock().await;
+        let source = crate::values::spelled::<Reference>(&known.source)?;
+        let trust = self.config.demand(&reference(pool)?.store, None).map_err(|cause| told(&cause))?;
+        let (context, _) = self.context();
+        let brought =
+            rewarm_restore::prefetch(&source, trust, &context).await.map_err(|error| told(&error))?;
+        Ok(brought.map(|presence| Box::new(presence) as Kept))
     }
 
     async fn capture(&self, order: Order, given_up: GivenUp) -> Result<(), String> {

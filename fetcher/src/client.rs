@@ -192,6 +192,14 @@ impl Fetcher {
         }
     }
 
+    /// Keeps the fetcher here though nobody needs it, and so what it keeps in memory; starts one where none runs.
+    ///
+    /// # Errors
+    /// If no fetcher can be had.
+    pub fn stay(&self) -> Result<Presence> {
+        Ok(Presence { _connection: self.connect()? })
+    }
+
     fn connect(&self) -> Result<Connection> {
         let mut attempt = 1;
         loop {
@@ -432,6 +440,12 @@ impl AsRawFd for Lease {
     fn as_raw_fd(&self) -> i32 {
         self.connection.socket.as_raw_fd()
     }
+}
+
+/// While it lives the fetcher does not end by itself. It holds none of its memory: what nobody needs goes when there is need for it.
+#[derive(Debug)]
+pub struct Presence {
+    _connection: Connection,
 }
 
 #[derive(Debug)]

@@ -36,7 +36,7 @@ pub mod worker;
 mod workers;
 
 pub use access::Access;
-pub use client::{Fetcher, Found, Lease, Status, Stream, StreamStatus};
+pub use client::{Fetcher, Found, Lease, Presence, Status, Stream, StreamStatus};
 pub use disk::DiskStatus;
 pub use error::{Error, Kind, Result};
 pub use layout::{BLOCK_BYTES, Layout};

@@ -147,6 +147,8 @@ pub struct PoolConfig {
     pub replica_memory: Option<u64>,
     /// How often is looked whether the tag names another snapshot; zero: never.
     pub follow: Duration,
+    /// Whether a snapshot is brought onto this machine before a replica is needed.
+    pub prefetch: bool,
     /// Whether a snapshot that does not fit this machine is given a variant that does.
     pub capture: bool,
 }
@@ -425,6 +427,7 @@ fn pool(mut from: Reader) -> Result<PoolConfig> {
             .unwrap_or(Cold::Recorded),
         replica_memory: from.get("replica_memory", BYTES, bytes)?,
         follow: from.time("follow")?.unwrap_or(Duration::from_secs(30)),
+        prefetch: from.flag("prefetch")?.unwrap_or(true),
         capture: from.flag("capture")?.unwrap_or(false),
     };
     if pool.capture && pool.cold == Cold::Never {

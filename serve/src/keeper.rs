@@ -29,7 +29,7 @@ use crate::config::{Config, OnExit, PoolConfig};
 use crate::control::SOCKET_FD;
 use crate::error::{Error, Result};
 use crate::link::{Configure, Line, ToGateway, ToParent};
-use crate::replicas::{Order, Replicas};
+use crate::replicas::{Known, Order, Replicas};
 
 /// How long a connection to a replica's own loopback interface may take.
 const DIAL_TIMEOUT: Duration = Duration::from_secs(5);
@@ -387,6 +387,8 @@ impl Keeper {
 async fn find(pool: PoolConfig, replicas: Arc<dyn Replicas>, line: Line) {
     let mut last = None;
     let mut complained = false;
+    // Ends with this.
+    let mut prefetching = tokio::task::JoinSet::new();
     loop {
         let wait = match replicas.find(&pool).await {
             Ok(known) => {
@@ -396,6 +398,10 @@ async fn find(pool: PoolConfig, replicas: Arc<dyn Replicas>, line: Line) {
                         line.tell(&ToGateway::Known { pool: pool.name.clone(), known: known.clone() }, &[]);
                     if told.is_err() {
                         return;
+                    }
+                    prefetching.abort_all();
+                    if pool.prefetch && known.fits {
+                        prefetching.spawn(prefetch(pool.clone(), known.clone(), replicas.clone()));
                     }
                     last = Some(known);
                 }
@@ -414,9 +420,27 @@ async fn find(pool: PoolConfig, replicas: Arc<dyn Replicas>, line: Line) {
             }
         };
         if last.is_some() && pool.follow.is_zero() {
+            while prefetching.join_next().await.is_some() {}
             return;
         }
         tokio::time::sleep(wait).await;
+    }
+}
+
+async fn prefetch(pool: PoolConfig, known: Known, replicas: Arc<dyn Replicas>) {
+    let (pool_name, snapshot) = (&pool.name, &known.source);
+    match replicas.prefetch(&pool, &known).await {
+        Ok(Some(_kept)) => {
+            tracing::info!(pool = pool_name, snapshot, "the snapshot is on this machine");
+            // Until it is another one that is wanted.
+            std::future::pending().await
+        }
+        Ok(None) => {
+            tracing::info!(pool = pool_name, snapshot, "there is no room to keep the snapshot decoded")
+        }
+        Err(reason) => {
+            tracing::warn!(pool = pool_name, snapshot, reason, "the snapshot was not brought here")
+        }
     }
 }
 

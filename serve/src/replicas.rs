@@ -62,6 +62,9 @@ pub struct Existing {
     pub port: Option<u16>,
 }
 
+/// What is dropped when nobody wants to keep something any more.
+pub type Kept = Box<dyn Send>;
+
 /// Makes replicas, and ends them. Errors are told in words, with their causes: they go into a log and onto a page.
 #[async_trait::async_trait]
 pub trait Replicas: Send + Sync + 'static {
@@ -76,6 +79,13 @@ pub trait Replicas: Send + Sync + 'static {
     /// # Errors
     /// There is none, or the store does not answer.
     async fn find(&self, pool: &PoolConfig) -> Result<Known, String>;
+
+    /// Brings a snapshot onto this machine, before a request waits for it, for as long as what is given back lives; `None` where
+    /// there is no room for it. Dropping the future gives it up.
+    ///
+    /// # Errors
+    /// The store does not bring it.
+    async fn prefetch(&self, pool: &PoolConfig, known: &Known) -> Result<Option<Kept>, String>;
 
     /// Makes a replica that serves: its answers were compared. Dropping the future gives the start up; nothing is left of
     /// it then, as after a failure.

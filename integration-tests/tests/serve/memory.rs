@@ -107,6 +107,40 @@ fn decoded_snapshots_stay_within_their_part_of_the_memory() {
     world.finish();
 }
 
+/// What the first replica of a pool at zero will need is decoded before anybody asks for one, where there is room for it.
+#[test]
+fn a_snapshot_is_on_the_machine_before_it_is_needed() {
+    let Some(world) = pool_world() else { return };
+    let port = free_port();
+    let file = |serve: &str, more: &str| {
+        format!("[serve]\nadmin = false\n{serve}{}", pool(&world, "p", "v1", port, more))
+    };
+    let streams = || cache(&world)["streams"].as_array().cloned().unwrap_or_default();
+    let serving = world.serve(&file("", "prefetch = false\n"));
+    std::thread::sleep(Duration::from_secs(1));
+    assert_eq!(streams(), [] as [Value; 0]);
+    serving.end();
+    let serving = world.serve(&file("", ""));
+    serving.running().await_stderr("the snapshot is on this machine");
+    world.await_state("nobody holds it", PATIENCE, || streams().iter().all(|stream| stream["holders"] == 0));
+    let before = streams();
+    assert_eq!((before.len(), &before[0]["complete"]), (1, &true.into()), "{before:?}");
+    // A fetcher that nobody needs would have ended by then.
+    std::thread::sleep(Duration::from_secs(2));
+    let answer = http::get(port, "/check").expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    for key in ["digest", "read_bytes", "checked_bytes"] {
+        assert_eq!(streams()[0][key], before[0][key], "{key}: it was made anew");
+    }
+    serving.end();
+    world.rewarm().args(["cache", "--clear"]).ok();
+    let serving = world.serve(&file("memory = '1GiB'\ncache = '1MiB'\n", ""));
+    serving.running().await_stderr("there is no room to keep the snapshot decoded");
+    assert_eq!(streams(), [] as [Value; 0]);
+    serving.end();
+    world.finish();
+}
+
 #[test]
 fn replicas_that_do_not_fit_together_take_each_others_room_and_no_request_is_lost() {
     let Some(world) = pool_world() else { return };

@@ -21,6 +21,7 @@ fn what_is_not_said_has_its_default() {
     assert_eq!((pool.concurrency, pool.min_replicas, pool.max_replicas, pool.warm), (8, 0, 16, 0));
     assert_eq!(pool.queue, QueueConfig { max: 1000, deadline: Duration::from_secs(30) });
     assert_eq!((pool.routing, &pool.cold, pool.retry), (Routing::Busiest, &Cold::Recorded, true));
+    assert!(pool.prefetch && !pool.capture);
     assert_eq!((config.serve.on_exit, config.serve.memory, &config.serve.otlp), (OnExit::Stop, None, &None));
     assert_eq!(config.serve.body_timeout, Duration::from_secs(60));
     assert_eq!(config.serve.admin, "127.0.0.1:9901".parse().ok());
@@ -32,7 +33,7 @@ fn everything_can_be_said() {
         "{POOL}port = 8001\nprotocol = 'h2c'\nconcurrency = 4\ntarget_concurrency = 3\nmin_replicas = 1\nmax_replicas = 2\nwarm = 2\n\
          queue = {{ max = 10, deadline = '3s' }}\ntarget_wait = '2s'\nstart_timeout = '5s'\nrouting = 'least-in-flight'\n\
          affinity = 'x-session'\nretry = false\nanswer_timeout = '9s'\ndrain = '10s'\ncold = ['python3', 'server.py']\n\
-         replica_memory = '1.5GiB'\nfollow = '0s'\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
+         replica_memory = '1.5GiB'\nfollow = '0s'\nprefetch = false\ncapture = true\npolicy = {{ kind = 'kpa', stable_window = '30s' }}\n\
          match = {{ host = 'A.example', path_prefix = '/v1', header = 'X-Team: red', model = 'llama' }}\n\
          [serve]\nadmin = false\nkeda = '127.0.0.1:9090'\notlp = 'http://127.0.0.1:4318'\non_exit = 'keep'\nmemory = '20GiB'\ncache = '4GiB'\n\
          tls = {{ cert = 'c.pem', key = 'k.pem' }}\nadmin_token = 'token'\nheader_timeout = '5s'\nbody_timeout = '20s'\nbody_max = '1MiB'\n\
@@ -49,7 +50,7 @@ fn everything_can_be_said() {
     assert_eq!(pool.matching.host.as_deref(), Some("a.example"));
     assert_eq!(pool.matching.header, Some(("x-team".to_owned(), "red".to_owned())));
     assert_eq!((pool.replica_memory, pool.policy.spec.name.as_str()), (Some(3 << 29), "kpa"));
-    assert!(pool.capture);
+    assert!(pool.capture && !pool.prefetch);
     assert_eq!(
         (config.serve.admin, config.serve.memory),
         (None, Some(Budget { replicas: 16 << 30, cache: 4 << 30 }))
