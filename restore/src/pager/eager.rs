@@ -284,9 +284,10 @@ mod tests {
             own: Ranges::default(),
         };
         let piece = |vaddr, offset, length| Piece { vaddr, offset, length };
+        let zeros = |mib: Range<u64>| std::iter::once(mib.start << 20..mib.end << 20).collect::<Vec<_>>();
         // Six chunks; the first begins 1 MiB into a huge page. The next task is another's memory at the same place.
         let tasks = [
-            stopped(1, &[piece(5 << 20, 0, 3 << 20)], &[(9 << 20)..(11 << 20)]),
+            stopped(1, &[piece(5 << 20, 0, 3 << 20)], &zeros(9..11)),
             stopped(2, &[piece(7 << 20, 0, 1 << 20)], &[]),
         ];
         let pending: Vec<Pending> =
@@ -300,8 +301,8 @@ mod tests {
                 (0, halves(10..12)),
                 (0, halves(12..16)),
                 (1, halves(14..16)),
-                (0, vec![(9 << 20)..(10 << 20)]),
-                (0, vec![(10 << 20)..(11 << 20)]),
+                (0, zeros(9..10)),
+                (0, zeros(10..11)),
             ]
         );
     }
