@@ -55,10 +55,12 @@ fn libraries_that_changed_since_the_snapshot_are_all_named() {
     world.finish();
 }
 
-/// Stores the manifest of the only snapshot again, with other facts, and gives its digest.
+/// Stores the manifest of the only snapshot, the first that was written, again with other facts, and gives its digest.
 fn with_facts(world: &World, change: impl FnOnce(&mut Value)) -> String {
     let folder = world.store_folder().join("manifests");
-    let path = fs::read_dir(&folder).expect("a folder").flatten().next().expect("a manifest").path();
+    let written = |entry: &fs::DirEntry| entry.metadata().and_then(|data| data.modified()).expect("a time");
+    let first = fs::read_dir(&folder).expect("a folder").flatten().min_by_key(written);
+    let path = first.expect("a manifest").path();
     let text = fs::read_to_string(&path).expect("text");
     let mut manifest: Value = serde_json::from_str(text.lines().next().expect("a line")).expect("it is JSON");
     change(&mut manifest["facts"]);
