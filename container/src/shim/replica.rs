@@ -33,10 +33,10 @@ pub(super) const KILL_DEADLINE: Duration = Duration::from_secs(10);
 pub(super) type ConnectionId = u64;
 pub(super) const LEASE: ConnectionId = 0;
 /// Stands for the shim where it does what a command was to do.
+pub(super) const ITSELF: ConnectionId = u64::MAX;
+
 /// How long the next command waits for a server that the shim lets go on after a command that was killed.
 const GOES_ON: Duration = Duration::from_secs(10);
-
-pub(super) const ITSELF: ConnectionId = u64::MAX;
 
 /// One replica and everything that belongs to it.
 #[derive(Debug)]
