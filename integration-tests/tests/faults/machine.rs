@@ -303,13 +303,7 @@ fn memory_that_is_short_while_dumping() {
         let output = world.snapshot_call(&source, &tag, &[]).under("prlimit", &[&limit]).run();
         // A small allocation that fails ends the program at once, and its lease with it.
         if output.code == Some(1) {
-            // The kernel says EAGAIN where there is no room for a thread.
-            let lacks = ["memory", "os error 11"].iter().any(|word| output.stderr.contains(word));
-            assert!(lacks, "{limit}: it does not say what it lacks\n{output}");
-            // What fails before the first stage has not touched the server.
-            if output.stderr.contains("stage ") {
-                output.says(&["the server goes on serving"]);
-            }
+            output.says(&["memory", "the server goes on serving"]);
         }
         if output.code != Some(0) {
             assert!(!visible(&world).to_string().contains(&tag), "a snapshot is visible: {output}");
