@@ -320,12 +320,7 @@ impl Stream {
         if self.lease.is_alive() {
             return None;
         }
-        let mut blocks = self
-            .layout
-            .regions()
-            .iter()
-            .flat_map(|(base, bytes)| base / BLOCK_BYTES..(base + bytes).div_ceil(BLOCK_BYTES));
-        let missing = blocks.find(|block| !self.reader.has_arrived(*block))?;
+        let missing = self.layout.blocks().find(|block| !self.reader.has_arrived(*block))?;
         Some(Error::Missing(Missing::Abandoned { block: missing }))
     }
 

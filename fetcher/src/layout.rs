@@ -26,6 +26,13 @@ impl Layout {
         Some(layout)
     }
 
+    /// The numbers of the blocks in which something lies, in order.
+    pub fn blocks(&self) -> impl Iterator<Item = u64> + '_ {
+        self.regions()
+            .iter()
+            .flat_map(|(base, bytes)| base / BLOCK_BYTES..(base + bytes).div_ceil(BLOCK_BYTES))
+    }
+
     /// Where each region begins and how many bytes it has.
     #[must_use]
     pub fn regions(&self) -> &[(u64, u64)] {

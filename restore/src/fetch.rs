@@ -189,13 +189,11 @@ impl Fetching {
 
     /// Waits until all of the stream has arrived. Blocks.
     pub(crate) fn all(&self) -> Result<(), Cause> {
-        for &(base, bytes) in self.stream.layout().regions() {
-            for block in base / BLOCK_BYTES..(base + bytes).div_ceil(BLOCK_BYTES) {
-                if !self.stream.reader().has_arrived(block) {
-                    self.wait(block)?;
-                }
-                self.tell();
+        for block in self.stream.layout().blocks() {
+            if !self.stream.reader().has_arrived(block) {
+                self.wait(block)?;
             }
+            self.tell();
         }
         Ok(())
     }

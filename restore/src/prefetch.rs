@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use rewarm_fetcher::{Access, BLOCK_BYTES, Fetcher, Presence, Status};
+use rewarm_fetcher::{Access, Fetcher, Presence, Status};
 use rewarm_report::Stage;
 use rewarm_store::{Reference, Trust};
 
@@ -71,12 +71,10 @@ fn bring(
     }
     stream.begin(Vec::new())?;
     let lease = stream.lease()?;
-    for &(base, bytes) in stream.layout().regions() {
-        for block in base / BLOCK_BYTES..(base + bytes).div_ceil(BLOCK_BYTES) {
-            let wanted = || !given_up.load(Ordering::Acquire);
-            if !stream.reader().has_arrived(block) {
-                lease.wait_while(stream.reader(), block, BLOCK_WITHIN, &wanted)?;
-            }
+    let wanted = || !given_up.load(Ordering::Acquire);
+    for block in stream.layout().blocks() {
+        if !stream.reader().has_arrived(block) {
+            lease.wait_while(stream.reader(), block, BLOCK_WITHIN, &wanted)?;
         }
     }
     // The fetcher finishes its books a moment after the last block, and keeps only what is complete.
