@@ -13,8 +13,9 @@ use rewarm_report::Stage;
 
 use crate::begun::{Begun, Ground, unless_interrupted};
 use crate::error::{Cause, Error, Result};
-use crate::pipeline::{Restored, blocking};
+use crate::pipeline::blocking;
 use crate::replica::Replica;
+use crate::request::{Context, Outcome, Request, Restored, early, names, overridden};
 
 /// runc makes a container in a fraction of a second; a machine under load is given time.
 const START_TIMEOUT: Duration = Duration::from_secs(60);
@@ -66,6 +67,53 @@ pub(crate) async fn start(
             Err(failed(Stage::Ready)(Cause::NotStarted { source: Box::new(cause), output }))
         }
     }
+}
+
+/// The snapshot cannot be used at all: all replicas start cold, or none.
+pub(crate) async fn refused(
+    request: &Request,
+    context: &Context,
+    begun: &Begun,
+    cause: Cause,
+    spec: Option<Box<Spec>>,
+) -> Result<Outcome> {
+    let known = spec.as_deref();
+    let command =
+        request.cold_fallback.as_ref().is_some_and(|command| !command.is_empty() || known.is_some());
+    if !command {
+        return Err(early(request, cause));
+    }
+    let names = names(request, request.source.name.as_str()).map_err(|error| early(request, error))?;
+    let mut replicas = Vec::new();
+    for name in &names {
+        let failure = (Stage::Admit, cause.shared());
+        replicas.push(fall_back(name, request, context, begun, known, failure).await);
+    }
+    Ok(Outcome { source: None, replicas })
+}
+
+/// Starts a replica cold if the user wants that, and says why; otherwise gives the failure.
+pub(crate) async fn fall_back(
+    name: &Name,
+    request: &Request,
+    context: &Context,
+    begun: &Begun,
+    spec: Option<&Spec>,
+    (stage, cause): (Stage, Cause),
+) -> Result<Restored> {
+    let Some(command) = &request.cold_fallback else {
+        return Err(Error { name: name.to_string(), stage, cause });
+    };
+    let why = format!("stage {stage}: {}", cause.shared());
+    context.clock.progress().warning(&format!("starting {name} cold: {why}"));
+    let mut spec = spec.cloned().unwrap_or_else(|| overridden(request, Spec::default()));
+    if !command.is_empty() {
+        spec.command.clone_from(command);
+    }
+    let ready = request.ready.clone();
+    let ground = context.ground();
+    let started = start(name, spec, ready, request.ready_timeout, &ground, begun).await?;
+    Ok(Restored { cold: Some(why), ..started })
 }
 
 async fn serve(

@@ -3,6 +3,7 @@
 //! [`run`] is the whole of it; `pipeline.rs` has one line for each stage. A replica is handed out only after its answers
 //! were compared with the recorded ones; whatever fails before, nothing of it is left.
 
+mod admit;
 mod begun;
 mod blueprint;
 pub mod cold;
@@ -21,7 +22,9 @@ mod pipeline;
 mod prefetch;
 mod recording;
 mod replica;
+mod request;
 pub mod resident;
+mod rest;
 mod shared;
 mod verdict;
 
@@ -30,6 +33,7 @@ pub use error::{Cause, Error, Result};
 pub use look::{Seen, look};
 pub use machine::{HostView, here};
 pub use mode::Mode;
-pub use pipeline::{Context, Outcome, Request, Restored, run};
+pub use pipeline::run;
 pub use prefetch::prefetch;
+pub use request::{Context, Outcome, Request, Restored};
 pub use verdict::{Lookup, Machine, Reason, reasons};

@@ -9,7 +9,8 @@ use rewarm_store::{Hooks, Reference, Target};
 
 use crate::error::{Cause, Error, Result};
 use crate::machine::{HostView, here};
-use crate::pipeline::{Context, Request, blocking, spec};
+use crate::pipeline::blocking;
+use crate::request::{Context, Request, spec};
 use crate::verdict::reasons;
 
 /// A snapshot in its store.

@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use rewarm_fetcher::{Access, Fetcher, Presence, Status};
 use rewarm_report::Stage;
-use rewarm_store::{Reference, Trust};
+use rewarm_store::{Reference, Target, Trust};
 
 use crate::error::{Cause, Error, Result};
 use crate::fetch::BLOCK_WITHIN;
-use crate::pipeline::Context;
+use crate::request::Context;
 
 /// How long the fetcher may take to call a stream complete of which every block has arrived.
 const COMPLETE_WITHIN: Duration = Duration::from_secs(10);
@@ -58,6 +58,13 @@ fn bring(
     context: &Context,
     given_up: &AtomicBool,
 ) -> std::result::Result<Option<Presence>, Cause> {
+    // Whoever asks again and again whether it is still here asks no store.
+    if let Target::Digest(digest) = &source.target
+        && Fetcher::status(context.state.dir())?
+            .is_some_and(|status| is_complete(&status, &digest.to_string()))
+    {
+        return Ok(Some(context.fetcher.stay()?));
+    }
     let access = Access::new(&source.store, context.env.clone());
     let found = context.fetcher.find(&access, source, trust)?;
     let Some(found) = found.first() else { return Ok(None) };
@@ -79,12 +86,15 @@ fn bring(
     }
     // The fetcher finishes its books a moment after the last block, and keeps only what is complete.
     let deadline = Instant::now() + COMPLETE_WITHIN;
-    let complete = |status: Status| status.streams.iter().any(|own| own.digest == digest && own.complete);
-    while !Fetcher::status(context.state.dir())?.is_some_and(complete) {
+    while !Fetcher::status(context.state.dir())?.is_some_and(|status| is_complete(&status, &digest)) {
         if Instant::now() > deadline || given_up.load(Ordering::Acquire) {
             return Ok(None);
         }
         std::thread::sleep(Duration::from_millis(5));
     }
     Ok(Some(context.fetcher.stay()?))
+}
+
+fn is_complete(status: &Status, digest: &str) -> bool {
+    status.streams.iter().any(|stream| stream.digest == digest && stream.complete)
 }

@@ -20,8 +20,8 @@ use rewarm_store::Facts;
 use crate::begun::{Begun, Ground};
 use crate::error::Cause;
 use crate::lazy::Lazy;
-use crate::pipeline::Restored;
 use crate::recording::Recorder;
+use crate::request::Restored;
 
 /// Beside what the bytes need at a slow 100 MB/s.
 const RESTORE_TIMEOUT: Duration = Duration::from_secs(120);

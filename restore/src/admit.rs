@@ -1,0 +1,116 @@
+//! The first stage: is there a snapshot that fits this machine? All reasons against it at once, before any data moves.
+
+use rewarm_container::Spec;
+use rewarm_fetcher::{Access, Fetcher, Found};
+use rewarm_probe::{Engine, Hook, Recorded};
+use rewarm_store::{Manifest, Reference, Target};
+
+use crate::device::{self, Plan};
+use crate::error::Cause;
+use crate::machine::{HostView, here};
+use crate::pipeline::blocking;
+use crate::request::{Context, Request, spec};
+use crate::verdict::{Reason, memory_reasons, reasons};
+
+/// A snapshot that fits this machine.
+pub(crate) struct Admitted {
+    pub(crate) source: String,
+    pub(crate) manifest: Manifest,
+    pub(crate) access: Access,
+    pub(crate) found: Found,
+    pub(crate) spec: Spec,
+    pub(crate) recorded: Option<Recorded>,
+    pub(crate) engine: Option<Engine>,
+    pub(crate) post: Option<Hook>,
+    pub(crate) device: Option<Plan>,
+}
+
+/// Finds the snapshot and gives the verdict. Beside the cause of a refusal is the replica that the snapshot describes, if it
+/// was found.
+pub(crate) async fn admit(
+    request: &Request,
+    context: &Context,
+) -> std::result::Result<Admitted, (Cause, Option<Box<Spec>>)> {
+    let early = |cause: Cause| (cause, None);
+    let access = Access::new(&request.source.store, context.env.clone());
+    let (fetcher, asked) = (context.fetcher.clone(), access.clone());
+    let (reference, trust) = (request.source.clone(), request.trust.clone());
+    let variants = blocking(move || Ok(fetcher.find(&asked, &reference, trust)?)).await.map_err(early)?;
+    let machine = here(&context.criu_version.to_string())
+        .map_err(|error| early(Cause::io("look at this machine")(error)))?;
+    let mut refusal = None;
+    // The first variant that fits, the newest first; if none does, the newest says why.
+    for found in variants {
+        let manifest = found.snapshot.manifest();
+        let mut spec = spec(request, manifest).map_err(early)?;
+        let unprovided = device::provide(&mut spec, &context.cdi);
+        let (facts, asked, known) = (manifest.facts.clone(), spec.clone(), machine.clone());
+        let (count, fetcher) = (request.count, context.fetcher.clone());
+        let (program, wish) = (context.program.clone(), request.gpu.clone());
+        let needed = device::host_bytes(manifest);
+        let verdict = blocking(move || {
+            let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
+            reasons.extend(memory(needed, asked.memory_bytes, count, &fetcher)?);
+            reasons.extend(missing_sources(&asked));
+            reasons.extend(unprovided);
+            let device = device::plan(&facts, &program, &wish, count).unwrap_or_else(|more| {
+                reasons.extend(more);
+                None
+            });
+            Ok((reasons, device))
+        });
+        let (reasons, device) = verdict.await.map_err(early)?;
+        if reasons.is_empty() {
+            return admitted(request, access, found, spec, device).map_err(early);
+        }
+        refusal.get_or_insert((Cause::Incompatible { reasons }, Some(Box::new(spec))));
+    }
+    Err(refusal.expect("a tag has at least one variant"))
+}
+
+/// Why memory does not suffice. What the fetcher only keeps for later gives way first.
+fn memory(
+    needed: u64,
+    limit: Option<u64>,
+    count: u32,
+    fetcher: &Fetcher,
+) -> std::result::Result<Vec<Reason>, Cause> {
+    let now = || {
+        let free = rewarm_sys::machine::free_bytes().map_err(Cause::io("look at this machine"))?;
+        Ok(memory_reasons(needed, limit, count, free))
+    };
+    let reasons: Vec<Reason> = now()?;
+    match reasons.iter().find_map(|reason| match reason {
+        Reason::MemoryFree { needed, .. } => Some(*needed),
+        _ => None,
+    }) {
+        Some(needed) => {
+            fetcher.trim(needed)?;
+            now()
+        }
+        None => Ok(reasons),
+    }
+}
+
+fn admitted(
+    request: &Request,
+    access: Access,
+    found: Found,
+    spec: Spec,
+    device: Option<Plan>,
+) -> std::result::Result<Admitted, Cause> {
+    let manifest = found.snapshot.manifest().clone();
+    let recorded = manifest.facts.probe.clone().map(Recorded::from_json).transpose()?;
+    let post = manifest.facts.hooks.post.as_deref().map(str::parse::<Hook>).transpose()?;
+    let engine = manifest.facts.hooks.engine.clone().map(serde_json::from_value::<Engine>).transpose();
+    let engine =
+        engine.map_err(|error| Cause::Inconsistent { what: format!("the steps of the engine: {error}") })?;
+    let digest = Reference { target: Target::Digest(found.digest()), ..request.source.clone() };
+    let source = digest.to_string();
+    Ok(Admitted { source, manifest, access, found, spec, recorded, engine, post, device })
+}
+
+fn missing_sources(spec: &Spec) -> Vec<Reason> {
+    let missing = spec.mounts.iter().filter(|mount| !mount.source.exists());
+    missing.map(|mount| Reason::MountSource { path: mount.source.display().to_string() }).collect()
+}
