@@ -40,6 +40,9 @@ const GATEWAY_REST: Duration = Duration::from_millis(500);
 const GATEWAY_SETTLED: Duration = Duration::from_secs(60);
 /// How often a snapshot is looked for that was not found, or is not followed.
 const FIND_AGAIN: Duration = Duration::from_secs(10);
+/// How often it is looked whether a snapshot is still on this machine that is to be, and whether there is room for one by now.
+const PREFETCH_AGAIN: Duration = Duration::from_secs(10);
+const ROOM_AGAIN: Duration = Duration::from_secs(60);
 const LOCK: &str = "serve.lock";
 
 /// What `rewarm serve` works with.
@@ -427,21 +430,54 @@ async fn find(pool: PoolConfig, replicas: Arc<dyn Replicas>, line: Line) {
     }
 }
 
+/// Sees to it that a snapshot is on this machine, as long as it is the one that is wanted: a store that failed may come back, and
+/// what lay decoded here goes when something else needs the memory.
 async fn prefetch(pool: PoolConfig, known: Known, replicas: Arc<dyn Replicas>) {
     let (pool_name, snapshot) = (&pool.name, &known.source);
-    match replicas.prefetch(&pool, &known).await {
-        Ok(Some(_kept)) => {
-            tracing::info!(pool = pool_name, snapshot, "the snapshot is on this machine");
-            // Until it is another one that is wanted.
-            std::future::pending().await
+    let mut before = None;
+    // The earlier one goes when the next one is there.
+    let mut _kept = None;
+    loop {
+        let (now, reason) = match replicas.prefetch(&pool, &known).await {
+            Ok(Some(kept)) => {
+                _kept = Some(kept);
+                (Prefetched::Here, None)
+            }
+            Ok(None) => (Prefetched::NoRoom, None),
+            Err(reason) => (Prefetched::Failed, Some(reason)),
+        };
+        if before.replace(now) != Some(now) {
+            match now {
+                Prefetched::Here => {
+                    tracing::info!(pool = pool_name, snapshot, "the snapshot is on this machine")
+                }
+                Prefetched::NoRoom => {
+                    tracing::info!(
+                        pool = pool_name,
+                        snapshot,
+                        "there is no room to keep the snapshot decoded"
+                    )
+                }
+                Prefetched::Failed => {
+                    tracing::warn!(
+                        pool = pool_name,
+                        snapshot,
+                        reason,
+                        "the snapshot was not brought here; it is tried again"
+                    )
+                }
+            }
         }
-        Ok(None) => {
-            tracing::info!(pool = pool_name, snapshot, "there is no room to keep the snapshot decoded")
-        }
-        Err(reason) => {
-            tracing::warn!(pool = pool_name, snapshot, reason, "the snapshot was not brought here")
-        }
+        tokio::time::sleep(if now == Prefetched::NoRoom { ROOM_AGAIN } else { PREFETCH_AGAIN }).await;
     }
+}
+
+/// What became of bringing a snapshot here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Prefetched {
+    Here,
+    NoRoom,
+    Failed,
 }
 
 struct Signals {

@@ -136,6 +136,22 @@ fn a_snapshot_is_on_the_machine_before_it_is_needed() {
     for key in ["digest", "read_bytes", "checked_bytes"] {
         assert_eq!(streams()[0][key], before[0][key], "{key}: it was made anew");
     }
+    // What other work has taken the place of comes back.
+    let complete = || streams().iter().any(|stream| stream["complete"] == true);
+    world.await_state("no replica holds it", PATIENCE, || {
+        world.rewarm().args(["cache", "--clear"]).ok();
+        !complete()
+    });
+    world.await_state("the snapshot is here again", PATIENCE, complete);
+    serving.end();
+    // So does what a store did not give at first.
+    world.rewarm().args(["cache", "--clear"]).ok();
+    let (packs, away) = (world.store_folder().join("packs"), world.store_folder().join("away"));
+    std::fs::rename(&packs, &away).expect("our own folder");
+    let serving = world.serve(&file("", ""));
+    serving.running().await_stderr("the snapshot was not brought here; it is tried again");
+    std::fs::rename(&away, &packs).expect("our own folder");
+    serving.running().await_stderr("the snapshot is on this machine");
     serving.end();
     world.rewarm().args(["cache", "--clear"]).ok();
     let serving = world.serve(&file("memory = '1GiB'\ncache = '1MiB'\n", ""));
