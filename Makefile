@@ -25,9 +25,12 @@ check: ## formatting, lints and documentation, with warnings as errors
 	cargo clippy --workspace --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps
 
+# Tests wait more than they compute: with one for each core two fifths of the processor time lay idle.
+THREADS := $(shell echo $$(($$(nproc) * 3 / 2)))
+
 # In the development profile, which optimises hash and codecs: building everything twice would take longer than it saves.
 test: setup check ## what continuous integration does
-	REWARM_TEST_NEEDS=$(NEEDS) cargo test --workspace --no-fail-fast
+	REWARM_TEST_NEEDS=$(NEEDS) RUST_TEST_THREADS=$${RUST_TEST_THREADS:-$(THREADS)} cargo test --workspace --no-fail-fast
 
 bench: setup build ## the measured tables of the README: whole servers, then `rewarm bench`
 	@setup/bench
