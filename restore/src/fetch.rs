@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 use rewarm_container::tree::Applier;
 use rewarm_criu::image::pagemap::{self, Pagemap};
 use rewarm_criu::page_server::{Flags, Object};
-use rewarm_fetcher::{BLOCK_BYTES, Stream};
+use rewarm_fetcher::{BLOCK_BYTES, Layout, Stream};
 use rewarm_report::{Progress, Stage};
+use rewarm_store::WorkingSet;
 
 use crate::blueprint::{Blueprint, Place};
 use crate::error::Cause;
@@ -121,11 +122,7 @@ impl Fetching {
                 .chain(self.lazy.direct())
                 .filter_map(|region| layout.regions().get(region).copied()),
         );
-        let known = self.stream.working_set().map(|set| &set.extents[..]).unwrap_or_default();
-        first.extend(known.iter().filter_map(|&(region, offset, bytes)| {
-            let (base, _) = layout.regions().get(region as usize)?;
-            Some((base.saturating_add(offset), bytes))
-        }));
+        first.extend(touched_first(self.stream.working_set(), self.lazy.is_eager(), layout));
         if self.lazy.is_passing() {
             self.stream.begin_passing(first)?;
         } else {
@@ -197,6 +194,17 @@ impl Fetching {
         }
         Ok(())
     }
+}
+
+/// What is to come before the rest because the server touches it first. Nothing where all of its memory is filled before it runs:
+/// that is filled in the order of the stream, and what came out of turn would take the room of what it waits for.
+fn touched_first(set: Option<&WorkingSet>, eager: bool, layout: &Layout) -> Vec<(u64, u64)> {
+    let known = set.filter(|_| !eager).map(|set| &set.extents[..]).unwrap_or_default();
+    let place = |&(region, offset, bytes): &(u32, u64, u64)| {
+        let (base, _) = layout.regions().get(region as usize)?;
+        Some((base.saturating_add(offset), bytes))
+    };
+    known.iter().filter_map(place).collect()
 }
 
 /// For each block in which something is wanted, from the first to the last of that. One for each block: who has it copied may
@@ -325,5 +333,17 @@ mod tests {
         let expected = [0..B, B..B + 12_288, 2 * B + 4096..3 * B, 3 * B..4 * B, 4 * B..4 * B + 1];
         assert_eq!(by_block(&wanted), expected);
         assert_eq!(by_block(&[]), []);
+    }
+
+    #[test]
+    fn what_is_touched_first_comes_first_unless_nothing_runs_before_all_is_there() {
+        let layout = Layout::of(&[3 * BLOCK_BYTES, BLOCK_BYTES]).expect("it is short");
+        let (base, _) = layout.regions()[1];
+        // Of a region that the snapshot does not have, too: a working set is not signed.
+        let set =
+            WorkingSet { number: 1, extents: vec![(1, 8192, 4096), (0, BLOCK_BYTES, 12_288), (7, 0, 4096)] };
+        assert_eq!(touched_first(Some(&set), false, &layout), [(base + 8192, 4096), (BLOCK_BYTES, 12_288)]);
+        assert_eq!(touched_first(Some(&set), true, &layout), []);
+        assert_eq!(touched_first(None, false, &layout), []);
     }
 }
