@@ -274,8 +274,11 @@ class Bench:
         at_rest = ["warm"] * warm
         took = []
         self.cache("--clear")
-        with self.serving(server, f"warm = {warm}\nmax_replicas = 1\n{hasty}"):
-            self.prefetched()
+        # A pool that wants it decoded would bring it again.
+        prefetch = f"prefetch = {str(decoded).lower()}"
+        with self.serving(server, f"warm = {warm}\nmax_replicas = 1\n{prefetch}\n{hasty}"):
+            if decoded:
+                self.prefetched()
             for round in range(self.options.rounds):
                 until("the pool is at rest", lambda pool: states(pool) == at_rest)
                 if not decoded:
@@ -291,7 +294,7 @@ class Bench:
     def rest(self, which):
         warm = 1 if which == "wake" else 0
         goal = {"wake": "30 ms", "zero": "400 ms", "store": "400 ms"}[which]
-        what = {"wake": "to a paused one", "zero": "to one in a folder, decoded here by the pool", "store": "to one in a folder, of which nothing is decoded here any more"}[which]
+        what = {"wake": "to a paused one", "zero": "to one in a folder, decoded here by the pool", "store": "to one in a folder, of which nothing is decoded here"}[which]
         for server in (self.embedding, self.small):
             self.note(f"{server.label}, {which}")
             running, first = self.running(server), self.from_rest(server, warm, which != "store")
