@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::os::unix::fs::MetadataExt;
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{Answers, answers, server_answers_as_before};
@@ -62,6 +63,14 @@ pub(crate) fn await_present(world: &World, replica: &Replica<'_>) -> Value {
 pub(crate) fn pagers(world: &World) -> Vec<i32> {
     let all = residue::processes(world.id()).into_iter();
     all.filter(|(_, command)| command.contains(" pager ")).map(|(pid, _)| pid).collect()
+}
+
+/// Kills processes of which some may end with others: a pager's guard with it, a worker with its keeper.
+pub(crate) fn kill_all(pids: impl IntoIterator<Item = i32>) {
+    let kill = |pid| kill(Pid::from_raw(pid), Signal::SIGKILL);
+    let killed: Vec<_> = pids.into_iter().map(kill).collect();
+    assert!(killed.contains(&Ok(())), "none was there: {killed:?}");
+    assert!(killed.iter().all(|told| matches!(told, Ok(()) | Err(Errno::ESRCH))), "{killed:?}");
 }
 
 /// Waits until the replica was killed, and gives the reason.
@@ -160,9 +169,7 @@ fn a_killed_keeper_ends_what_is_being_filled_with_the_reason() {
     let before = answers_of(&world, &server);
     slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
-    for (pid, _) in residue::services(world.id()) {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
-    }
+    kill_all(residue::services(world.id()).into_iter().map(|(pid, _)| pid));
     let reason = await_crash(&world, &replica);
     assert!(reason.contains("is gone"), "{reason}");
     // The next restore starts another one.
@@ -178,9 +185,7 @@ fn a_killed_pager_ends_what_is_being_filled_with_the_reason() {
     let Some((world, slow)) = far(&server) else { return };
     slow.throttle(8 * MIB);
     let replica = lazily(&world, &server, "60s");
-    for pid in pagers(&world) {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
-    }
+    kill_all(pagers(&world));
     let reason = await_crash(&world, &replica);
     assert!(reason.contains("pager"), "{reason}");
     world.finish();
@@ -199,9 +204,7 @@ fn a_keeper_killed_during_a_restore_is_replaced() {
         assert!(began.elapsed() < TOLD_MAX, "nothing is fetched");
         std::thread::sleep(Duration::from_millis(10));
     }
-    for (pid, _) in residue::services(world.id()) {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
-    }
+    kill_all(residue::services(world.id()).into_iter().map(|(pid, _)| pid));
     slow.throttle(0);
     let output = running.wait();
     output.expect_code(0);

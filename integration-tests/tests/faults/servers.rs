@@ -31,6 +31,12 @@ fn inner_processes(world: &World) -> Vec<i32> {
         .collect()
 }
 
+/// The state of a process as the kernel names it: T is stopped.
+fn state(pid: i32) -> Option<char> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    stat.rsplit_once(") ")?.1.chars().next()
+}
+
 fn nothing_visible(world: &World, replica: &Replica<'_>) {
     assert!(!visible(world).to_string().contains(replica.name()), "a snapshot is visible");
 }
@@ -80,6 +86,10 @@ fn a_dump_that_waits_for_ever_can_be_given_up() {
         for pid in &stopped {
             kill(Pid::from_raw(*pid), Signal::SIGSTOP).expect("it runs");
         }
+        // One that is frozen before it has stopped can be dumped.
+        world.await_state("they stand", Duration::from_secs(20), || {
+            stopped.iter().all(|pid| state(*pid) == Some('T'))
+        });
         running.go_on();
         world.await_state("CRIU runs", Duration::from_secs(20), || {
             residue::processes(world.id()).iter().any(|(_, command)| command.contains("criu"))

@@ -2,14 +2,14 @@
 
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{no_residue, server_answers_as_before};
 use rewarm_integration_tests::command::Running;
 use rewarm_integration_tests::server::Server;
 use rewarm_integration_tests::{Replica, Slow, World, residue};
 
-use super::filling::{MIB, TOLD_MAX, answers_of, await_present, far, nothing_fills, pagers, snapshot_of};
+use super::filling::{
+    MIB, TOLD_MAX, answers_of, await_present, far, kill_all, nothing_fills, pagers, snapshot_of,
+};
 use crate::world_for;
 
 /// More than what is asked for at once, so that what CRIU needs comes long before the last of it.
@@ -72,9 +72,7 @@ fn a_restore_that_cannot_complete_shared_memory_leaves_nothing() {
     let Some((world, slow)) = far(&server) else { return };
     let traces = world.traces();
     let running = standing(&world, &slow, &server, "60s");
-    for pid in pagers(&world) {
-        kill(Pid::from_raw(pid), Signal::SIGKILL).expect("it runs");
-    }
+    kill_all(pagers(&world));
     let output = running.wait();
     output.expect_code(1);
     output.says(&["pager"]);
