@@ -10,7 +10,7 @@ use crate::error::Cause;
 use crate::machine::{HostView, here};
 use crate::pipeline::blocking;
 use crate::request::{Context, Request, spec};
-use crate::verdict::{Reason, memory_reasons, reasons};
+use crate::verdict::{Machine, Reason, memory_reasons, reasons};
 
 /// A snapshot that fits this machine.
 pub(crate) struct Admitted {
@@ -33,11 +33,7 @@ pub(crate) async fn admit(
 ) -> std::result::Result<Admitted, (Cause, Option<Box<Spec>>)> {
     let early = |cause: Cause| (cause, None);
     let access = Access::new(&request.source.store, context.env.clone());
-    let (fetcher, asked) = (context.fetcher.clone(), access.clone());
-    let (reference, trust) = (request.source.clone(), request.trust.clone());
-    let variants = blocking(move || Ok(fetcher.find(&asked, &reference, trust)?)).await.map_err(early)?;
-    let machine = here(&context.criu_version.to_string())
-        .map_err(|error| early(Cause::io("look at this machine")(error)))?;
+    let (variants, machine) = variants(request, context, &access).await.map_err(early)?;
     let mut refusal = None;
     // The first variant that fits, the newest first; if none does, the newest says why.
     for found in variants {
@@ -66,6 +62,19 @@ pub(crate) async fn admit(
         refusal.get_or_insert((Cause::Incompatible { reasons }, Some(Box::new(spec))));
     }
     Err(refusal.expect("a tag has at least one variant"))
+}
+
+/// What the reference names, the newest variant first, and the machine that one of them is to fit.
+pub(crate) async fn variants(
+    request: &Request,
+    context: &Context,
+    access: &Access,
+) -> std::result::Result<(Vec<Found>, Machine), Cause> {
+    let (fetcher, asked) = (context.fetcher.clone(), access.clone());
+    let (reference, trust) = (request.source.clone(), request.trust.clone());
+    let found = blocking(move || Ok(fetcher.find(&asked, &reference, trust)?)).await?;
+    let machine = here(&context.criu_version.to_string()).map_err(Cause::io("look at this machine"))?;
+    Ok((found, machine))
 }
 
 /// Why memory does not suffice. What the fetcher only keeps for later gives way first.

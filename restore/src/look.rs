@@ -7,8 +7,9 @@ use rewarm_probe::Recorded;
 use rewarm_report::Stage;
 use rewarm_store::{Hooks, Reference, Target};
 
+use crate::admit::variants;
 use crate::error::{Cause, Error, Result};
-use crate::machine::{HostView, here};
+use crate::machine::HostView;
 use crate::pipeline::blocking;
 use crate::request::{Context, Request, spec};
 use crate::verdict::reasons;
@@ -39,11 +40,7 @@ pub struct Seen {
 pub async fn look(request: &Request, context: &Context) -> Result<Seen> {
     let failed = |cause: Cause| Error { name: request.source.to_string(), stage: Stage::Admit, cause };
     let access = Access::new(&request.source.store, context.env.clone());
-    let (fetcher, reference, trust) =
-        (context.fetcher.clone(), request.source.clone(), request.trust.clone());
-    let variants = blocking(move || Ok(fetcher.find(&access, &reference, trust)?)).await.map_err(failed)?;
-    let machine = here(&context.criu_version.to_string())
-        .map_err(|error| failed(Cause::io("look at this machine")(error)))?;
+    let (variants, machine) = variants(request, context, &access).await.map_err(failed)?;
     let mut newest = None;
     for found in variants {
         let manifest = found.snapshot.manifest();

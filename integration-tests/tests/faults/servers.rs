@@ -31,10 +31,12 @@ fn inner_processes(world: &World) -> Vec<i32> {
         .collect()
 }
 
-/// The state of a process as the kernel names it: T is stopped.
-fn state(pid: i32) -> Option<char> {
+/// The name of a process and its state, as the kernel names it: T is stopped.
+pub(crate) fn state(pid: i32) -> Option<(String, char)> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    stat.rsplit_once(") ")?.1.chars().next()
+    let (_, named) = stat.split_once(" (")?;
+    let (name, rest) = named.rsplit_once(") ")?;
+    Some((name.to_owned(), rest.chars().next()?))
 }
 
 fn nothing_visible(world: &World, replica: &Replica<'_>) {
@@ -88,7 +90,7 @@ fn a_dump_that_waits_for_ever_can_be_given_up() {
         }
         // One that is frozen before it has stopped can be dumped.
         world.await_state("they stand", Duration::from_secs(20), || {
-            stopped.iter().all(|pid| state(*pid) == Some('T'))
+            stopped.iter().all(|pid| state(*pid).is_some_and(|(_, state)| state == 'T'))
         });
         running.go_on();
         world.await_state("CRIU runs", Duration::from_secs(20), || {

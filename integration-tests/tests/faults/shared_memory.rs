@@ -10,6 +10,7 @@ use rewarm_integration_tests::{Replica, Slow, World, residue};
 use super::filling::{
     MIB, TOLD_MAX, answers_of, await_present, far, kill_all, nothing_fills, pagers, snapshot_of,
 };
+use super::servers::state;
 use crate::world_for;
 
 /// More than what is asked for at once, so that what CRIU needs comes long before the last of it.
@@ -21,12 +22,10 @@ const RATES: [u64; 2] = [32 * MIB, 8 * MIB];
 /// be missing, their names do not.
 fn states(world: &World) -> Vec<char> {
     let all = residue::processes(world.id()).into_iter();
-    all.filter_map(|(pid, _)| {
-        let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-        let (name, rest) = stat.rsplit_once(") ")?;
-        rest.chars().next().filter(|_| name.ends_with("(python3"))
-    })
-    .collect()
+    all.filter_map(|(pid, _)| state(pid))
+        .filter(|(name, _)| name == "python3")
+        .map(|(_, state)| state)
+        .collect()
 }
 
 /// Begins a restore of which shared memory comes slowly, and waits until the server stands.
