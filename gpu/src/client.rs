@@ -151,6 +151,8 @@ pub struct Helper {
     /// Processes whose last restore was refused for lack of device memory. Some drivers never restore such a one again, and the
     /// state that they tell does not show it.
     short: BTreeSet<i32>,
+    /// The driver was asked to restore a process, whatever came of it.
+    has_restored: bool,
 }
 
 #[derive(Debug)]
@@ -174,7 +176,7 @@ impl Helper {
     /// A helper that is not started yet.
     #[must_use]
     pub fn new(launch: Launch) -> Self {
-        Self { launch, running: None, deadline: None, short: BTreeSet::new() }
+        Self { launch, running: None, deadline: None, short: BTreeSet::new(), has_restored: false }
     }
 
     /// The same with one deadline for all calls.
@@ -374,6 +376,7 @@ impl Helper {
     /// [`CallError`].
     pub fn restore(&mut self, pid: i32, bytes: u64, pairs: &[Pair]) -> Result<Duration, CallError> {
         let call = Call::Step { step: Step::Restore, pid, lock_timeout_ms: 0, pairs: pairs.to_vec() };
+        self.has_restored = true;
         let result = self.step(call, moving(bytes));
         if result.is_ok() {
             self.short.remove(&pid);
@@ -387,6 +390,12 @@ impl Helper {
     #[must_use]
     pub fn was_short(&self, pid: i32) -> bool {
         self.short.contains(&pid)
+    }
+
+    /// Whether the driver was ever asked to restore a process, by this helper or one in whose place it is.
+    #[must_use]
+    pub fn has_restored(&self) -> bool {
+        self.has_restored
     }
 
     /// Checkpoints a locked process and writes its device memory to `file` from `offset` on, so that its own memory does not
@@ -425,6 +434,7 @@ impl Helper {
         };
         let bytes = parts.iter().map(|part| part.bytes).sum();
         let call = Call::Load { pid, parts: parts.to_vec(), file, pairs: pairs.to_vec() };
+        self.has_restored = true;
         match self.past_the_process(call.clone(), fd, moving(bytes) + patience)? {
             Answer::Done { micros } => Ok(Duration::from_micros(micros)),
             other => self.unexpected(call, &other),

@@ -32,6 +32,8 @@ const HOLD_DEADLINE: Duration = Duration::from_secs(10);
 const UNKNOWN_GRACE: Duration = Duration::from_secs(2);
 /// How often a suspend begins anew because a process began to use CUDA meanwhile.
 const ATTEMPTS_MAX: usize = 3;
+/// How long work on the devices may take to finish where the server is killed afterwards anyway.
+pub const LEAVE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 const STEP: Duration = Duration::from_millis(5);
 
 /// The processes of one server, and the freezer that all of them are in.
@@ -320,7 +322,8 @@ pub fn resume(
 /// has to continue them. Should this process die meanwhile, all of them die with it.
 ///
 /// # Errors
-/// [`Cause`]; the group must then be killed.
+/// [`Cause`]; the group must then be killed. What of it the driver had restored is off its devices again and frozen by then, as
+/// far as the driver does that.
 pub fn begin(
     helper: &mut Helper,
     group: &dyn Group,
@@ -328,7 +331,12 @@ pub fn begin(
     pairs: &[Pair],
     source: &mut dyn DeviceStateSource,
 ) -> Result<Resumed, Cause> {
-    Work { helper, group, hold: Hold::new(true), processes }.resume(pairs, source)
+    let mut work = Work { helper, group, hold: Hold::new(true), processes };
+    let begun = work.resume(pairs, source);
+    if begun.is_err() {
+        work.leave();
+    }
+    begun
 }
 
 /// One suspend or resume.
@@ -514,6 +522,33 @@ impl Work<'_> {
                 Aftermath::Stranded(left.into_iter().chain([unfrozen]).collect())
             }
         }
+    }
+
+    /// Takes what was restored off its devices before it is killed, since drivers were reported to hang at the end of a process
+    /// that they had restored. A driver that does not answer is asked no more.
+    fn leave(&mut self) {
+        for step in [Step::Lock, Step::Checkpoint] {
+            for process in &self.processes {
+                let helper = &mut *self.helper;
+                let left = helper.state(process.pid).and_then(|state| match step {
+                    _ if step.from(state).is_none() => Ok(Duration::ZERO),
+                    Step::Lock => helper.lock(process.pid, LEAVE_LOCK_TIMEOUT),
+                    _ => helper.checkpoint(process.pid, process.bytes()),
+                });
+                match left {
+                    Ok(_) => {}
+                    Err(error) if error.is_unknown() => {
+                        return tracing::warn!(%error, "the server is killed as it is");
+                    }
+                    Err(error) => tracing::warn!(%error, "the process is killed as it is"),
+                }
+            }
+        }
+        // Nothing of it must run without its devices until it is killed.
+        if let Err(error) = self.group.freeze() {
+            tracing::warn!(%error, "freeze");
+        }
+        self.let_go();
     }
 
     /// The processes that are checkpointed and will not be restored again. Drivers were reported to refuse every further restore after

@@ -23,13 +23,11 @@ use rewarm_gpu::{
 
 use crate::cgroup::Cgroup;
 use crate::error::{Context, Error};
-use crate::record::{Origin, Record, Status};
+use crate::record::Status;
 use crate::shim::replica::{Asker, ConnectionId, Inner, Parts, Replica};
 
 /// How long work on the devices may take to finish before a dump is given up.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
-/// The same where the server is killed afterwards anyway.
-const LEAVE_LOCK_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a server that is to be killed may take to leave its devices: what the largest holds (141 GiB), at 5 GB/s.
 const LEAVE_DEADLINE: Duration = Duration::from_secs(30);
 
@@ -229,7 +227,9 @@ impl Replica {
     }
 
     /// After a suspend that failed: a server that cannot go on shows as such, whatever becomes of the command that is told.
-    pub(super) fn not_suspended(&self, failure: Failure) -> Error {
+    pub(super) fn not_suspended(&self, helper: &Helper, failure: Failure) -> Error {
+        // On its way back it may have been restored.
+        self.change(|inner| inner.restored_by_driver |= helper.has_restored());
         if matches!(failure.aftermath, Aftermath::Stranded(_))
             && let Err(error) = self.set_status(Status::Stranded)
         {
@@ -296,7 +296,7 @@ impl Replica {
         if !suspended.as_ref().is_ok_and(|suspended| !suspended.processes.is_empty()) {
             self.change(|inner| inner.kept = None);
         }
-        let suspended = suspended.map_err(|failure| self.not_suspended(failure))?;
+        let suspended = suspended.map_err(|failure| self.not_suspended(&helper, failure))?;
         if suspended.processes.is_empty() {
             parts.cgroup.thaw()?;
             return Ok(None);
@@ -326,13 +326,15 @@ impl Replica {
         Ok(())
     }
 
-    /// Takes a restored server off its devices, as a pause does, since it is about to be killed: drivers were reported to hang,
-    /// and the machine with them, at the end of a process that they had restored. What stands against it is told in the log
-    /// and does not keep the server alive; neither does a call that hangs, which ends when the server is dead.
+    /// Takes a server that the driver has restored off its devices, as a pause does, since it is about to be killed: drivers were
+    /// reported to hang, and the machine with them, at the end of a process that they had restored, as a clone or in place.
+    /// What stands against it is told in the log and does not keep the server alive; neither does a call that hangs, which
+    /// ends when the server is dead.
     pub(super) fn let_devices_go(self: &Arc<Self>, connection: ConnectionId) {
-        let is_restored = |record: &Record| matches!(record.origin, Origin::Restored { .. });
-        let runs = |inner: &Inner| inner.init.is_some() && inner.exit.is_none() && inner.paused.is_none();
-        if !runs(&self.lock()) || !self.lock().record.as_ref().is_some_and(is_restored) {
+        let is_restored = |inner: &Inner| {
+            inner.restored_by_driver && inner.init.is_some() && inner.exit.is_none() && inner.paused.is_none()
+        };
+        if !is_restored(&self.lock()) {
             return;
         }
         let (done, wait) = mpsc::channel();
@@ -352,6 +354,8 @@ impl Replica {
     }
 
     fn leave_devices(&self, connection: ConnectionId) -> Result<(), Error> {
+        // What the driver is about to restore cannot be let go yet.
+        self.wait_until(Some(LEAVE_DEADLINE), |inner| inner.busy != Some("restore") || inner.doomed);
         let (_busy, parts) = self.begin("end", connection)?;
         let tasks = Tasks(&parts.cgroup);
         if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
@@ -360,7 +364,7 @@ impl Replica {
         let found = self.examine(parts, Purpose::Pause, false)?.processes;
         let mut helper = self.helper.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let state = &mut InProcess::default();
-        order::suspend_found(&mut helper, &tasks, found, LEAVE_LOCK_TIMEOUT, state)?;
+        order::suspend_found(&mut helper, &tasks, found, order::LEAVE_LOCK_TIMEOUT, state)?;
         Ok(())
     }
 
@@ -389,6 +393,7 @@ impl Replica {
         patience: Duration,
     ) -> Result<Resumed, Error> {
         room(helper, &away.needed, patience).map_err(RoomError::still_paused)?;
+        self.change(|inner| inner.restored_by_driver |= !away.processes.is_empty());
         let tasks = Tasks(&parts.cgroup);
         Ok(self.with_state(|state| order::resume(helper, &tasks, &away.processes, &[], state))?)
     }

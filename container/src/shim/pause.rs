@@ -41,7 +41,7 @@ impl Replica {
         let tasks = Tasks(&parts.cgroup);
         let (found, state) = (std::mem::take(&mut looked.processes), &mut InProcess::default());
         let suspended = order::suspend_found(&mut helper, &tasks, found, lock_timeout, state)
-            .map_err(|failure| self.not_suspended(failure))?;
+            .map_err(|failure| self.not_suspended(&helper, failure))?;
         let (bytes, in_driver) = (suspended.bytes(), suspended.driver);
         let away = Away::new(suspended.processes, &looked);
         self.change(|inner| inner.paused = Some(away));

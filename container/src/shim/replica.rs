@@ -88,6 +88,8 @@ pub(super) struct Inner {
     pub(super) kept: Option<InFile>,
     /// The same for a dump, and after it as long as a command keeps it frozen.
     pub(super) suspended: Option<Suspension>,
+    /// The driver was asked to restore its processes, in place or in this clone: it leaves its devices before it is killed.
+    pub(super) restored_by_driver: bool,
     /// During a restore: what must be there before the server runs is, shared memory and device memory in host memory.
     pub(super) may_run: bool,
     pub(super) dumped_by: Option<ConnectionId>,

@@ -204,6 +204,7 @@ impl Replica {
         // Others may have taken it since the verdict.
         let needed = topology::placed(&device.carried.needed(), &device.pairs);
         room(&mut helper, &needed, Duration::ZERO).map_err(RoomError::given_up)?;
+        self.change(|inner| inner.restored_by_driver = true);
         let resumed = order::begin(&mut helper, stopped, processes, &device.pairs, source)
             .map_err(|cause| Error::Begin(Box::new(cause)))?;
         let bytes = device.carried.bytes();

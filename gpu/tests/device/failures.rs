@@ -43,6 +43,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             "failures::a_call_that_never_returns_ends_the_beginning_of_a_clone",
             a_call_that_never_returns_ends_the_beginning_of_a_clone,
         ),
+        Trial::test(
+            "failures::a_clone_that_is_given_up_is_off_its_devices_before_it_is_killed",
+            a_clone_that_is_given_up_is_off_its_devices_before_it_is_killed,
+        ),
         Trial::test("failures::a_result_that_nobody_knows_is_told", a_result_that_nobody_knows_is_told),
         Trial::test(
             "failures::a_restore_that_broke_the_process_for_good_is_stranded",
@@ -320,6 +324,30 @@ fn a_call_that_never_returns_ends_the_beginning_of_a_clone() -> Result<(), Faile
             }
             other => panic!("{rule}: {other:?}"),
         }
+    }
+    Ok(())
+}
+
+/// Drivers were reported to hang at the end of a process that they had restored.
+fn a_clone_that_is_given_up_is_off_its_devices_before_it_is_killed() -> Result<(), Failed> {
+    for rule in ["unlock@SECOND result 401", "unlock@SECOND value 0", "restore@SECOND result 2"] {
+        let mut world = World::new(&[64]);
+        let servers = [(); 2].map(|()| world.serve(&["--mib", "4"]));
+        let mut helper = world.helper();
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        let stopped = Stopped(&world.group);
+        stopped.tell(nix::sys::signal::Signal::SIGSTOP);
+        world.group.thaw()?;
+        let second = suspended.processes[1].pid;
+        world.control(&rule.replace("SECOND", &second.to_string()));
+        let state = &mut InProcess::default();
+        order::begin(&mut helper, &stopped, suspended.processes, &[], state).expect_err("it fails");
+        world.control("");
+        for server in servers {
+            assert_eq!(helper.state(server.pid)?, State::CHECKPOINTED, "{rule}");
+        }
+        assert_eq!(world.used(0), 0, "{rule}");
+        assert!(world.group.is_frozen(), "{rule}: nothing of it runs meanwhile");
     }
     Ok(())
 }

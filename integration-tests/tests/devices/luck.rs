@@ -387,11 +387,44 @@ fn a_restored_server_lets_its_devices_go_before_it_is_killed() {
     restore("v2").fails(1);
     assert!(devices.met_rule());
     assert_eq!(devices.used_mib(0), 18, "the source's");
-    // What was never restored is killed at once.
-    devices.control("lock wait 1");
-    let _ = source.stop();
-    assert!(!devices.met_rule());
-    assert_eq!(devices.used_mib(0), 0);
+    // And one that it gives up within the driver, after that restored it.
+    devices.control("unlock result 401\ncheckpoint wait 1");
+    restore("v1").fails(1).says(&["illegal state (401)"]);
+    assert_eq!(devices.met(), ["unlock result 401", "checkpoint wait 1"]);
+    assert_eq!(devices.used_mib(0), 18, "the source's");
     devices.control("");
+    source.remove();
+    world.finish();
+}
+
+/// A server that was never a clone is restored in its place by a wake and by a snapshot, also by one that fails.
+#[test]
+fn a_server_lets_its_devices_go_before_it_is_killed_once_the_driver_restored_it_in_place() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let noted = "lock wait 1\ncheckpoint wait 1";
+    let steps: Vec<&str> = noted.lines().collect();
+    for (verb, met) in [("", &[][..]), ("wake", &steps), ("snapshot", &steps), ("failed snapshot", &steps)] {
+        let source = start(&world, &devices, "device", &server);
+        match verb {
+            "wake" => {
+                world.rewarm().args(["pause", source.name()]).ok();
+                world.rewarm().args(["wake", source.name()]).ok();
+            }
+            "snapshot" => drop(world.snapshot(&source, "v1", &[])),
+            "failed snapshot" => {
+                devices.control("checkpoint then-result 801");
+                world.snapshot_call(&source, "v1", &[]).fails(1).says(&["the server runs on"]);
+            }
+            _ => {}
+        }
+        devices.control(noted);
+        let output = world.rewarm().args(["stop", source.name(), "--timeout", "300ms"]).ok();
+        assert!(output.to_string().contains("SIGKILL"), "{output}");
+        assert_eq!(devices.met(), met, "{verb}: what was never restored is killed at once");
+        devices.control("");
+        assert_eq!(devices.used_mib(0), 0, "{verb}");
+        world.rewarm().args(["rm", source.name()]).ok();
+    }
     world.finish();
 }
