@@ -13,6 +13,7 @@ use crate::code;
 use crate::device;
 use crate::exports::{self, RestoreArgs};
 use crate::page::Uuid;
+use crate::target;
 
 /// The first version that has it.
 const VERSION: c_int = 13_040;
@@ -218,6 +219,9 @@ unsafe extern "C" fn cuPointerGetAttribute(out: *mut c_int, attribute: c_uint, p
 #[unsafe(no_mangle)]
 extern "C" fn cuDevicePrimaryCtxRelease_v2(number: c_int) -> u32 {
     let released = RETAINED.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |count| count.checked_sub(1));
+    if released == Ok(1) {
+        target::end_context();
+    }
     match exports::device_of(number) {
         Ok(_) if released.is_ok() => code::SUCCESS,
         Ok(_) => code::INVALID_CONTEXT,

@@ -112,7 +112,7 @@ fn now_ms() -> u64 {
     now.tv_sec.unsigned_abs() * 1000 + now.tv_nsec.unsigned_abs() / 1_000_000
 }
 
-/// Opens the device nodes and starts the thread, once.
+/// Opens the device nodes and starts the thread, unless there is a context.
 pub(crate) fn context() -> u32 {
     let mut guard = held();
     let held = guard.get_or_insert_default();
@@ -123,13 +123,27 @@ pub(crate) fn context() -> u32 {
         Ok(nodes) => held.nodes = nodes,
         Err(_) => return code::NO_DEVICE,
     }
-    let (told, tells) = std::sync::mpsc::channel();
-    let start = std::thread::Builder::new().spawn(move || serve(&told));
-    if start.is_err() || tells.recv().is_err() {
-        return code::OPERATING_SYSTEM;
+    // The thread of a context that was given up before is still there.
+    if PAGE.magic.load(Ordering::SeqCst) != MAGIC {
+        let (told, tells) = std::sync::mpsc::channel();
+        let start = std::thread::Builder::new().spawn(move || serve(&told));
+        if start.is_err() || tells.recv().is_err() {
+            return code::OPERATING_SYSTEM;
+        }
     }
     held.context = true;
     code::SUCCESS
+}
+
+/// Gives everything back that the context had, when its last user has released it.
+pub(crate) fn end_context() {
+    let mut guard = held();
+    let held = guard.get_or_insert_default();
+    for (address, allocation) in std::mem::take(&mut held.allocations) {
+        unmap(address, allocation.bytes);
+    }
+    held.nodes.clear();
+    held.context = false;
 }
 
 /// Takes memory of the device with that number.

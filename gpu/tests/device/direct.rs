@@ -26,7 +26,7 @@ pub(crate) fn trials() -> Vec<Trial> {
     ]
 }
 
-fn file() -> OwnedFd {
+pub(crate) fn file() -> OwnedFd {
     let flags = nix::sys::memfd::MFdFlags::MFD_CLOEXEC;
     nix::sys::memfd::memfd_create(c"device-state", flags).expect("a memory file")
 }
@@ -36,7 +36,7 @@ fn private_bytes(pid: i32) -> u64 {
     ranges::private_memory(pid).expect("it runs").iter().map(ranges::Range::bytes).sum()
 }
 
-fn content(file: &OwnedFd, process: &Process) -> Vec<u8> {
+pub(crate) fn content(file: &OwnedFd, process: &Process) -> Vec<u8> {
     use std::os::unix::fs::FileExt;
     let file = std::fs::File::from(file.try_clone().expect("a descriptor"));
     let mut all = Vec::new();

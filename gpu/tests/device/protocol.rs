@@ -1,16 +1,20 @@
 //! What owner and helper say to each other, and what the helper holds between two calls.
 
 use std::fs;
+use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use libtest_mimic::{Failed, Trial};
+use rewarm_gpu::custom::VERSION_MIN;
 use rewarm_gpu::helper::SOCKET_FD;
-use rewarm_gpu::place::InProcess;
+use rewarm_gpu::place::{InFile, InProcess, Stream};
 use rewarm_gpu::wire::{self, Answer, Call, PAIRS_MAX, VERSION};
 use rewarm_gpu::{CallError, Helper, Pair, State, order};
 
+use crate::direct::{content, file as memory_file};
 use crate::world::{LOCK, World};
 
 pub(crate) fn trials() -> Vec<Trial> {
@@ -26,6 +30,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test(
             "protocol::the_helper_holds_neither_device_files_nor_device_memory",
             the_helper_holds_neither_device_files_nor_device_memory,
+        ),
+        Trial::test(
+            "protocol::the_helper_holds_nothing_once_device_memory_went_past_the_process",
+            the_helper_holds_nothing_once_device_memory_went_past_the_process,
         ),
     ]
 }
@@ -112,6 +120,38 @@ fn the_helper_holds_neither_device_files_nor_device_memory() -> Result<(), Faile
     nothing("a checkpoint");
     order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     nothing("a restore");
+    assert_eq!(helper.pid().map(u32::cast_signed), Some(pid), "one helper made all calls");
+    server.is_whole();
+    Ok(())
+}
+
+/// While it goes there the helper has contexts on all devices, and what is moved mapped.
+fn the_helper_holds_nothing_once_device_memory_went_past_the_process() -> Result<(), Failed> {
+    let mut world = World::new(&[64, 64]);
+    let server = world.serve(&["--mib", "4"]);
+    let devices = world.path("devices");
+    let mut helper = world.helper_of_version(VERSION_MIN.0);
+    helper.start()?;
+    let pid = helper.pid().expect("it runs").cast_signed();
+    let nothing = |after: &str| assert_eq!(held(pid, &devices), Vec::<String>::new(), "after {after}");
+    // Each time it has contexts again.
+    for _ in 0..2 {
+        let kept = memory_file();
+        let mut state = InFile::new(kept.try_clone()?);
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut state)?;
+        nothing("a checkpoint into a file");
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut state)?;
+        nothing("a restore from it");
+        let mut state = InFile::new(kept.try_clone()?);
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut state)?;
+        let bytes = content(&kept, &suspended.processes[0]);
+        let (mut ours, theirs) = UnixStream::pair()?;
+        let feeder = std::thread::spawn(move || ours.write_all(&bytes));
+        let mut stream = Stream::new(theirs.into(), Duration::ZERO);
+        order::begin(&mut helper, &world.group, suspended.processes, &[], &mut stream)?;
+        feeder.join().expect("no panic")?;
+        nothing("a restore from a stream");
+    }
     assert_eq!(helper.pid().map(u32::cast_signed), Some(pid), "one helper made all calls");
     server.is_whole();
     Ok(())
