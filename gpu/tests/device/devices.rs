@@ -49,10 +49,13 @@ fn a_map_that_does_not_fit_is_refused() -> Result<(), Failed> {
     let mut helper = world.helper();
     let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     world.add_device(2, 64);
+    world.add_device(3, 64);
+    std::fs::write(world.path("devices").join("3/name"), "Another simulated GPU")?;
     let twice = [pair(0, 0), pair(1, 0)];
     let too_few = [pair(0, 2)];
     let unknown = [pair(0, 7), pair(1, 1)];
-    for bad in [&twice[..], &too_few, &unknown] {
+    let another_kind = [pair(0, 1), pair(1, 3)];
+    for bad in [&twice[..], &too_few, &unknown, &another_kind] {
         let failure =
             order::resume(&mut helper, &world.group, &suspended.processes, bad, &mut InProcess::default())
                 .expect_err("refused");

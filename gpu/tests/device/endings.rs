@@ -24,6 +24,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             "endings::the_helper_dies_while_it_asks_for_a_state",
             the_helper_dies_while_it_asks_for_a_state,
         ),
+        Trial::test(
+            "endings::the_helper_dies_or_hangs_while_it_attaches",
+            the_helper_dies_or_hangs_while_it_attaches,
+        ),
         Trial::test("endings::the_server_dies_in_each_state", the_server_dies_in_each_state),
         Trial::test("endings::the_server_dies_within_each_call", the_server_dies_within_each_call),
         Trial::test(
@@ -135,6 +139,29 @@ fn the_helper_dies_while_it_asks_for_a_state() -> Result<(), Failed> {
     assert_eq!(failure.aftermath, Aftermath::Suspended, "{failure}");
     order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
     server.is_whole();
+    Ok(())
+}
+
+fn the_helper_dies_or_hangs_while_it_attaches() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    for (rule, text) in [
+        ("init die", "attach: the GPU helper ended during the call"),
+        ("init hang", "attach: no answer within 1 s, so the GPU helper was killed"),
+    ] {
+        let mut helper = world.helper().with_deadline(Duration::from_millis(1500));
+        world.control(rule);
+        let failure = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())
+            .expect_err("it does not attach");
+        assert!(failure.to_string().contains(text), "{rule}: {failure}");
+        assert_eq!((failure.aftermath, helper.pid()), (Aftermath::Running, None), "{rule}");
+        world.control("");
+        server.is_whole();
+        // The next one attaches.
+        let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+        order::resume(&mut helper, &world.group, &suspended.processes, &[], &mut InProcess::default())?;
+        server.is_whole();
+    }
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use libtest_mimic::{Failed, Trial};
 use rewarm_gpu::place::InProcess;
 use rewarm_gpu::{Code, State, Step, order};
 
-use crate::world::{LOCK, MIB, World};
+use crate::world::{LOCK, MIB, PATIENCE, World};
 
 pub(crate) fn trials() -> Vec<Trial> {
     vec![
@@ -35,6 +35,10 @@ pub(crate) fn trials() -> Vec<Trial> {
             the_driver_allows_the_moves_of_the_table_and_no_others,
         ),
         Trial::test("steps::one_helper_serves_all_calls", one_helper_serves_all_calls),
+        Trial::test(
+            "steps::a_call_waits_while_its_process_is_locked",
+            a_call_waits_while_its_process_is_locked,
+        ),
     ]
 }
 
@@ -258,5 +262,23 @@ fn one_helper_serves_all_calls() -> Result<(), Failed> {
     assert_eq!(devices.len(), 1);
     assert!(devices[0].name.contains("Simulated") && devices[0].uuid == World::uuid(0));
     server.is_whole();
+    Ok(())
+}
+
+fn a_call_waits_while_its_process_is_locked() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "4"]);
+    let answer = server.generate();
+    let mut helper = world.helper();
+    helper.lock(server.pid, LOCK)?;
+    // What needs no device is answered.
+    server.ask("GET", "/health", "")?;
+    let (told, tells) = std::sync::mpsc::channel();
+    let asking = std::thread::spawn(move || told.send(server.generate()));
+    let early = tells.recv_timeout(Duration::from_millis(500));
+    assert!(early.is_err(), "it answered although it is locked: {early:?}");
+    helper.unlock(server.pid)?;
+    assert_eq!(tells.recv_timeout(PATIENCE)?, answer);
+    asking.join().expect("no panic")?;
     Ok(())
 }
