@@ -5,9 +5,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use rewarm_gpu_sim::{RELEASE_ENV, VERSION_ENV};
-use rewarm_integration_tests::Replica;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::devices::Devices;
 use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, World};
 use rewarm_report::Stage;
 
 use super::{start, world_with};
@@ -19,8 +20,18 @@ const DEVICE_MIB: u64 = 16 + 2;
 #[test]
 fn a_server_with_device_memory_comes_back_with_the_same_answers() {
     let Some((world, devices)) = world_with(&[128]) else { return };
+    comes_back(world, &devices);
+}
+
+#[test]
+fn a_server_with_device_memory_comes_back_with_the_same_answers_where_there_is_cgroup_v2_only() {
+    let Some((world, devices)) = world_with(&[128]) else { return };
+    comes_back(world.on_cgroup_v2(), &devices);
+}
+
+fn comes_back(world: World, devices: &Devices) {
     for server in [devices.server(16), devices.python_server()] {
-        let source = start(&world, &devices, server.name, &server);
+        let source = start(&world, devices, server.name, &server);
         let before = answers(&source, &server);
         let used = devices.used_mib(0);
         world.snapshot(&source, "v1", &[]);
@@ -72,15 +83,44 @@ fn a_snapshot_that_fails_at_a_device_leaves_the_server_serving() {
 
 /// Nobody sees it before the driver does.
 #[test]
-fn managed_memory_fails_a_snapshot_and_a_pause_and_the_server_serves() {
+fn managed_or_shared_memory_fails_a_snapshot_and_a_pause_and_the_server_serves() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    for path in ["/managed?4", "/share"] {
+        let source = start(&world, &devices, "device", &server);
+        let before = answers(&source, &server);
+        assert_eq!(source.ask("POST", path, None).expect("it answers").status, 200);
+        let texts = ["not supported (801); the server runs on", "managed memory and CUDA IPC"];
+        world.snapshot_call(&source, "v1", &[]).fails(1).says(&texts);
+        world.rewarm().args(["pause", source.name()]).fails(1).says(&texts);
+        server_answers_as_before(&source, &server, &before);
+        source.remove();
+    }
+    world.finish();
+}
+
+/// The dump is done, and the devices do not take it back: paused, until they do.
+#[test]
+fn a_snapshot_whose_server_does_not_get_its_devices_back_leaves_it_paused() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
     let source = start(&world, &devices, "device", &server);
-    let before = answers(&source, &server);
-    assert_eq!(source.ask("POST", "/managed?4", None).expect("it answers").status, 200);
-    let texts = ["not supported (801); the server runs on", "managed memory and CUDA IPC"];
-    world.snapshot_call(&source, "v1", &[]).fails(1).says(&texts);
-    world.rewarm().args(["pause", source.name()]).fails(1).says(&texts);
+    let (before, used) = (answers(&source, &server), devices.used_mib(0));
+    for (rule, text) in
+        [("restore result 2", "out of memory (2)"), ("unlock*1 result 401", "illegal state (401)")]
+    {
+        devices.control(rule);
+        let output = world.snapshot_call(&source, "v1", &[]).fails(6);
+        output.says(&[text, "the server stays paused and can be woken again"]);
+        assert!(devices.met_rule(), "{rule}");
+        devices.control("");
+        assert_eq!(source.entry().expect("listed")["status"], "paused", "{rule}");
+        assert_eq!(devices.used_mib(0), 0, "{rule}");
+        world.rewarm().args(["wake", source.name()]).ok();
+        server_answers_as_before(&source, &server, &before);
+        assert_eq!(devices.used_mib(0), used, "{rule}");
+    }
+    world.snapshot(&source, "v2", &[]);
     server_answers_as_before(&source, &server, &before);
     world.finish();
 }
