@@ -5,8 +5,9 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before, visible};
+use rewarm_integration_tests::devices::Devices;
 use rewarm_integration_tests::replica::names;
-use rewarm_integration_tests::{Replica, World};
+use rewarm_integration_tests::{Replica, Rewarm, World};
 use rewarm_report::{Operation, Stage};
 
 use super::{start, world_with};
@@ -23,11 +24,23 @@ pub(super) fn probe_file(world: &World) -> String {
     probe.display().to_string()
 }
 
+/// Each way of device memory, with and without an end of the server.
+const WAYS: [&[&str]; 4] = [&[], &["--stop"], &["--gpu-direct"], &["--gpu-direct", "--stop"]];
+
+const STEPS: [&str; 4] = ["lock", "checkpoint", "restore", "unlock"];
+
+/// A call whose replica finds a driver that knows both ways.
+fn both_ways(devices: &Devices, call: Rewarm) -> Rewarm {
+    devices.seen_by(call).env(rewarm_gpu_sim::VERSION_ENV, "13040")
+}
+
 #[test]
 fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
-    let source = start(&world, &devices, "device", &server);
+    let name = world.name("device");
+    let output = both_ways(&devices, world.run_call(&name, &server, &[])).ok();
+    let source = Replica::of_run(&world, name, server.port, &output);
     let before = answers(&source, &server);
     let used = devices.used_mib(0);
     let probe = probe_file(&world);
@@ -42,29 +55,26 @@ fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
         no_residue(&world, &traces);
         assert_eq!(visible(&world), list, "{when}: a reader sees something new");
     };
-    for stop in [&[][..], &["--stop"]] {
+    for way in WAYS {
         let flags: Vec<&str> =
-            ["--probe", &probe, "--pre", "true", "--post", "true"].iter().chain(stop).copied().collect();
+            ["--probe", &probe, "--pre", "true", "--post", "true"].iter().chain(way).copied().collect();
         for stage in stages(Operation::Snapshot) {
             let running = world.snapshot_call(&source, "v1", &flags).pause_at(stage).spawn();
             running.await_stderr(&format!("paused at {stage}"));
             running.signal(Signal::SIGKILL);
             let _ = running.wait();
-            survived(stage.name());
+            survived(&format!("{way:?}, {stage}"));
         }
         // Within the driver. A server that is to be stopped gets its devices back only when the command is gone.
-        let steps = if stop.is_empty() {
-            &["lock", "checkpoint", "restore", "unlock"][..]
-        } else {
-            &["lock", "checkpoint"]
-        };
-        for step in steps {
+        let steps = if way.contains(&"--stop") { &["lock", "checkpoint"][..] } else { &STEPS };
+        let complete = way.contains(&"--gpu-direct").then_some("complete");
+        for step in steps.iter().copied().chain(complete) {
             devices.control(&format!("{step} wait 1500"));
             let running = world.snapshot_call(&source, "v1", &flags).spawn();
             devices.await_rule(&world);
             running.signal(Signal::SIGKILL);
             let _ = running.wait();
-            survived(step);
+            survived(&format!("{way:?}, {step}"));
             devices.control("");
         }
     }
@@ -76,33 +86,42 @@ fn a_snapshot_killed_between_any_two_steps_leaves_the_server_serving() {
 fn a_restore_killed_between_any_two_steps_leaves_nothing() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
-    let source = start(&world, &devices, "device", &server);
+    let name = world.name("device");
+    let output = both_ways(&devices, world.run_call(&name, &server, &[])).ok();
+    let source = Replica::of_run(&world, name, server.port, &output);
     let before = answers(&source, &server);
-    world.snapshot(&source, "v1", &["--probe", &probe_file(&world), "--post", "true"]);
-    let (traces, used) = (world.traces(), devices.used_mib(0));
-    let clone = world.name("clone");
-    let restore = || devices.seen_by(world.restore_call("device", "v1", server.port, &["--name", &clone]));
-    for stage in stages(Operation::Restore) {
-        let running = restore().pause_at(stage).spawn();
-        running.await_stderr(&format!("paused at {stage}"));
-        running.signal(Signal::SIGKILL);
-        let _ = running.wait();
-        no_residue(&world, &traces);
-        assert_eq!(devices.used_mib(0), used, "{stage}");
+    let (probe, clone) = (probe_file(&world), world.name("clone"));
+    for (tag, way, steps) in [
+        ("v1", &[][..], &["restore", "unlock"][..]),
+        ("v2", &["--gpu-direct"], &["restore", "complete", "unlock"]),
+    ] {
+        world.snapshot(&source, tag, &[&["--probe", &probe, "--post", "true"], way].concat());
+        let (traces, used) = (world.traces(), devices.used_mib(0));
+        let call = || world.restore_call("device", tag, server.port, &["--name", &clone]);
+        let restore = || both_ways(&devices, call());
+        for stage in stages(Operation::Restore) {
+            let running = restore().pause_at(stage).spawn();
+            running.await_stderr(&format!("paused at {stage}"));
+            running.signal(Signal::SIGKILL);
+            let _ = running.wait();
+            no_residue(&world, &traces);
+            assert_eq!(devices.used_mib(0), used, "{way:?}, {stage}");
+        }
+        // Within the driver.
+        for step in steps {
+            devices.control(&format!("{step} wait 3000"));
+            let running = restore().spawn();
+            devices.await_rule(&world);
+            running.signal(Signal::SIGKILL);
+            let _ = running.wait();
+            no_residue(&world, &traces);
+            assert_eq!(devices.used_mib(0), used, "{way:?}, {step}");
+            devices.control("");
+        }
+        let clones = Replica::of_restore(&world, server.port, &restore().ok());
+        server_answers_as_before(&clones[0], &server, &before);
+        clones[0].remove();
     }
-    // Within the driver.
-    for step in ["restore", "unlock"] {
-        devices.control(&format!("{step} wait 3000"));
-        let running = restore().spawn();
-        devices.await_rule(&world);
-        running.signal(Signal::SIGKILL);
-        let _ = running.wait();
-        no_residue(&world, &traces);
-        assert_eq!(devices.used_mib(0), used, "{step}");
-        devices.control("");
-    }
-    let clones = Replica::of_restore(&world, server.port, &restore().ok());
-    server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
 
