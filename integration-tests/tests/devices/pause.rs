@@ -306,3 +306,65 @@ fn a_pause_that_fails_leaves_the_server_serving() {
     printed(&replica.stop(), "is stopped: it ended with signal SIGKILL");
     world.finish();
 }
+
+#[test]
+fn a_pause_takes_its_hook_before_and_a_wake_takes_its_own_after() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let replica = start(&world, &devices, "device", &server);
+    let before = answers(&replica, &server);
+    let call = |words: &[&str]| world.rewarm().args([words[0], replica.name()]).args(&words[1..]);
+    let status = || replica.entry().expect("listed")["status"].clone();
+    // On its devices still, and again.
+    let hook = |word: &str| format!("echo {word} >> /tmp/steps; test -e /tmp/ok");
+    let (pre, post) = (hook("pre"), hook("post"));
+    call(&["pause", "--pre", &pre]).fails(1).says(&["hook"]);
+    assert_eq!(
+        (status(), devices.used_mib(0)),
+        ("ready".into(), DEVICE_MIB),
+        "one that fails pauses nothing"
+    );
+    replica.sh("touch /tmp/ok");
+    call(&["pause", "--pre", &pre]).ok();
+    assert_eq!((status(), devices.used_mib(0)), ("paused".into(), 0));
+    call(&["wake", "--post", &post]).ok();
+    assert_eq!(replica.sh("cat /tmp/steps"), "pre\npre\npost");
+    server_answers_as_before(&replica, &server, &before);
+    // A pause without one asks the server nothing, and a wake whose hook fails has woken it.
+    call(&["pause"]).ok();
+    call(&["wake", "--post", "exit 3"]).fails(1).says(&["hook"]);
+    assert_eq!(status(), "ready");
+    assert_eq!(replica.sh("cat /tmp/steps"), "pre\npre\npost");
+    server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_pause_waits_for_a_kernel_as_long_as_it_is_told_to() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let replica = start(&world, &devices, "device", &server);
+    let before = answers(&replica, &server);
+    let pause = |limit: &str| world.rewarm().args(["pause", replica.name(), "--lock-timeout", limit]);
+    let kernel = |ms: &str| {
+        let asked = replica.ask("POST", &format!("/kernel?{ms}"), None).expect("it answers");
+        assert_eq!(asked.status, 200);
+    };
+    // Its helper attaches before, so that nothing but the kernel is waited for.
+    pause("5s").ok();
+    world.rewarm().args(["wake", replica.name()]).ok();
+    kernel("60000");
+    let began = std::time::Instant::now();
+    pause("300ms").fails(1).says(&["lock of process", "not ready (600); the server runs on"]);
+    assert!(began.elapsed() < Duration::from_secs(9), "it waited {:?}, as without the flag", began.elapsed());
+    assert_eq!(replica.entry().expect("listed")["status"], "ready");
+    replica.remove();
+    let replica = start(&world, &devices, "device", &server);
+    let pause = |limit: &str| world.rewarm().args(["pause", replica.name(), "--lock-timeout", limit]);
+    assert_eq!(replica.ask("POST", "/kernel?13000", None).expect("it answers").status, 200);
+    // Longer than a pause waits that is told nothing.
+    pause("30s").ok();
+    world.rewarm().args(["wake", replica.name()]).ok();
+    server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
