@@ -13,6 +13,7 @@ mod pause;
 mod refused;
 mod said;
 mod several;
+mod silent;
 mod snapshot;
 mod soak;
 mod verdict;

@@ -1,0 +1,65 @@
+//! Drivers that do not answer, or whose first call ends who makes it: `REWARM_GPU_PATIENCE` says how long is waited.
+
+use rewarm_integration_tests::Replica;
+use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+
+use super::world_with;
+
+const PATIENCE: &str = "2s";
+const LATE: &str = "no answer within 2 s, so the GPU helper was killed";
+const ENDED: &str = "the GPU helper ended during the call";
+
+#[test]
+fn a_pause_whose_driver_does_not_answer_leaves_the_server_serving() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let name = world.name("device");
+    let call = devices.seen_by(world.run_call(&name, &server, &[])).env("REWARM_GPU_PATIENCE", PATIENCE);
+    let source = Replica::of_run(&world, name, server.port, &call.ok());
+    let (before, used) = (answers(&source, &server), devices.used_mib(0));
+    // Its shim has no helper yet: the first one dies or hangs while it attaches.
+    for (rule, text) in
+        [("init die", ENDED), ("init hang", LATE), ("lock hang", LATE), ("checkpoint hang", LATE)]
+    {
+        devices.control(rule);
+        let output = world.rewarm().args(["pause", source.name()]).fails(1);
+        output.says(&[text, "the server runs on"]);
+        assert!(devices.met_rule(), "{rule}");
+        devices.control("");
+        assert_eq!(source.entry().expect("listed")["status"], "ready", "{rule}");
+        server_answers_as_before(&source, &server, &before);
+        assert_eq!(devices.used_mib(0), used, "{rule}");
+    }
+    world.rewarm().args(["pause", source.name()]).ok();
+    world.rewarm().args(["wake", source.name()]).ok();
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+#[test]
+fn a_restore_whose_driver_does_not_answer_leaves_nothing() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = super::start(&world, &devices, "device", &server);
+    let (before, used) = (answers(&source, &server), devices.used_mib(0));
+    world.snapshot(&source, "v1", &[]);
+    let (traces, name) = (world.traces(), world.name("clone"));
+    let restore = || {
+        let call = world.restore_call("device", "v1", server.port, &["--name", &name]);
+        devices.seen_by(call).env("REWARM_GPU_PATIENCE", PATIENCE)
+    };
+    for (rule, text) in
+        [("init die", ENDED), ("init hang", LATE), ("restore hang", LATE), ("unlock hang", LATE)]
+    {
+        devices.control(rule);
+        restore().fails(1).says(&[text]);
+        assert!(devices.met_rule(), "{rule}");
+        devices.control("");
+        no_residue(&world, &traces);
+        assert_eq!(devices.used_mib(0), used, "{rule}: the source's");
+    }
+    let clones = Replica::of_restore(&world, server.port, &restore().ok());
+    server_answers_as_before(&clones[0], &server, &before);
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
