@@ -65,6 +65,12 @@ impl Devices {
         self.path("inside/lib")
     }
 
+    /// Folder of the GPUs, on the machine.
+    #[must_use]
+    pub fn folder(&self) -> PathBuf {
+        self.path("devices")
+    }
+
     fn add(&mut self, index: usize, mib: u64) {
         let device = self.path("devices").join(index.to_string());
         fs::create_dir(&device).expect("a folder");

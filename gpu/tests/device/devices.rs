@@ -3,7 +3,7 @@
 use libtest_mimic::{Failed, Trial};
 use rewarm_gpu::place::InProcess;
 use rewarm_gpu::topology;
-use rewarm_gpu::{Aftermath, CallError, Code, Helper, Pair, order};
+use rewarm_gpu::{Aftermath, CallError, Code, Group, Helper, Pair, order};
 
 use crate::world::{LOCK, MIB, World};
 
@@ -18,6 +18,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         Trial::test(
             "devices::a_driver_that_is_missing_old_or_incomplete_is_named",
             a_driver_that_is_missing_old_or_incomplete_is_named,
+        ),
+        Trial::test(
+            "devices::what_is_done_to_copies_is_said_to_be_simulated",
+            what_is_done_to_copies_is_said_to_be_simulated,
         ),
         Trial::test("devices::an_old_driver_refuses_a_map", an_old_driver_refuses_a_map),
     ]
@@ -135,5 +139,23 @@ fn an_old_driver_refuses_a_map() -> Result<(), Failed> {
         helper.lock(server.pid, LOCK).and_then(|_| helper.lock(server.pid, LOCK)).expect_err("locked").code(),
         Some(Code::ILLEGAL_STATE)
     );
+    Ok(())
+}
+
+fn what_is_done_to_copies_is_said_to_be_simulated() -> Result<(), Failed> {
+    let mut world = World::new(&[64]);
+    let server = world.serve(&["--mib", "16", "--threads", "0"]);
+    let mut helper = world.helper();
+    let suspended = order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
+    // Its own threads answer, while its device memory is away.
+    world.group.thaw()?;
+    let mut from = suspended.processes[0].copies[0].start;
+    for path in ["/populated", "/huge", "/put-back", "/absent"] {
+        let to = from + 2 * MIB;
+        let said: serde_json::Value =
+            serde_json::from_str(&server.ask("POST", &format!("{path}?{from:x}-{to:x}"), "")?)?;
+        assert_eq!(said["simulated"], true, "{path}: {said}");
+        from = to;
+    }
     Ok(())
 }

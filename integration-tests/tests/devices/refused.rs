@@ -1,12 +1,15 @@
 //! What `pause` and `snapshot` refuse by what they read of the machine and of a living server: a machine on which nothing can be
 //! traced, a debugger, MPS, device files that would stay, a limit of memory.
 
-use std::process::{Child, Command};
+use std::io::{BufRead, BufReader};
+use std::process::{Child, Command, Stdio};
 use std::sync::mpsc;
 
 use nix::sys::ptrace;
 use nix::unistd::{Pid, gettid};
+use rewarm_gpu_sim::{DEVICES_ENV, NODES_ENV};
 use rewarm_integration_tests::checks::{answers, server_answers_as_before};
+use rewarm_integration_tests::devices::Devices;
 use rewarm_integration_tests::{Output, Replica};
 
 use super::{start, world_with};
@@ -189,5 +192,40 @@ fn a_limit_without_room_for_device_memory_is_refused_before_anything_is_locked()
     assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
     devices.control("");
     server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// What plain CRIU says of the files of a server on this machine when it dumps it. The server holds `/dev/fuse` in the place of a
+/// GPU's file, which CRIU knows as little. Its device memory is let pass, and what else may fail the dump is left out: it is no container.
+fn files_that_criu_refuses(devices: &Devices, flags: &[&str]) -> Vec<String> {
+    let images = tempfile::tempdir().expect("a folder");
+    let mut server = Command::new(env!("CARGO_BIN_EXE_gpu-workload"));
+    server.arg("--library").arg(devices.libraries().join("libcuda.so.1"));
+    server.args(["--mib", "4", "--threads", "0"]).args(flags);
+    server.env(DEVICES_ENV, devices.folder()).env(NODES_ENV, "/dev/fuse");
+    server.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut server = server.spawn().expect("our own program");
+    let mut line = String::new();
+    let mut output = BufReader::new(server.stdout.take().expect("piped"));
+    output.read_line(&mut line).expect("its first line: its device memory is there");
+    let mut dump = Command::new(rewarm_integration_tests::needs::criu().expect("it is needed"));
+    dump.args(["dump", "--leave-running", "--shell-job", "--tcp-close", "--network-lock=skip", "-v4"]);
+    dump.args(["--ghost-limit", "1G"]);
+    dump.args(["-o", "log", "-t", &server.id().to_string(), "-D"]).arg(images.path());
+    dump.env("CRIU_LIBS_DIR", images.path()).output().expect("it starts");
+    server.kill().expect("it was left running");
+    server.wait().expect("it ends");
+    let log = std::fs::read_to_string(images.path().join("log")).expect("a log");
+    assert!(log.contains("Dumping opened files"), "it went on to the files: {log}");
+    log.lines().filter(|line| line.contains("Can't dump file")).map(str::to_owned).collect()
+}
+
+/// That one goes through CRIU that was checkpointed before is claim 30 of docs/gpu.md.
+#[test]
+fn criu_refuses_a_server_that_is_on_its_devices() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    assert_eq!(files_that_criu_refuses(&devices, &["--late"]), Vec::<String>::new());
+    let refused = files_that_criu_refuses(&devices, &[]);
+    assert!(refused.iter().any(|line| line.contains("(chr 10:229)")), "{refused:?}");
     world.finish();
 }

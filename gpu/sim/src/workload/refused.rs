@@ -38,7 +38,7 @@ pub(super) fn answer(model: &Model, call: &str, value: &str, body: &[u8]) -> Res
                 "/populated" => advise(start, length, libc::MADV_POPULATE_WRITE),
                 _ => in_huge_pages(start, length),
             };
-            done.map(|()| "{}".to_owned())
+            done.map(|()| said(String::new()))
         }
         _ => Err(format!("nothing at POST {call}")),
     }
