@@ -374,3 +374,39 @@ fn presets_call_what_their_engines_document_in_an_order_that_these_allow() {
         world.finish();
     }
 }
+
+/// Each as it is printed, which is what somebody would copy and change.
+#[test]
+fn every_preset_is_listed_printed_and_taken_back_as_a_file() {
+    let Some(world) = world_for(&Server::engine("vllm")) else { return };
+    let listed = world.rewarm().arg("engine").ok().stdout;
+    let names = ["vllm", "sglang", "torch", "llamacpp", "generic"];
+    assert_eq!(listed.lines().collect::<Vec<_>>(), names);
+    let all = world.rewarm_json().arg("engine").ok().json();
+    for (index, name) in names.into_iter().enumerate() {
+        let printed = world.rewarm().args(["engine", name]).ok().stdout;
+        assert_eq!(all["engines"][index], serde_json::json!({ "name": name, "toml": printed }));
+        let file = world.files().join("engine.toml");
+        std::fs::write(&file, &printed).expect("our own folder");
+        let file = file.display().to_string();
+        // What has no steps of its own asks nothing of a server.
+        let with_steps = printed.lines().any(|line| line.starts_with("[["));
+        let server = if with_steps { Server::engine(name) } else { Server::plain() };
+        let source = world.start(name, &server);
+        let before = answers(&source, &server);
+        let steps = |engine: &str| {
+            let known =
+                || if with_steps { source.json("/steps")["steps"].as_array().map_or(0, Vec::len) } else { 0 };
+            let had = known();
+            let output = world.snapshot(&source, "v1", &["--engine", engine]);
+            assert!(output.is_object(), "{output}");
+            known() - had
+        };
+        let taken = steps(&file);
+        assert_eq!((taken, taken > 0), (steps(name), with_steps), "{name}: by its name as by its file");
+        server_answers_as_before(&source, &server, &before);
+        source.remove();
+    }
+    world.rewarm().args(["engine", "tgi"]).fails(2).says(&["tgi"]);
+    world.finish();
+}
