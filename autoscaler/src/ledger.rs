@@ -82,13 +82,27 @@ impl Ledger {
         let total = self.0.total;
         let mut used = self.lock();
         let left = |kind, used: u64, old: u64, new: u64, total: u64| {
-            let free = total - (used - old);
-            if new <= free { Ok(used - old + new) } else { Err(Short { kind, wanted: new, free, total }) }
+            // Nothing is free where more runs than there is room for; to take less is possible all the same.
+            let free = total.saturating_sub(used - old);
+            let fits = new <= free.max(old);
+            if fits { Ok(used - old + new) } else { Err(Short { kind, wanted: new, free, total }) }
         };
         let host = left(HOST, used.host, old.host, new.host, total.host)?;
         let device = left("device", used.device, old.device, new.device, total.device)?;
         *used = Memory { host, device };
         Ok(())
+    }
+
+    /// Counts what is there, whether it fits or not, and gives what was counted: sums end where the numbers do.
+    fn count(&self, old: Memory, new: Memory) -> Memory {
+        let mut used = self.lock();
+        let others = Memory { host: used.host - old.host, device: used.device - old.device };
+        let counted = Memory {
+            host: new.host.min(u64::MAX - others.host),
+            device: new.device.min(u64::MAX - others.device),
+        };
+        *used = Memory { host: others.host + counted.host, device: others.device + counted.device };
+        counted
     }
 
     /// Two numbers are never half written: a panic elsewhere leaves the book true.
@@ -106,6 +120,12 @@ impl Hold {
         self.ledger.exchange(self.memory, memory)?;
         self.memory = memory;
         Ok(())
+    }
+
+    /// Says what is held in truth, even where that is more than there is: what runs takes its memory, whatever the book
+    /// says. Nothing more is given out until there is room again.
+    pub fn correct(&mut self, memory: Memory) {
+        self.memory = self.ledger.count(self.memory, memory);
     }
 
     /// What is held.
@@ -145,6 +165,25 @@ mod tests {
         let ledger = Ledger::new(Memory::UNLIMITED);
         let _all = ledger.take(Memory::UNLIMITED).expect("fits");
         assert!(ledger.take(Memory { host: 1, device: 0 }).is_err());
+    }
+
+    #[test]
+    fn what_is_there_is_counted_beyond_the_total_and_nothing_more_is_given_out() {
+        let ledger = Ledger::new(TOTAL);
+        let mut hold = ledger.take(Memory::default()).expect("nothing");
+        hold.correct(Memory { host: 150, device: 1 });
+        assert_eq!(ledger.used(), Memory { host: 150, device: 1 });
+        let short = ledger.take(Memory { host: 1, device: 0 }).expect_err("nothing is left");
+        assert_eq!(short.to_string(), "host memory: 1 bytes wanted, 0 of 100 free");
+        assert!(hold.change(Memory { host: 151, device: 1 }).is_err());
+        hold.change(Memory { host: 120, device: 2 }).expect("less of the one, and of the other what is free");
+        let mut other = ledger.take(Memory::default()).expect("nothing");
+        other.correct(Memory::UNLIMITED);
+        assert_eq!(ledger.used(), Memory::UNLIMITED);
+        drop(other);
+        assert_eq!(ledger.used(), Memory { host: 120, device: 2 });
+        drop(hold);
+        assert_eq!(ledger.used(), Memory::default());
     }
 
     proptest! {

@@ -185,6 +185,22 @@ impl Pool {
         self.shape = shape;
     }
 
+    /// Counts every replica that exists as the shape says, for a book that did not know before what one takes. They are
+    /// there, so they count even where that is more than there is.
+    pub fn recount(&mut self) {
+        let shape = self.shape;
+        for replica in self.replicas.iter_mut().filter(|replica| replica.state != State::Cold) {
+            let memory = match replica.state {
+                State::Ready | State::Busy | State::Draining => shape.serving,
+                State::Warm => shape.paused,
+                _ => shape.changing(),
+            };
+            if let Some(hold) = &mut replica.hold {
+                hold.correct(memory);
+            }
+        }
+    }
+
     /// Every replica that exists.
     pub fn replicas(&self) -> impl Iterator<Item = &Replica> {
         self.replicas.iter().filter(|replica| replica.state != State::Cold)
@@ -337,8 +353,8 @@ impl Pool {
         self.step(id, Move::Started, now);
         let serving = self.shape.serving;
         let replica = self.get_mut(id);
-        // Less than before, unless its shape was changed meanwhile: then it keeps what it has.
-        let _ = replica.hold.as_mut().expect("what exists holds memory").change(serving);
+        // Less than before, unless its shape was changed meanwhile: then it takes more, whether that fits or not.
+        replica.hold.as_mut().expect("what exists holds memory").correct(serving);
         replica.ready_since = now;
         replica.assigned = 0;
     }

@@ -296,6 +296,11 @@ impl Control {
             tracer: self.traces.as_ref().map(Traces::tracer),
         };
         let begun = self.pools(&config, &shared);
+        for pool in &begun {
+            if let Some(known) = configure.known.get(pool.name()) {
+                pool.known(known.clone());
+            }
+        }
         let mut existing: BTreeMap<&str, Vec<&crate::replicas::Existing>> = BTreeMap::new();
         for replica in &configure.existing {
             existing.entry(&replica.pool).or_default().push(replica);

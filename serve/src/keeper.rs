@@ -7,7 +7,7 @@ mod addresses;
 mod file;
 mod replica;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -43,6 +43,8 @@ const FIND_AGAIN: Duration = Duration::from_secs(10);
 /// How often it is looked whether a snapshot is still on this machine that is to be, and whether there is room for one by now.
 const PREFETCH_AGAIN: Duration = Duration::from_secs(10);
 const ROOM_AGAIN: Duration = Duration::from_secs(60);
+/// How long a store may take for what a new pool's replicas take of memory, before the pool begins without that.
+const FIRST_LOOK: Duration = Duration::from_secs(2);
 const LOCK: &str = "serve.lock";
 
 /// What `rewarm serve` works with.
@@ -141,7 +143,7 @@ impl Keeper {
         let mut deaths = 0;
         loop {
             let began = Instant::now();
-            let mut gateway = self.start_gateway()?;
+            let mut gateway = self.start_gateway().await?;
             match self.attend(&mut gateway, &mut signals, &mut ready).await? {
                 Ended::Finished => break,
                 Ended::Died => {
@@ -162,7 +164,7 @@ impl Keeper {
     }
 
     /// Starts a gateway, and tells it everything.
-    fn start_gateway(&mut self) -> Result<Gateway> {
+    async fn start_gateway(&mut self) -> Result<Gateway> {
         let failed = |doing| move |source| Error::Gateway { doing, source };
         let (ours, theirs) = UnixStream::pair().map_err(failed("make its socket"))?;
         let mut command = Command::new(&self.settings.program);
@@ -200,21 +202,23 @@ impl Keeper {
             let task = Task::adopt(&replica.name, self.replicas.clone(), line.clone());
             self.tasks.insert(replica.name.clone(), task);
         }
-        self.configure(existing)?;
+        self.configure(existing, true).await?;
         Ok(gateway)
     }
 
-    /// Tells the gateway what it is to do from now on.
-    fn configure(&mut self, existing: Vec<crate::replicas::Existing>) -> Result<()> {
+    /// Tells the gateway what it is to do from now on. `first`: it knows nothing yet.
+    async fn configure(&mut self, existing: Vec<crate::replicas::Existing>, first: bool) -> Result<()> {
         let Some(line) = self.line.clone() else { return Ok(()) };
         let File { text, config, tls, token } = File::read(&self.settings.config)?;
         self.replicas.check(&config).map_err(|problem| Error::Pools { problem })?;
+        let before = if first { &[][..] } else { &self.config.pools };
+        let known = first_look(&config, before, &self.replicas).await;
         let opened = self.addresses.open(&config)?;
         let listening = opened.iter().map(|(purpose, address, _)| (*purpose, *address)).collect();
         let sockets: Vec<OwnedFd> = opened.into_iter().map(|(_, _, socket)| socket.into()).collect();
         let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
         let configure =
-            Configure { text, path: self.settings.config.clone(), listening, tls, token, existing };
+            Configure { text, path: self.settings.config.clone(), listening, tls, token, existing, known };
         line.tell(&ToGateway::Configure(Box::new(configure)), &fds)
             .map_err(|source| Error::Gateway { doing: "tell it its configuration", source })?;
         self.finding.drain(..).for_each(|task| task.abort());
@@ -243,7 +247,7 @@ impl Keeper {
                 signal = signals.next() => {
                     match signal {
                         Asked::End => self.tell(&ToGateway::Finish),
-                        Asked::Reload => self.reload(),
+                        Asked::Reload => self.reload().await,
                     }
                     continue;
                 }
@@ -270,9 +274,9 @@ impl Keeper {
     }
 
     /// Reads the file again. A file that is not good changes nothing.
-    fn reload(&mut self) {
+    async fn reload(&mut self) {
         let before = self.config.serve.clone();
-        match self.configure(Vec::new()) {
+        match self.configure(Vec::new(), false).await {
             Ok(()) => {
                 tracing::info!("the configuration was read again");
                 for key in self.config.serve.waits_for_a_start(&before) {
@@ -384,6 +388,23 @@ impl Keeper {
             let _ = task.await;
         }
     }
+}
+
+/// Looks at the snapshots that say what replicas of new pools take, where that is counted. A store that does not answer keeps no
+/// pool from serving: what its replicas take is counted as soon as it is known.
+async fn first_look(
+    config: &Config,
+    before: &[PoolConfig],
+    replicas: &Arc<dyn Replicas>,
+) -> BTreeMap<String, Known> {
+    let new = |pool: &&PoolConfig| before.iter().all(|other| other.name != pool.name);
+    let counted = config.serve.memory.is_some();
+    let unknown = config.pools.iter().filter(|pool| counted && pool.replica_memory.is_none()).filter(new);
+    let looks = unknown.map(async |pool| {
+        let known = tokio::time::timeout(FIRST_LOOK, replicas.find(pool)).await.ok()?.ok()?;
+        Some((pool.name.clone(), known))
+    });
+    futures::future::join_all(looks).await.into_iter().flatten().collect()
 }
 
 /// Looks at a pool's snapshot again and again, and tells what is new.

@@ -4,6 +4,7 @@
 //! decides. One message is a frame of JSON; descriptors travel with its first byte. Both sides only tell: an answer is a
 //! message of its own, which names what it is about.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{BorrowedFd, OwnedFd};
@@ -48,6 +49,9 @@ pub(crate) struct Configure {
     pub(crate) token: Option<String>,
     /// Replicas that are there already; at the beginning only.
     pub(crate) existing: Vec<Existing>,
+    /// What new pools' snapshots are, where memory is limited: what is there and what is started must be counted from the
+    /// first moment on.
+    pub(crate) known: BTreeMap<String, Known>,
 }
 
 /// From the parent to the gateway.

@@ -240,3 +240,38 @@ fn replicas_that_do_not_fit_together_take_each_others_room_and_no_request_is_los
     serving.end();
     world.finish();
 }
+
+/// What replicas take is known by their snapshot alone here, and neither a gateway nor a `serve` that is killed takes that with it.
+#[test]
+fn what_replicas_take_counts_as_before_when_a_program_is_killed() {
+    let Some(world) = pool_world() else { return };
+    let (port, admin) = (free_port(), free_port());
+    let pool = pool(&world, "p", "v1", port, "min_replicas = 1\nwarm = 1\n");
+    let file = format!("[serve]\nadmin = '127.0.0.1:{admin}'\nmemory = '1GiB'\n{pool}");
+    let look = |port| http::get(port, "/admin/status").ok().map(|answer| answer.json());
+    let host_used = |status: &Value| status["memory"]["host_used"].as_u64().expect("a number");
+    let serving = world.serve(&file);
+    serving.await_replicas(&["paused", "ready"]);
+    let before = host_used(&look(admin).expect("an answer"));
+    assert!(before > 0, "it is counted");
+    // From the first answer on, with nobody having asked the pool for anything.
+    let first = || {
+        let began = Instant::now();
+        loop {
+            if let Some(status) = look(admin) {
+                return status;
+            }
+            assert!(began.elapsed() < PATIENCE, "nobody answers");
+        }
+    };
+    serving.kill();
+    let serving = world.serve(&file);
+    assert_eq!(host_used(&first()), before, "after serve was killed");
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(serving.gateway()), nix::sys::signal::Signal::SIGKILL)
+        .expect("our own process");
+    serving.running().await_stderr("another one is started");
+    assert_eq!(host_used(&first()), before, "after the gateway was killed");
+    assert_eq!(serving.replicas().len(), 2, "{:?}", serving.replicas());
+    serving.end();
+    world.finish();
+}

@@ -281,9 +281,13 @@ impl Inner {
         if self.known.as_ref().is_some_and(|before| before.source != known.source) {
             self.replaced();
         }
-        self.known = Some(known);
+        let first = self.known.replace(known).is_none();
         let (serving, paused) = self.memory();
         self.pool.reshape(shape(&self.config, serving, paused));
+        if first {
+            // What was there before anything was known counted as nothing.
+            self.pool.recount();
+        }
         self.roll();
         self.capture();
     }

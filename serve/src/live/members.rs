@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 
+use rewarm_autoscaler::ledger::Memory;
 use rewarm_autoscaler::moment::Moment;
 use rewarm_autoscaler::policy::Event;
 use rewarm_autoscaler::pool::{ReplicaId, Retired, State, Tier};
@@ -482,7 +483,13 @@ impl Inner {
                     self.told(id);
                 }
                 Err(short) => {
-                    self.stopping.insert(replica.name.clone(), None);
+                    // It has its memory until it is gone.
+                    let (serving, paused) = self.memory();
+                    let mut hold = self.shared.ledger.take(Memory::default()).ok();
+                    if let Some(hold) = &mut hold {
+                        hold.correct(if replica.warm { paused } else { serving });
+                    }
+                    self.stopping.insert(replica.name.clone(), hold);
                     self.order(&ToParent::Stop { name: replica.name.clone(), why: short.to_string() });
                 }
             }
