@@ -1,8 +1,9 @@
 //! The claims of `docs/gpu.md` about the CUDA driver, carried out one by one on the driver that is there.
 //!
 //! ```text
-//! fidelity list                        numbers of all claims
-//! fidelity claim N [--simulated SO]    carries one out, prints one line of JSON
+//! fidelity list                          numbers of all claims
+//! fidelity environment [--simulated SO]  one line of JSON: rights and settings with which claims are carried out
+//! fidelity claim N [--simulated SO]      carries one out, prints one line of JSON
 //! ```
 //!
 //! The program needs nothing but the driver: it is its own helper and its own server, so it can be carried to a machine that
@@ -13,6 +14,7 @@ mod bare;
 mod bench;
 mod claims;
 mod criu;
+mod environment;
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -43,9 +45,13 @@ fn main() -> ExitCode {
             claims::ALL.iter().for_each(|claim| say(&claim.number.to_string()));
             ExitCode::SUCCESS
         }
+        ["environment"] => told(Ok(environment(None))),
+        ["environment", "--simulated", library] => told(Ok(environment(Some(library.into())))),
         ["claim", number] => told(claim(number, None)),
         ["claim", number, "--simulated", library] => told(claim(number, Some(library.into()))),
-        _ => told(Err("expected: list, or claim N [--simulated SO]".to_owned())),
+        _ => {
+            told(Err("expected: list, environment or claim N, the last two with [--simulated SO]".to_owned()))
+        }
     }
 }
 
@@ -62,10 +68,22 @@ fn bare(library: &Path, pid: &str, words: &[&str]) -> Result<Outcome, String> {
     Ok(Outcome::Holds)
 }
 
+fn environment(simulated: Option<PathBuf>) -> Outcome {
+    let mut bench = Bench::new(simulated.as_deref());
+    let driver = bench.as_ref().map(Bench::driver).unwrap_or_default();
+    let line = serde_json::json!({
+        "claim": "environment", "what": "rights and settings", "expected": "told", "seen": "told",
+        "notes": environment::notes(bench.as_mut().map_err(|error| error.as_str())),
+        "machine": machine(simulated.is_some()), "driver": driver, "date": jiff::Timestamp::now().to_string(),
+    });
+    say(&line.to_string());
+    Outcome::Holds
+}
+
 fn claim(number: &str, simulated: Option<PathBuf>) -> Result<Outcome, String> {
     let claim = claims::ALL.iter().find(|claim| claim.number.to_string() == number);
     let claim = claim.ok_or_else(|| format!("there is no claim {number}"))?;
-    let machine = if simulated.is_some() { "simulated".to_owned() } else { machine() };
+    let machine = machine(simulated.is_some());
     let (seen, driver, notes) = match Bench::new(simulated.as_deref()) {
         Ok(mut bench) => {
             let driver = bench.driver();
@@ -87,7 +105,10 @@ fn claim(number: &str, simulated: Option<PathBuf>) -> Result<Outcome, String> {
 }
 
 /// Kernel and processor, and nothing that names the machine.
-fn machine() -> String {
+fn machine(simulated: bool) -> String {
+    if simulated {
+        return "simulated".to_owned();
+    }
     let kernel = rewarm_sys::machine::kernel_release().unwrap_or_default();
     let cpu = rewarm_sys::machine::cpu().unwrap_or_default();
     let sandbox = std::fs::read_to_string(Path::new("/proc/version"))

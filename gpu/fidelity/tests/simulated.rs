@@ -34,6 +34,17 @@ fn line(text: &str) -> serde_json::Value {
     serde_json::from_str(first).unwrap_or_else(|error| panic!("{error}: {text}"))
 }
 
+/// A line has these fields and no others, and was written just now.
+fn is_whole(line: &serde_json::Value) {
+    const FIELDS: [&str; 8] = ["claim", "date", "driver", "expected", "machine", "notes", "seen", "what"];
+    let mut fields: Vec<&String> = line.as_object().expect("an object").keys().collect();
+    fields.sort_unstable();
+    assert_eq!(fields, FIELDS, "{line}");
+    let date: jiff::Timestamp = line["date"].as_str().and_then(|date| date.parse().ok()).expect("a date");
+    let ago = jiff::Timestamp::now().duration_since(date);
+    assert!(!ago.is_negative() && ago.as_secs() < 600, "{line}");
+}
+
 #[test]
 fn the_simulated_driver_does_what_the_documentation_says() {
     if !nix::unistd::geteuid().is_root() {
@@ -55,6 +66,8 @@ fn the_simulated_driver_does_what_the_documentation_says() {
         let library = library.to_str().expect("a path");
         let (good, text) = told(&["claim", number, "--simulated", library]);
         let parsed = line(&text);
+        is_whole(&parsed);
+        assert_eq!(parsed["claim"].to_string(), number);
         assert_eq!((&parsed["machine"], &parsed["driver"]), (&"simulated".into(), &"simulated".into()));
         // Where nothing is documented, what the driver answered must be kept.
         let notes = parsed["notes"].as_array().expect("a list");
@@ -93,6 +106,69 @@ fn a_simulated_driver_that_moves_pages_keeps_its_rules() {
 }
 
 #[test]
+fn the_environment_is_told_with_rights_settings_and_gpus() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(!is_promised("root"), "needs root");
+        return;
+    }
+    let library = library();
+    let (good, text) = told(&["environment", "--simulated", library.to_str().expect("a path")]);
+    let parsed = line(&text);
+    is_whole(&parsed);
+    let field = |file: &str, name: &str| {
+        let text = std::fs::read_to_string(file).expect("the kernel's");
+        let found = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+        format!("{name} {}", found.expect("a line").trim())
+    };
+    let setting = |name: &str| {
+        let value = std::fs::read_to_string(format!("/proc/sys/{}", name.replace('.', "/")));
+        format!("{name} {}", value.as_deref().map_or("absent", str::trim))
+    };
+    let group = nix::unistd::getegid();
+    let expected = serde_json::json!([
+        format!("uid 0, gid {group}"),
+        field("/proc/self/status", "CapEff"),
+        setting("kernel.yama.ptrace_scope"),
+        setting("vm.unprivileged_userfaultfd"),
+        field("/proc/meminfo", "MemTotal"),
+        "GPU 0: Simulated GPU, 67108864 bytes, whole, persistence mode off",
+    ]);
+    assert_eq!(
+        (good, &parsed["claim"], &parsed["notes"]),
+        (true, &"environment".into(), &expected),
+        "{text}"
+    );
+    // Without a driver the rest is told all the same.
+    let (good, text) = told(&["environment"]);
+    let notes = line(&text)["notes"].as_array().cloned().expect("a list");
+    assert!(good && notes.len() >= 6, "{text}");
+}
+
+/// As it is carried to a machine that has none.
+#[test]
+fn a_criu_beside_the_program_is_taken() {
+    if !nix::unistd::geteuid().is_root() {
+        assert!(!is_promised("root"), "needs root");
+        return;
+    }
+    let folder = tempfile::tempdir().expect("a folder");
+    let (program, criu) = (folder.path().join("fidelity"), folder.path().join("criu"));
+    std::fs::copy(FIDELITY, &program).expect("copy");
+    std::fs::write(&criu, "#!/bin/sh\n[ \"$1\" = --version ] && echo 'Version: 9.9 beside it'\n")
+        .expect("write");
+    std::fs::set_permissions(&criu, std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+    let library = library();
+    let arguments = ["claim", "30", "--simulated", library.to_str().expect("a path")];
+    let mut command = Command::new(&program);
+    let (good, text) = said_by(command.args(arguments).env_remove("REWARM_CRIU"));
+    let parsed = line(&text);
+    assert_eq!(parsed["notes"][0], "CRIU 9.9 beside it", "{text}");
+    // It dumps nothing, and that is no success.
+    let seen = parsed["seen"].as_str().expect("text");
+    assert!(!good && seen.starts_with("error: criu dump"), "{text}");
+}
+
+#[test]
 fn without_criu_a_claim_that_needs_it_says_so() {
     if !nix::unistd::geteuid().is_root() {
         assert!(!is_promised("root"), "needs root");
@@ -120,6 +196,7 @@ fn a_run_counts_what_holds_and_keeps_what_the_kernel_said() {
     let fidelity = program(
         "claims",
         r#"[ "$1" = list ] && { echo 1 2 3 4; exit; }
+[ "$1" = environment ] && { echo '{"claim":"environment"}'; exit; }
 cd "$(dirname "$0")"
 [ "$2" = 1 ] && echo '[9.0] NVRM: Xid (PCI:0000:01:00): 31, "a fault"' >> messages
 [ "$2" = 4 ] && exit 9
@@ -132,21 +209,32 @@ echo "{\"claim\":$2}"
     let out = folder.path().join("claims.jsonl");
     let path = format!("{}:{}", folder.path().display(), std::env::var("PATH").expect("a path"));
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("run");
-    let run = || said_by(Command::new(&script).arg(&out).env("FIDELITY", &fidelity).env("PATH", &path));
-    let (good, said) = run();
+    let run = |claims: Option<&str>| {
+        let mut command = Command::new(&script);
+        command.arg(&out).env("FIDELITY", &fidelity).env("PATH", &path).env_remove("CLAIMS");
+        said_by(command.envs(claims.map(|claims| ("CLAIMS", claims))))
+    };
+    let (good, said) = run(None);
     assert!(!good && said.contains("1 claims hold, 2 do not, 1 were not tried"), "{said}");
     let text = std::fs::read_to_string(&out).expect("lines");
     let lines: Vec<serde_json::Value> = text.lines().map(line).collect();
-    assert_eq!(lines.len(), 5, "{text}");
-    assert_eq!(lines[3]["seen"], "error: ended with 9", "{text}");
-    let kernel = &lines[4];
+    assert_eq!(lines.len(), 6, "{text}");
+    assert_eq!(lines[0]["claim"], "environment", "{text}");
+    assert_eq!(lines[4]["seen"], "error: ended with 9", "{text}");
+    let kernel = &lines[5];
     assert_eq!((&kernel["claim"], &kernel["seen"]), (&"kernel".into(), &"1 lines".into()), "{text}");
     assert!(kernel["notes"][0].as_str().is_some_and(|note| note.ends_with("31, a fault")), "{text}");
     // Where its messages may not be read, that is said.
     program("dmesg", "exit 1");
-    run();
+    run(None);
     let text = std::fs::read_to_string(&out).expect("lines");
     assert_eq!(line(text.lines().last().unwrap_or_default())["seen"], "not tried, no dmesg", "{text}");
+    // Some of the claims only.
+    let (good, said) = run(Some("1 3"));
+    assert!(good && said.contains("1 claims hold, 0 do not, 1 were not tried"), "{said}");
+    let text = std::fs::read_to_string(&out).expect("lines");
+    let claims: Vec<_> = text.lines().map(|text| line(text)["claim"].clone()).collect();
+    assert_eq!(claims, ["environment".into(), 1.into(), 3.into(), serde_json::json!("kernel")], "{text}");
 }
 
 #[test]
