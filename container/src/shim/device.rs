@@ -334,6 +334,7 @@ impl Replica {
         let is_restored = |inner: &Inner| {
             inner.restored_by_driver && inner.init.is_some() && inner.exit.is_none() && inner.paused.is_none()
         };
+        self.await_restored();
         if !is_restored(&self.lock()) {
             return;
         }
@@ -353,9 +354,18 @@ impl Replica {
         }
     }
 
+    /// Waits for a restore in the driver, of a clone or by a wake: what is killed within it would be killed on its devices.
+    pub(super) fn await_restored(&self) {
+        let is_over = |inner: &Inner| {
+            let restores = matches!(inner.busy, Some("restore" | "wake")) && inner.restored_by_driver;
+            !restores || inner.doomed || inner.exit.is_some()
+        };
+        if !self.wait_until(Some(LEAVE_DEADLINE), is_over) {
+            tracing::warn!(seconds = LEAVE_DEADLINE.as_secs(), "the driver does not restore in time");
+        }
+    }
+
     fn leave_devices(&self, connection: ConnectionId) -> Result<(), Error> {
-        // What the driver is about to restore cannot be let go yet.
-        self.wait_until(Some(LEAVE_DEADLINE), |inner| inner.busy != Some("restore") || inner.doomed);
         let (_busy, parts) = self.begin("end", connection)?;
         let tasks = Tasks(&parts.cgroup);
         if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {

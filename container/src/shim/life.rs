@@ -86,6 +86,7 @@ impl Replica {
             if frozen.is_some() {
                 parts.cgroup.thaw()?;
             }
+            self.await_restored();
             let able = self.thaw_to_stop()?;
             // The first process of a namespace gets only those signals from outside that it handles.
             if able && handles_term(pid) {

@@ -411,6 +411,15 @@ fn a_restored_server_lets_its_devices_go_before_it_is_killed() {
     restore("v1").fails(1).says(&["illegal state (401)"]);
     assert_eq!(devices.met(), ["unlock result 401", "checkpoint wait 1"]);
     assert_eq!(devices.used_mib(0), 18, "the source's");
+    // And one whose command is interrupted while the driver restores it.
+    let rules = ["restore wait 2000", "lock wait 1", "checkpoint wait 1"];
+    devices.control(&rules.join("\n"));
+    let running = restore("v1").spawn();
+    devices.await_rule(&world);
+    running.signal(Signal::SIGINT);
+    assert_ne!(running.wait().code, Some(0));
+    assert_eq!(devices.met(), rules);
+    assert_eq!(devices.used_mib(0), 18, "the source's");
     devices.control("");
     source.remove();
     world.finish();
@@ -445,5 +454,18 @@ fn a_server_lets_its_devices_go_before_it_is_killed_once_the_driver_restored_it_
         assert_eq!(devices.used_mib(0), 0, "{verb}");
         world.rewarm().args(["rm", source.name()]).ok();
     }
+    // One that is being woken is awake first.
+    let source = start(&world, &devices, "device", &server);
+    world.rewarm().args(["pause", source.name()]).ok();
+    let rules = ["restore wait 2000", "lock wait 1", "checkpoint wait 1"];
+    devices.control(&rules.join("\n"));
+    let waking = world.rewarm().args(["wake", source.name()]).spawn();
+    devices.await_rule(&world);
+    let output = world.rewarm().args(["stop", source.name(), "--timeout", "300ms"]).ok();
+    assert!(output.to_string().contains("SIGKILL"), "{output}");
+    let _ = waking.wait();
+    assert_eq!(devices.met(), rules);
+    devices.control("");
+    assert_eq!(devices.used_mib(0), 0);
     world.finish();
 }
