@@ -10,7 +10,7 @@ use crate::moment::Moment;
 
 /// A place in the queue, by which a request whose client left is taken out.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Ticket(u64);
+pub struct Ticket(i64);
 
 /// Limits of a queue.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -43,14 +43,16 @@ pub struct Queue<T> {
     /// When each request came, in order. Beside the requests, so that a policy can look at the times alone.
     arrivals: VecDeque<Moment>,
     requests: VecDeque<(Ticket, T)>,
-    next: u64,
+    /// The tickets before the first that was ever given and after the last: they rise from front to back.
+    before: i64,
+    next: i64,
 }
 
 impl<T> Queue<T> {
     /// An empty queue.
     #[must_use]
     pub fn new(limits: QueueLimits) -> Self {
-        Self { limits, arrivals: VecDeque::new(), requests: VecDeque::new(), next: 0 }
+        Self { limits, arrivals: VecDeque::new(), requests: VecDeque::new(), before: -1, next: 0 }
     }
 
     /// Holds a request that came now.
@@ -68,16 +70,37 @@ impl<T> Queue<T> {
         Ok(ticket)
     }
 
+    /// Holds a request before all others that was given out and has come back. It was let in before, so no limit of places holds
+    /// for it, and it came before them: it counts as having come with the first of them.
+    pub fn hold_first(&mut self, now: Moment, request: T) -> Ticket {
+        let ticket = Ticket(self.before);
+        self.before -= 1;
+        self.arrivals.push_front(self.arrivals.front().copied().unwrap_or(now));
+        self.requests.push_front((ticket, request));
+        ticket
+    }
+
+    /// Takes out the request at this place from the front, and when it came.
+    pub fn take(&mut self, place: usize) -> Option<(Moment, T)> {
+        let (_, request) = self.requests.remove(place)?;
+        Some((self.arrivals.remove(place)?, request))
+    }
+
+    /// When the request at this place from the front came, and what it is.
+    #[must_use]
+    pub fn get(&self, place: usize) -> Option<(Moment, &T)> {
+        Some((*self.arrivals.get(place)?, &self.requests.get(place)?.1))
+    }
+
+    /// The same, to be changed.
+    pub fn get_mut(&mut self, place: usize) -> Option<(Moment, &mut T)> {
+        Some((*self.arrivals.get(place)?, &mut self.requests.get_mut(place)?.1))
+    }
+
     /// Takes out the request that has waited longest, and when it came.
     pub fn release(&mut self) -> Option<(Moment, T)> {
         let (_, request) = self.requests.pop_front()?;
         Some((self.arrivals.pop_front()?, request))
-    }
-
-    /// The request that has waited longest.
-    #[must_use]
-    pub fn front(&self) -> Option<&T> {
-        self.requests.front().map(|(_, request)| request)
     }
 
     /// Changes its limits. What is held already stays, whatever they are.
@@ -141,6 +164,20 @@ mod tests {
         queue.hold(at(0.0), 'a').expect("room");
         let (full, request) = queue.hold(at(0.0), 'b').expect_err("full");
         assert_eq!((full.to_string().as_str(), request), ("1 requests are held, the limit is 1", 'b'));
+    }
+
+    #[test]
+    fn what_has_come_back_goes_before_all_others_whatever_the_limit() {
+        let mut queue = Queue::new(QueueLimits { max: 1, ..QueueLimits::NONE });
+        queue.hold(at(1.0), 'a').expect("room");
+        let back = ['b', 'c'].map(|request| queue.hold_first(at(2.0), request));
+        assert_eq!(
+            (queue.get(0), queue.get(2), queue.get(3)),
+            (Some((at(1.0), &'c')), Some((at(1.0), &'a')), None)
+        );
+        assert_eq!((queue.cancel(back[0]), queue.cancel(back[0])), (Some('b'), None));
+        assert_eq!(queue.take(1), Some((at(1.0), 'a')));
+        assert_eq!((queue.release(), queue.release()), (Some((at(1.0), 'c')), None));
     }
 
     #[test]

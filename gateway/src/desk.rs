@@ -48,8 +48,8 @@ pub trait Router: Send + Sync + 'static {
 pub struct Want {
     /// The value of the header by which requests belong together, if the pool has one.
     pub session: Option<Vec<u8>>,
-    /// It was lost by a replica before: it goes before all that are held.
-    pub again: bool,
+    /// The names of replicas that lost it before. Where there are any it goes before all that are held, and to another replica.
+    pub lost_by: Vec<String>,
     /// The span of the request, where it is traced.
     pub trace: Option<SpanContext>,
 }

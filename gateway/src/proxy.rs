@@ -226,7 +226,7 @@ impl Errand {
         if let Some(span) = &span {
             span.hand_on(&mut parts.headers);
         }
-        let want = Want { session, again: false, trace: span.as_ref().map(|span| span.context()) };
+        let want = Want { session, lost_by: Vec::new(), trace: span.as_ref().map(|span| span.context()) };
         let (upload, request) = (body.upload(), Some(Request::from_parts(parts, body)));
         Box::new(Self { request, upload, upgrade, id, want, desk, manners, span })
     }
@@ -256,14 +256,14 @@ impl Errand {
                     unsent += 1;
                     true
                 }
-                Failed::Again(_) => self.manners.retries && !self.want.again,
+                Failed::Again(_) => self.manners.retries && self.want.lost_by.is_empty(),
                 _ => false,
             };
             if !again {
                 return gave_up(slot.upstream.name(), &failed);
             }
             Traffic::add(&self.desk.traffic().retried, 1);
-            self.want.again = true;
+            self.want.lost_by.push(slot.upstream.name().to_owned());
         }
     }
 

@@ -248,8 +248,15 @@ impl Inner {
         let circuit = self.tiers.open(self.now).map(|open| open.until);
         let policy = self.policy.timer(&self.view());
         let room = self.lacks_room().then_some(self.now);
-        let known =
-            [self.queue.next_expiry(), circuit, policy, self.warm_again(), self.capture_again(), room];
+        let known = [
+            self.queue.next_expiry(),
+            circuit,
+            policy,
+            self.warm_again(),
+            self.capture_again(),
+            room,
+            self.second_best(),
+        ];
         deadlines.chain(known.into_iter().flatten()).min().unwrap_or(Moment::NEVER)
     }
 

@@ -9,7 +9,7 @@ use opentelemetry::trace::{Span as _, Status};
 use opentelemetry_sdk::trace::Span;
 use rewarm_autoscaler::moment::Moment;
 use rewarm_autoscaler::policy::Event;
-use rewarm_autoscaler::pool::{ReplicaId, State, Tier};
+use rewarm_autoscaler::pool::{Replica, ReplicaId, State, Tier};
 use rewarm_autoscaler::queue::Ticket;
 use rewarm_gateway::desk::{Desk, Lease, Manners, Refusal, Slot, Traffic, Turn, Want};
 use tokio::sync::oneshot;
@@ -20,14 +20,27 @@ use super::members::BROKEN_MAX;
 use crate::config::Routing;
 use crate::status::Notice;
 
+/// A lost request keeps away from the replica that lost it for so long at least, though requests are to wait for nothing.
+const ELSEWHERE_MIN: Duration = Duration::from_millis(100);
+
 /// A pool as the gateway's proxy sees it. Who has one may bring requests.
 #[derive(Clone)]
 pub(crate) struct LiveDesk(Arc<Live>, #[expect(dead_code, reason = "it is counted")] Arc<()>);
 
+/// What decides to which replica a request goes.
+#[derive(Default)]
+struct Seeks {
+    session: Option<Vec<u8>>,
+    /// Those that lost it before.
+    lost_by: Vec<ReplicaId>,
+    /// How long it keeps away from them.
+    until: Moment,
+}
+
 /// A held request, as the queue keeps it.
 pub(super) struct Waiter {
     pub(super) answer: oneshot::Sender<Result<Granted, Refusal>>,
-    session: Option<Vec<u8>>,
+    seeks: Seeks,
     /// From here to its slot, or to its end without one.
     pub(super) span: Option<Box<Span>>,
 }
@@ -181,26 +194,35 @@ impl Desk for LiveDesk {
 
 impl Inner {
     fn arrive(&mut self, want: &Want) -> Result<Arrived, Refusal> {
-        if !want.again {
+        let again = !want.lost_by.is_empty();
+        if !again {
             self.totals.requests += 1;
         }
         if self.paused {
             return Err(Refusal::Closed { why: format!("pool {} is paused", self.config.name) });
         }
-        let direct =
-            if self.queue.is_empty() { self.choose(self.now, want.session.as_deref()) } else { None };
+        let lost_by = want.lost_by.iter().filter_map(|name| self.names.get(name).copied()).collect();
+        let until = self.now + self.config.target_wait.max(ELSEWHERE_MIN);
+        let seeks = Seeks { session: want.session.clone(), lost_by, until };
+        let first = again || self.queue.is_empty();
+        let direct = if first { self.choose(self.now, &seeks) } else { None };
         let arrived = match direct {
             Some(id) => Ok(Arrived::Slot(self.grant(id, self.now))),
-            None => self.hold(want),
+            None => self.hold(want, seeks),
         };
         self.serve(Event::Arrival);
         arrived
     }
 
-    fn hold(&mut self, want: &Want) -> Result<Arrived, Refusal> {
+    fn hold(&mut self, want: &Want, seeks: Seeks) -> Result<Arrived, Refusal> {
         let (answer, hear) = oneshot::channel();
         let span = self.held_span(want.trace.as_ref());
-        match self.queue.hold(self.now, Waiter { answer, session: want.session.clone(), span }) {
+        let waiter = Waiter { answer, seeks, span };
+        let held = match want.lost_by.is_empty() {
+            true => self.queue.hold(self.now, waiter),
+            false => Ok(self.queue.hold_first(self.now, waiter)),
+        };
+        match held {
             Ok(ticket) => {
                 self.totals.held += 1;
                 if self.queue.len() == 1 {
@@ -217,14 +239,18 @@ impl Inner {
     }
 
     /// Takes a slot for a request that came then, where there is one for it.
-    fn choose(&mut self, came: Moment, session: Option<&[u8]>) -> Option<ReplicaId> {
+    fn choose(&mut self, came: Moment, seeks: &Seeks) -> Option<ReplicaId> {
         if self.pool.free_slots() == 0 {
             return None;
         }
-        if let Some(id) = session.and_then(|session| self.at_home(session))
+        let avoided = if self.goes_elsewhere(seeks) { &seeks.lost_by[..] } else { &[] };
+        if let Some(id) = seeks.session.as_ref().and_then(|session| self.at_home(session, avoided))
             && self.pool.assign_to(id, self.now)
         {
             return Some(id);
+        }
+        if !avoided.is_empty() {
+            return self.elsewhere(avoided);
         }
         if self.config.routing == Routing::LeastInFlight {
             return self.pool.assign_idlest(self.now);
@@ -236,12 +262,46 @@ impl Inner {
 
     /// The replica to which a session belongs: each weighs the session with its own name, and the heaviest has it. A replica
     /// that comes or goes moves only the sessions that become or were its own.
-    fn at_home(&self, session: &[u8]) -> Option<ReplicaId> {
+    fn at_home(&self, session: &[u8], avoided: &[ReplicaId]) -> Option<ReplicaId> {
         let serving =
             self.pool.replicas().filter(|replica| matches!(replica.state(), State::Ready | State::Busy));
         serving
             .map(|replica| replica.id())
+            .filter(|id| !avoided.contains(id))
             .max_by_key(|id| self.members.get(id).map(|member| member.weigh(session)))
+    }
+
+    /// Whether a request keeps away from those that lost it: as long as another one serves or is on its way, and for `target_wait`
+    /// at most. One that lost a request may have been unlucky, and a second try there is better than none.
+    fn goes_elsewhere(&self, seeks: &Seeks) -> bool {
+        let comes = |replica: &Replica| {
+            replica.is_starting() || matches!(replica.state(), State::Ready | State::Busy)
+        };
+        let other = |replica: &Replica| comes(replica) && !seeks.lost_by.contains(&replica.id());
+        !seeks.lost_by.is_empty() && self.now < seeks.until && self.pool.replicas().any(other)
+    }
+
+    /// Takes a slot of another replica than these, of the busiest or the idlest that has one. It has waited before, so none is spared.
+    fn elsewhere(&mut self, avoided: &[ReplicaId]) -> Option<ReplicaId> {
+        let free = |replica: &&Replica| {
+            matches!(replica.state(), State::Ready | State::Busy)
+                && replica.in_flight() < self.config.concurrency
+                && !avoided.contains(&replica.id())
+        };
+        let busiest = self.config.routing != Routing::LeastInFlight;
+        let rank = |replica: &&Replica| {
+            let busy = i64::from(replica.in_flight());
+            (if busiest { -busy } else { busy }, replica.id())
+        };
+        let id = self.pool.replicas().filter(free).min_by_key(rank)?.id();
+        self.pool.assign_to(id, self.now).then_some(id)
+    }
+
+    /// When a request that waits for another replica takes one that lost it.
+    pub(super) fn second_best(&self) -> Option<Moment> {
+        let held = (0..).map_while(|place| self.queue.get(place));
+        let lost = held.map(|(_, waiter)| &waiter.seeks).take_while(|seeks| !seeks.lost_by.is_empty());
+        lost.map(|seeks| seeks.until).filter(|until| *until > self.now).min()
     }
 
     fn grant(&mut self, id: ReplicaId, came: Moment) -> Granted {
@@ -263,10 +323,24 @@ impl Inner {
     }
 
     pub(super) fn release(&mut self) {
-        while let Some(oldest) = self.queue.arrivals().front().copied() {
-            let session = self.queue.front().and_then(|waiter| waiter.session.clone());
-            let Some(id) = self.choose(oldest, session.as_deref()) else { return };
-            let Some((came, mut waiter)) = self.queue.release() else { return };
+        let mut place = 0;
+        while let Some((came, waiter)) = self.queue.get_mut(place) {
+            // Taken out for a moment: to choose takes a slot.
+            let seeks = std::mem::take(&mut waiter.seeks);
+            let chosen = self.choose(came, &seeks);
+            let Some(id) = chosen else {
+                let lost = !seeks.lost_by.is_empty();
+                if let Some((_, waiter)) = self.queue.get_mut(place) {
+                    waiter.seeks = seeks;
+                }
+                if !lost {
+                    return;
+                }
+                // The slots that are free are not for it: it keeps nobody from them.
+                place += 1;
+                continue;
+            };
+            let Some((came, mut waiter)) = self.queue.take(place) else { return };
             self.waited_for(id, came, waiter.span.take());
             let granted = self.grant(id, came);
             if let Err(Ok(unwanted)) = waiter.answer.send(Ok(granted)) {

@@ -108,7 +108,7 @@ impl Inner {
             }
         } else {
             // Whoever has waited longest waits on, for the next one.
-            let waiting = self.queue.front().and_then(|waiter| waiter.span.as_ref());
+            let waiting = self.queue.get(0).and_then(|(_, waiter)| waiter.span.as_ref());
             start.tell(tracer, &self.config.name, waiting.map(|span| span.span_context()));
         }
     }

@@ -13,6 +13,7 @@ use super::*;
 use crate::config::Config;
 use crate::link::ToParent;
 
+mod again;
 mod existing;
 mod luck;
 mod removed;

@@ -10,7 +10,7 @@ pub(super) fn known(host_bytes: u64, device_bytes: u64) -> Known {
 }
 
 impl World {
-    fn adopts(&self, replicas: &[(&str, bool)]) {
+    pub(super) fn adopts(&self, replicas: &[(&str, bool)]) {
         let existing = replicas.iter().map(|(name, warm)| Existing {
             name: (*name).to_owned(),
             pool: "p".to_owned(),
