@@ -46,6 +46,15 @@ pub struct Capabilities {
     pub ambient: u64,
 }
 
+/// Whose rights a thread has, where it cannot take others' by itself.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// The only user; `None` where the replica may become any.
+    pub user: Option<u32>,
+    /// The only groups, the first of them as its own group and any as supplementary ones; `None` where it may take any.
+    pub groups: Option<Vec<u32>>,
+}
+
 /// A mount that the bundle asks for, or that the runtime makes by itself: a masked path is given twice, as a `bind` (of
 /// `/dev/null`, over a file) and as a read-only `tmpfs` (over a folder), a read-only path as a read-only `bind`. Those
 /// below `/proc` and `/sys` must be in the images if the path exists on this machine.
@@ -63,6 +72,8 @@ pub struct AllowedMount {
 /// What the bundle of the new replica grants.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Allowed {
+    /// Users and groups.
+    pub identity: Identity,
     /// Capabilities.
     pub capabilities: Capabilities,
     /// Each thread must have `no_new_privs`.
@@ -272,6 +283,18 @@ fn check_credentials(tid: u32, seen: &Credentials, allowed: &Allowed, found: &mu
     }
     if allowed.no_new_privs && !seen.no_new_privs {
         found.push(Violation::NewPrivileges { tid });
+    }
+    let Identity { user, groups } = &allowed.identity;
+    if let Some(granted) = user
+        && let Some(user) = seen.users.into_iter().find(|user| user != granted)
+    {
+        found.push(Violation::User { tid, seen: user, granted: *granted });
+    }
+    let own = groups.as_ref().and_then(|groups| groups.first());
+    let other = own.and_then(|own| seen.groups.into_iter().find(|group| group != own));
+    let more = groups.as_ref().and_then(|all| seen.supplementary.iter().find(|group| !all.contains(group)));
+    if let Some(group) = other.or(more.copied()) {
+        found.push(Violation::Group { tid, seen: group, granted: groups.clone().unwrap_or_default() });
     }
 }
 

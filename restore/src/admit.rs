@@ -1,5 +1,8 @@
 //! The first stage: is there a snapshot that fits this machine? All reasons against it at once, before any data moves.
 
+use std::io;
+use std::path::PathBuf;
+
 use rewarm_container::Spec;
 use rewarm_fetcher::{Access, Fetcher, Found};
 use rewarm_probe::{Engine, Hook, Recorded};
@@ -45,23 +48,64 @@ pub(crate) async fn admit(
         let (program, wish) = (context.program.clone(), request.gpu.clone());
         let needed = device::host_bytes(manifest);
         let verdict = blocking(move || {
-            let mut reasons = reasons(&facts, &known, &HostView::new(&asked));
-            reasons.extend(memory(needed, asked.memory_bytes, count, &fetcher)?);
-            reasons.extend(missing_sources(&asked));
-            reasons.extend(unprovided);
-            let device = device::plan(&facts, &program, &wish, count).unwrap_or_else(|more| {
-                reasons.extend(more);
-                None
-            });
-            Ok((reasons, device))
+            let short = memory(needed, asked.memory_bytes, count, &fetcher)?;
+            let others = short.into_iter().chain(unprovided).collect();
+            let plan = || device::plan(&facts, &program, &wish, count);
+            Ok(verdict(reasons(&facts, &known, &HostView::new(&asked)), others, &asked, plan))
         });
-        let (reasons, device) = verdict.await.map_err(early)?;
-        if reasons.is_empty() {
-            return admitted(request, access, found, spec, device).map_err(early);
+        match verdict.await.map_err(early)? {
+            Ok(device) => return admitted(request, access, found, spec, device).map_err(early),
+            Err(reasons) => {
+                refusal.get_or_insert((Cause::Incompatible { reasons }, Some(Box::new(spec))));
+            }
         }
-        refusal.get_or_insert((Cause::Incompatible { reasons }, Some(Box::new(spec))));
     }
     Err(refusal.expect("a tag has at least one variant"))
+}
+
+/// All reasons at once: those of the machine, others that were found before, mounts without a source, and devices; without any, how
+/// devices are placed.
+fn verdict(
+    machine: Vec<Reason>,
+    others: Vec<Reason>,
+    spec: &Spec,
+    plan: impl FnOnce() -> std::result::Result<Option<Plan>, Vec<Reason>>,
+) -> std::result::Result<Option<Plan>, Vec<Reason>> {
+    let mut reasons: Vec<Reason> = machine.into_iter().chain(others).chain(missing_sources(spec)).collect();
+    let device = plan().unwrap_or_else(|more| {
+        reasons.extend(more);
+        None
+    });
+    if reasons.is_empty() { Ok(device) } else { Err(reasons) }
+}
+
+/// What a verdict is given with that restores nothing.
+#[derive(Debug, Clone)]
+pub struct Here {
+    /// The machine.
+    pub machine: Machine,
+    /// The program whose hidden verb `gpu-helper` asks the driver.
+    pub program: PathBuf,
+    /// Folders of CDI files, which say what a container needs to use GPUs.
+    pub cdi: Vec<PathBuf>,
+    /// Bytes of memory that a fetcher keeps for later, and would give up for a restore.
+    pub kept_bytes: u64,
+}
+
+/// Every reason for which a restore of one replica, without any wishes, would be refused here; none if it would not.
+///
+/// # Errors
+/// This machine's free memory cannot be read.
+pub fn against(manifest: &Manifest, stored: &Spec, here: &Here) -> io::Result<Vec<Reason>> {
+    let (facts, mut spec) = (&manifest.facts, stored.clone());
+    let unprovided = device::provide(&mut spec, &here.cdi);
+    let free = rewarm_sys::machine::free_bytes()?.saturating_add(here.kept_bytes);
+    let short = memory_reasons(device::host_bytes(manifest), spec.memory_bytes, 1, free);
+    let others = short.into_iter().chain(unprovided).collect();
+    let plan = || device::plan(facts, &here.program, &rewarm_gpu::Wish::default(), 1);
+    Ok(verdict(reasons(facts, &here.machine, &HostView::new(&spec)), others, &spec, plan)
+        .err()
+        .unwrap_or_default())
 }
 
 /// What the reference names, the newest variant first, and the machine that one of them is to fit.

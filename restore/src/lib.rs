@@ -28,6 +28,7 @@ mod rest;
 mod shared;
 mod verdict;
 
+pub use admit::{Here, against};
 pub use begun::Ground;
 pub use error::{Cause, Error, Result};
 pub use look::{Seen, look};

@@ -3,15 +3,16 @@
 //! Shows every variant of a reference, and the verdict that a restore on this machine would begin with.
 
 use rewarm_container::Spec;
+use rewarm_fetcher::Fetcher;
 use rewarm_restore::mappings::{self, Process};
-use rewarm_restore::{HostView, Machine, Reason, here, reasons};
+use rewarm_restore::{Here, Machine, Reason, against, here};
 use rewarm_store::{Manifest, Snapshot, Store};
 use serde::Serialize;
 
 use crate::args::{Global, Inspect};
 use crate::failure::Cause;
-use crate::programs;
 use crate::render::{Output, bytes, count, table};
+use crate::{env, programs, replicas};
 
 #[derive(Serialize)]
 struct Report {
@@ -41,11 +42,20 @@ struct Verdict {
 pub(crate) async fn run(args: &Inspect, global: &Global) -> Result<u8, Cause> {
     let store = Store::open(&args.reference.store).await?;
     let snapshots = store.resolve_all(&args.reference).await?;
-    let machine = machine(global).await?;
+    let here = Here {
+        machine: machine(global).await?,
+        program: replicas::program(),
+        cdi: env::cdi(),
+        kept_bytes: kept_bytes(global)?,
+    };
     let mut variants = Vec::new();
     for snapshot in &snapshots {
         let processes = if args.mappings { Some(processes(snapshot).await?) } else { None };
-        variants.push(Variant { processes, ..variant(snapshot, &machine) });
+        let (manifest, here) = (snapshot.manifest().clone(), here.clone());
+        // It may ask the driver of this machine's devices.
+        let verdict = tokio::task::spawn_blocking(move || verdict_on(&manifest, &here)).await;
+        let verdict = verdict.expect("a verdict does not panic")?;
+        variants.push(variant(snapshot, verdict, processes));
     }
     let report = Report { reference: args.reference.to_string(), variants };
     Output::new(global).answer(&report, text)?;
@@ -66,20 +76,32 @@ async fn processes(snapshot: &Snapshot) -> Result<Vec<Process>, Cause> {
     mappings::processes(&boot).map_err(|cause| Cause::Parts(Box::new(cause)))
 }
 
-fn variant(snapshot: &Snapshot, machine: &Machine) -> Variant {
-    let manifest = snapshot.manifest().clone();
+/// Memory that a fetcher keeps for later: a restore makes it give that up.
+fn kept_bytes(global: &Global) -> Result<u64, Cause> {
+    let status = Fetcher::status(&global.state)?;
+    let streams = status.into_iter().flat_map(|status| status.streams);
+    Ok(streams.filter(|stream| stream.holders == 0).map(|stream| stream.arrived_bytes).sum())
+}
+
+/// What a restore would begin with.
+fn verdict_on(manifest: &Manifest, here: &Here) -> Result<Verdict, Cause> {
     let reasons = match serde_json::from_value::<Spec>(manifest.facts.spec.clone()) {
         Ok(spec) => {
-            reasons(&manifest.facts, machine, &HostView::new(&spec)).iter().map(Reason::to_string).collect()
+            let reasons = against(manifest, &spec, here).map_err(Cause::Machine)?;
+            reasons.iter().map(Reason::to_string).collect()
         }
         Err(error) => vec![format!("the recorded specification cannot be read: {error}")],
     };
+    Ok(Verdict { fits: reasons.is_empty(), reasons })
+}
+
+fn variant(snapshot: &Snapshot, verdict: Verdict, processes: Option<Vec<Process>>) -> Variant {
     Variant {
         digest: snapshot.digest().to_string(),
         signers: snapshot.signers().iter().map(ToString::to_string).collect(),
-        verdict: Verdict { fits: reasons.is_empty(), reasons },
-        manifest,
-        processes: None,
+        verdict,
+        manifest: snapshot.manifest().clone(),
+        processes,
     }
 }
 

@@ -19,6 +19,24 @@ pub enum Violation {
         /// Thread.
         tid: u32,
     },
+    /// A user that the replica is not, and cannot become.
+    User {
+        /// Thread.
+        tid: u32,
+        /// The user in the images.
+        seen: u32,
+        /// The replica's.
+        granted: u32,
+    },
+    /// A group that the replica is not in, and cannot join.
+    Group {
+        /// Thread.
+        tid: u32,
+        /// The group in the images.
+        seen: u32,
+        /// The replica's.
+        granted: Vec<u32>,
+    },
     /// System calls are not filtered.
     Seccomp {
         /// Thread.
@@ -178,6 +196,19 @@ impl fmt::Display for Violation {
             }
             Self::NewPrivileges { tid } => {
                 write!(f, "thread {tid} has not given up new privileges (no_new_privs)")
+            }
+            Self::User { tid, seen, granted } => {
+                write!(
+                    f,
+                    "thread {tid} is user {seen}, the replica is user {granted} and cannot become another"
+                )
+            }
+            Self::Group { tid, seen, granted } => {
+                let granted = granted.iter().map(u32::to_string).collect::<Vec<_>>().join(", ");
+                write!(
+                    f,
+                    "thread {tid} is in group {seen}, the replica is in {granted} and cannot join another"
+                )
             }
             Self::Seccomp { tid } => write!(f, "thread {tid} has no filter of system calls"),
             Self::Syscall { tid, syscall } => {

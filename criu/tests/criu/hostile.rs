@@ -51,6 +51,7 @@ fn read_everything(directory: &Path) {
     let _ = admission::listeners(directory);
     let _ = admission::host_files(directory);
     let allowed = Allowed {
+        identity: admission::Identity { user: Some(1000), groups: Some(vec![1000]) },
         capabilities: Capabilities::default(),
         no_new_privs: true,
         seccomp: SeccompMode::Filter,

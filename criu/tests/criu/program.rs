@@ -65,6 +65,7 @@ fn the_files_that_must_be_there_are_listed() {
 fn everything() -> Allowed {
     let all = u64::MAX;
     Allowed {
+        identity: admission::Identity::default(),
         capabilities: Capabilities {
             inheritable: all,
             permitted: all,

@@ -38,17 +38,26 @@ fn every_reason_against_a_restore_is_told_at_once() {
     devices.other_build();
     let gvisor = world.files().join("version");
     std::fs::write(&gvisor, "Linux version 4.4.0 #1 SMP\n").expect("our own folder");
-    let other = call(&["--memory", "8MiB"]).env(VERSION_ENV, "13010").env(RELEASE_ENV, "610.1 (simulated)");
-    let output = with_file(other, "/proc/version", &gvisor.display().to_string()).fails(3);
-    output.says(&[
+    let elsewhere = |call: Rewarm| {
+        let call = call.env(VERSION_ENV, "13010").env(RELEASE_ENV, "610.1 (simulated)");
+        with_file(call, "/proc/version", &gvisor.display().to_string())
+    };
+    let texts = [
         "libcuda.so.1 is another build",
-        "the memory limit of 8388608 bytes is below",
         "device state of a driver for CUDA 13.0, the driver here is for CUDA 13.1",
         "device state of driver 580.0 (simulated), the driver here is 610.1 (simulated)",
         "this machine runs on gVisor",
         "(Simulated GPU of another kind) is cut into instances (MIG)",
         "nothing here takes the place of GPU-00000000-0000-0000-0000-0000000000d0",
-    ]);
+    ];
+    let output = elsewhere(call(&["--memory", "8MiB"])).fails(3);
+    output.says(&texts).says(&["the memory limit of 8388608 bytes is below"]);
+    // And to those who only look.
+    let inspect = world.rewarm().args(["inspect", &world.reference("device", "v1")]);
+    let inspected = elsewhere(devices.seen_by(inspect)).ok();
+    texts
+        .iter()
+        .for_each(|text| assert!(inspected.stdout.contains(text), "{text:?} is missing in {inspected}"));
     assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
     no_residue(&world, &traces);
     std::fs::rename(&away, &packs).expect("our own folder");

@@ -30,7 +30,12 @@ pub(crate) fn far(server: &Server) -> Option<(World, Slow)> {
 
 /// Takes a snapshot of a server, which is removed. What it answered.
 pub(crate) fn snapshot_of(world: &World, server: &Server) -> Answers {
-    let source = world.start(server.name, server);
+    snapshot_with(world, server, &[])
+}
+
+/// The same, with further flags of `rewarm run`.
+pub(crate) fn snapshot_with(world: &World, server: &Server, flags: &[&str]) -> Answers {
+    let source = world.start_with(server.name, server, flags);
     let before = answers(&source, server);
     world.snapshot(&source, "v1", &["--compression", "none"]);
     source.remove();

@@ -12,7 +12,7 @@ use rewarm_store::Digest;
 use rewarm_store::parsers::{self, LeafChunk};
 use serde_json::{Value, json};
 
-use super::filling::snapshot_of;
+use super::filling::snapshot_with;
 use crate::world_for;
 
 mod image;
@@ -35,9 +35,14 @@ struct Scene {
 
 impl Scene {
     fn new() -> Option<(Self, rewarm_integration_tests::checks::Answers)> {
+        Self::with(&[])
+    }
+
+    /// With further flags of `rewarm run`.
+    fn with(flags: &[&str]) -> Option<(Self, rewarm_integration_tests::checks::Answers)> {
         let server = Server::plain();
         let world = world_for(&server)?;
-        let before = snapshot_of(&world, &server);
+        let before = snapshot_with(&world, &server, flags);
         let folder = world.store_folder();
         let only = |name: &str| {
             let mut rows = fs::read_dir(folder.join(name)).expect("a folder").flatten();
@@ -257,6 +262,36 @@ fn images_that_ask_for_more_rights_than_the_bundle_gives_are_refused() {
         (&stray, "image directory has iptables-9.img"),
     ] {
         scene.restore_fails(digest, 3, &["the images ask for more than the bundle allows", text]);
+    }
+    scene.finish(&before);
+}
+
+/// A server that was started as somebody without rights has no way to get any, so images that give it some were forged.
+#[test]
+fn images_that_make_another_user_of_the_server_are_refused() {
+    let Some((scene, before)) = Scene::with(&["--user", "65534:65534", "--workdir", "/tmp"]) else { return };
+    let credentials = |change: fn(Message) -> Message| {
+        scene.images(|files| {
+            let core = files.get_mut("core-1.img").expect("the first task");
+            image::change(core, |core| core.inside(THREAD, |thread| thread.inside(CREDENTIALS, change)));
+        })
+    };
+    // CRIU's numbers: the effective user and group, the saved user, effective capabilities, supplementary groups.
+    let root = credentials(|all| all.numbers(3, &[0]));
+    let later = credentials(|all| all.numbers(5, &[0]));
+    let group = credentials(|all| all.numbers(4, &[0]));
+    let member = credentials(|all| all.numbers(14, &[65534, 6]));
+    let able = credentials(|all| all.numbers(10, &[1 << 7]));
+    let stays = "the replica is user 65534 and cannot become another";
+    let joins = "the replica is in 65534 and cannot join another";
+    for (digest, texts) in [
+        (&root, ["thread 1 is user 0", stays]),
+        (&later, ["thread 1 is user 0", stays]),
+        (&group, ["thread 1 is in group 0", joins]),
+        (&member, ["thread 1 is in group 6", joins]),
+        (&able, ["thread 1 has CAP_SETUID in its permitted set", "not granted"]),
+    ] {
+        scene.restore_fails(digest, 3, &texts);
     }
     scene.finish(&before);
 }

@@ -180,6 +180,10 @@ fn a_mount_that_is_gone_is_named() {
     fs::create_dir(&models).expect("our own folder");
     fs::write(models.join("weights"), vec![7; 100_000]).expect("our own folder");
     server.mounts.push(format!("{}:/models:ro", models.display()));
+    // Nothing of this one is open.
+    let aside = world.files().join("aside");
+    fs::create_dir(&aside).expect("our own folder");
+    server.mounts.push(format!("{}:/aside", aside.display()));
     // The server keeps the file open.
     server.command[2] = format!("weights = open('/models/weights')\n{}", server.command[2]);
     let source = world.start("plain", &server);
@@ -197,6 +201,14 @@ fn a_mount_that_is_gone_is_named() {
     world.restore_call("plain", "v1", server.port, &[]).fails(3).says(&["weights"]);
     fs::remove_dir(&models).expect("our own folder");
     world.restore_call("plain", "v1", server.port, &[]).fails(3).says(&["models"]);
+    fs::remove_dir(&aside).expect("our own folder");
+    let refused = world.restore_call("plain", "v1", server.port, &[]).fails(3);
+    let inspected = world.rewarm_json().args(["inspect", &world.reference("plain", "v1")]).ok().json();
+    let reasons = inspected["variants"][0]["verdict"]["reasons"].as_array().expect("a list").clone();
+    assert!(reasons.iter().any(|reason| reason.as_str().expect("text").contains("/aside")), "{reasons:?}");
+    for reason in &reasons {
+        refused.says(&[reason.as_str().expect("text")]);
+    }
     no_residue(&world, &traces);
     world.finish();
 }
