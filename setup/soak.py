@@ -31,8 +31,10 @@ SERVERS = {
     "node": ("node", "node.js"),
 }
 GENERATIONS_MAX = 4
-# Longer than any command here takes, so that some kills come too late.
-KILL_AFTER_SECONDS_MAX = 2.0
+# The moment of a kill lies within so many times what the command took the last time, so that few kills come too late.
+KILL_WITHIN = 1.1
+# And within this while it has never come to its end.
+KILL_AFTER_SECONDS_FIRST = 0.3
 SETTLE_SECONDS_MAX = 30
 
 
@@ -49,6 +51,8 @@ class Soak:
         self.inside = f"/srv/{options.work.name}"
         self.counts = {}
         self.steps = []
+        # By verb, in seconds.
+        self.took = {}
 
     def count(self, what):
         self.counts[what] = self.counts.get(what, 0) + 1
@@ -68,17 +72,20 @@ class Soak:
 
     def maybe_killed(self, *arguments):
         """The output, or None where the command was killed before it ended."""
+        verb, began = arguments[0], time.monotonic()
         if self.random.random() < 0.5:
-            return self.rewarm(*arguments)
+            output = self.rewarm(*arguments)
+            self.took[verb] = time.monotonic() - began
+            return output
         process = self.start(*arguments)
-        seconds = self.random.uniform(0, KILL_AFTER_SECONDS_MAX)
+        seconds = self.random.uniform(0, KILL_WITHIN * self.took.get(verb, KILL_AFTER_SECONDS_FIRST))
         try:
             output, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
             self.steps[-1] += f" (killed after {seconds:.3f} s)"
-            self.count(f"{arguments[0]} killed")
+            self.count(f"{verb} killed")
             return None
         if process.returncode != 0:
             raise Wrong(f"rewarm {' '.join(map(str, arguments))} ends with {process.returncode}: {errors.strip()}")

@@ -370,7 +370,8 @@ pub(crate) struct Exec {
     /// Folder in which the command starts.
     #[arg(long, value_name = "DIR")]
     pub(crate) workdir: Option<PathBuf>,
-    /// The command; its stdin, status and signals pass through. 127: there is no such program, 126: it cannot be run.
+    /// The command; its stdin, output, status and signals pass through, with `--json` too. 127: there is no such program, 126: it cannot
+    /// be run.
     #[arg(last = true, required = true, value_name = "CMD")]
     pub(crate) command: Vec<String>,
 }

@@ -147,3 +147,20 @@ impl Classify for Error {
         if self.aftermath == Aftermath::Stopped { Class::Stranded } else { self.cause.class() }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_that_is_left_stopped_outranks_every_cause() {
+        let class = |aftermath| {
+            let cause = Cause::State { status: "paused".to_owned() };
+            Error { name: "llm".to_owned(), stage: Stage::Dump, cause, aftermath }.class()
+        };
+        assert_eq!(class(Aftermath::Stopped), Class::Stranded);
+        for other in [Aftermath::Serving, Aftermath::Gone, Aftermath::Nothing] {
+            assert_eq!(class(other), Class::Incompatible, "{other:?}");
+        }
+    }
+}

@@ -422,6 +422,23 @@ mod tests {
     }
 
     #[test]
+    fn a_deleted_file_is_carried_up_to_its_limit() {
+        use std::os::fd::AsRawFd;
+        let pid = i32::try_from(std::process::id()).expect("a pid");
+        let path = std::env::temp_dir().join(format!("rewarm-ghost-{pid}"));
+        let file = std::fs::File::create(&path).expect("a folder for it");
+        std::fs::remove_file(&path).expect("just made");
+        let found = |bytes| {
+            // It has no content, and so takes no room on the disk.
+            file.set_len(bytes).expect("sparse");
+            ghost(pid, "/srv/gone", &format!("fd/{}", file.as_raw_fd()))
+        };
+        assert_eq!(found(GHOST_BYTES_MAX), None);
+        let bytes = GHOST_BYTES_MAX + 1;
+        assert_eq!(found(bytes), Some(Obstacle::Ghost { pid, path: "/srv/gone".to_owned(), bytes }));
+    }
+
+    #[test]
     fn a_stopped_process_is_refused_until_it_goes_on() {
         // The others look at all children of this process.
         let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);

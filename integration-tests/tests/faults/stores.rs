@@ -79,6 +79,12 @@ fn a_wrong_key_and_a_missing_bucket() {
     let call = world.snapshot_call(&source, "v1", &[]).env("AWS_SECRET_ACCESS_KEY", &wrong);
     let denied = format!("{} does not allow to", world.store());
     call.fails(1).says(&["stage preflight", &denied, "AWS_", "the server goes on serving"]);
+    // Those who only read are told the same, a restore by another process than its own.
+    let (whole, clone) = (world.reference("plain", "v1"), world.name("clone"));
+    for words in [&["restore", &whole, "--name", &clone][..], &["inspect", &whole], &["ls", &world.store()]] {
+        let call = world.rewarm().args(words).env("AWS_SECRET_ACCESS_KEY", &wrong);
+        call.fails(1).says(&[&denied, "AWS_"]);
+    }
     let missing = format!("s3://absent-{}", world.id());
     let reference = format!("{missing}/plain@v1");
     let absent = format!("does not exist in {missing}");

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use rewarm_integration_tests::checks::{answers, server_answers_as_before, store_verifies};
 use rewarm_integration_tests::server::{Server, examples};
-use rewarm_integration_tests::{Replica, World, needs};
+use rewarm_integration_tests::{Need, Replica, World, needs};
 
-use crate::world_for;
+use crate::{world, world_for};
 
 /// Takes `server` through its life and restores it once alone and `count` times side by side.
 fn whole_life(world: World, server: &Server, count: usize) {
@@ -129,6 +129,56 @@ fn a_transformer_of_512_mib() {
     let world = world.heavy();
     make_weights();
     whole_life(world, &server, 2);
+}
+
+/// Looks at weights of the smallest size: how they spread, whether a seed gives them again, and which sizes there are.
+const WEIGHTS: &str = "
+import hashlib, pathlib, subprocess, sys
+import numpy
+script, out = sys.argv[1:]
+sys.path.insert(0, str(pathlib.Path(script).parent))
+import layout
+digests = []
+for folder, seed in (('one', 7), ('again', 7), ('other', 8)):
+    subprocess.run([sys.executable, '-B', script, '--size', '200MiB', '--seed', str(seed), '--out', f'{out}/{folder}'], check=True)
+    data = pathlib.Path(out, folder, 'model.safetensors').read_bytes()
+    digests.append(hashlib.sha256(data).hexdigest())
+print('the same seed', digests[0] == digests[1], 'another', digests[0] == digests[2])
+values = numpy.frombuffer(data[-(100 << 20):], numpy.uint16).astype(numpy.uint32) << 16
+values = values.view(numpy.float32)
+# Norms are ones, and few.
+values = values[values != 1]
+print(f'mean {abs(values.mean()):.3f} deviation {values.std():.3f} within one {(abs(values) < 0.02).mean():.2f}')
+for size in (200 << 20, 8 << 30):
+    print(f'{layout.Shape.of_size(size).weights_bytes() / size:.2f} of what is wanted')
+for size in ((200 << 20) - 1, (8 << 30) + 1):
+    print(subprocess.run([sys.executable, '-B', script, '--size', str(size), '--out', out], capture_output=True, text=True).stderr.strip())
+";
+
+#[test]
+fn weights_are_normal_of_the_wanted_size_and_the_same_for_a_seed() {
+    let Some(world) = world(&[Need::Torch]) else { return };
+    let out = world.files().join("weights");
+    let output = Command::new(needs::venv_python())
+        .args(["-B", "-c", WEIGHTS])
+        .args([examples().join("transformer/make_weights.py"), out])
+        .output()
+        .expect("start Python");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let printed = String::from_utf8(output.stdout).expect("text");
+    let lines: Vec<&str> = printed.lines().filter(|line| !line.contains("layers of width")).collect();
+    assert_eq!(
+        lines,
+        [
+            "the same seed True another False",
+            "mean 0.000 deviation 0.020 within one 0.68",
+            "1.01 of what is wanted",
+            "1.00 of what is wanted",
+            "make_weights: size is 209715199 bytes, expected 209715200 to 8589934592",
+            "make_weights: size is 8589934593 bytes, expected 209715200 to 8589934592",
+        ]
+    );
+    world.finish();
 }
 
 /// Weights of 512 MiB, made once and kept in the cache.
