@@ -12,6 +12,7 @@ mod dump;
 mod error;
 mod facts;
 mod own;
+mod peers;
 mod pipeline;
 mod preflight;
 mod receive;

@@ -11,6 +11,7 @@ use procfs::process::{FDTarget, Process};
 use rewarm_criu::binary::Version;
 
 use crate::own::{Own, Pairs, entries, plain};
+use crate::peers::peers;
 
 /// CRIU copies a deleted file that is still open into the image, up to this size (`ghost-limit`).
 pub(crate) const GHOST_BYTES_MAX: u64 = 1 << 30;
@@ -109,6 +110,18 @@ pub enum Obstacle {
         /// The other end.
         remote: SocketAddr,
     },
+    /// A Unix socket is connected to one that no process of the replica holds.
+    #[error(
+        "process {pid} holds a Unix connection from {local} to {remote} outside of the replica, which no clone could have; close it in a pre hook"
+    )]
+    OutsideUnix {
+        /// Which process.
+        pid: i32,
+        /// The replica's end: its path, or the number of its inode.
+        local: String,
+        /// The other end.
+        remote: String,
+    },
     /// CRIU must not read the limits of a process that belongs to somebody else.
     #[error(
         "process {pid} runs as {owner} and process {other_pid} as {other}: without CAP_SYS_RESOURCE CRIU can read the limits of one user's processes only; grant that capability, or run all of the server as one user"
@@ -202,6 +215,7 @@ pub(crate) fn examine(init: i32, shim: i32, rules: Rules) -> Result<Findings, Ve
         findings.own = Some(own);
         obstacles.extend(outside(init, rules, &sockets, &findings.connections));
     }
+    obstacles.extend(outside_by_path(init, &sockets));
     // The driver lets go of its devices before the dump; what is left then is refused then.
     obstacles.retain(|obstacle| {
         !matches!(obstacle, Obstacle::Device { pid, .. } if rewarm_gpu::ranges::loads_driver(*pid))
@@ -365,6 +379,30 @@ fn outside(init: i32, rules: Rules, sockets: &BTreeMap<u64, i32>, own: &Pairs) -
         (!carried && !is_harmless(&entry.state)).then_some(Obstacle::Outside { pid, local, remote })
     });
     found.collect()
+}
+
+/// Unix connections that leave the replica: a path leads out of its network too, where a mount brings one in.
+fn outside_by_path(init: i32, sockets: &BTreeMap<u64, i32>) -> Vec<Obstacle> {
+    // Where the kernel does not tell, CRIU cannot dump sockets at all, and says so.
+    let peers = peers(init).unwrap_or_default();
+    let leave = peers.iter().filter(|(_, remote)| !sockets.contains_key(*remote));
+    let leave: Vec<_> =
+        leave.filter_map(|(local, remote)| Some((*sockets.get(local)?, *local, *remote))).collect();
+    if leave.is_empty() {
+        return Vec::new();
+    }
+    let table = |pid: i32| Process::new(pid).and_then(|process| process.unix()).unwrap_or_default();
+    let own = i32::try_from(std::process::id()).unwrap_or_default();
+    let paths: BTreeMap<u64, String> = [init, own]
+        .into_iter()
+        .flat_map(table)
+        .filter_map(|entry| Some((entry.inode, entry.path?.to_string_lossy().into_owned())))
+        .collect();
+    let name = |inode: u64| paths.get(&inode).cloned().unwrap_or_else(|| format!("socket {inode}"));
+    leave
+        .into_iter()
+        .map(|(pid, local, remote)| Obstacle::OutsideUnix { pid, local: name(local), remote: name(remote) })
+        .collect()
 }
 
 /// No connection, or one that the other side has ended: nobody can notice that it does not come back.

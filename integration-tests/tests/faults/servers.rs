@@ -2,6 +2,7 @@
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -192,6 +193,36 @@ fn a_connection_to_the_outside_is_refused_with_both_addresses() {
     // The port of the source is free again, and the clone takes it.
     let clones = world.restore("outside", "v1", server.port, &[]);
     assert_eq!(clones[0].json("/connection")["state"], "closed");
+    server_answers_as_before(&clones[0], &server, &before);
+    world.finish();
+}
+
+/// A path leads out of the replica's network where a mount brings it in. What is connected within the replica is no reason.
+#[test]
+fn a_unix_connection_to_the_outside_is_refused_with_both_ends() {
+    let mut server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let folder = world.files().join("sockets");
+    std::fs::create_dir(&folder).expect("our own folder");
+    let listener = UnixListener::bind(folder.join("outside.sock")).expect("our own folder");
+    server.mounts.push(format!("{}:/sockets", folder.display()));
+    server.command[2] = format!(
+        "import socket\ninside = socket.socketpair()\nkept = socket.socket(socket.AF_UNIX)\nkept.connect('/sockets/outside.sock')\n{}",
+        server.command[2]
+    );
+    let source = world.start("plain", &server);
+    let (kept, _) = listener.accept().expect("the server connects");
+    let (before, traces) = (answers(&source, &server), world.traces());
+    let output = world.snapshot_call(&source, "v1", &[]).fails(3);
+    output.says(&["holds a Unix connection from socket ", &folder.join("outside.sock").to_string_lossy()]);
+    assert!(!output.stderr.contains("\n  - "), "one reason: {output}");
+    server_answers_as_before(&source, &server, &before);
+    no_residue(&world, &traces);
+    nothing_visible(&world, &source);
+    // An end that is alone is no connection.
+    drop((kept, listener));
+    world.snapshot(&source, "v1", &["--stop"]);
+    let clones = world.restore("plain", "v1", server.port, &[]);
     server_answers_as_before(&clones[0], &server, &before);
     world.finish();
 }
