@@ -15,6 +15,7 @@ import time
 
 from demo import Failed, Rewarm, find, mib
 from stock import Stock
+from settle import add_flag, settle, told
 
 PORT = 8000
 # Seconds before each measured step, unless said otherwise. The host of a virtual machine takes freed memory back within two
@@ -91,7 +92,7 @@ class Bench:
         print(f"bench: {text}", file=sys.stderr, flush=True)
 
     def cold(self, server, figures):
-        time.sleep(self.options.pause)
+        settle(self.options.pause, self.options.own_mib)
         began = time.monotonic()
         output, _ = self.rewarm(
             *("run", server.name, "--port", PORT, "--publish", f"127.0.0.1:0:{PORT}"),
@@ -106,7 +107,7 @@ class Bench:
     def snapshot(self, server, figures, store):
         shutil.rmtree(store, ignore_errors=True)
         reference = f"{store}/{server.name}"
-        time.sleep(self.options.pause)
+        settle(self.options.pause, self.options.own_mib)
         output, took = self.rewarm("snapshot", server.name, reference)
         figures.add("snapshot", took)
         figures.add("frozen", output["frozen_ms"] / 1000)
@@ -120,7 +121,7 @@ class Bench:
         self.remove(server)
 
     def restore(self, server, figures, reference, name):
-        time.sleep(self.options.pause)
+        settle(self.options.pause, self.options.own_mib)
         began = time.monotonic()
         output, took = self.rewarm("restore", reference, "--publish", f"127.0.0.1:0:{PORT}")
         answer = server.first_answer(output)
@@ -134,13 +135,13 @@ class Bench:
         self.rewarm("rm", server.name)
 
     def stock(self, server, figures, stock):
-        time.sleep(self.options.pause)
+        settle(self.options.pause, self.options.own_mib)
         took, frozen, size = stock.dump()
         figures.add("stock dump", took)
         figures.add("stock frozen", frozen)
         figures.add("stock bytes", size)
         stock.end()
-        time.sleep(self.options.pause)
+        settle(self.options.pause, self.options.own_mib)
         began = time.monotonic()
         took = stock.restore()
         answer = server.ask(stock.connect(PORT))
@@ -244,10 +245,11 @@ def main():
     parser.add_argument("--size", default="1GiB", help="of the transformer's weights")
     parser.add_argument("--pause", type=float, default=PAUSE, help="seconds before each step")
     parser.add_argument("--only", choices=("embedding", "transformer"))
+    add_flag(parser, 3072)
     options = parser.parse_args()
 
     bench = Bench(options)
-    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most), each step after {options.pause:g} s")
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most), each step after {options.pause:g} s; {told(options.own_mib)}")
     try:
         for name, server in servers(options).items():
             if options.only in (None, name):

@@ -2,12 +2,13 @@
 
 import argparse
 import json
-import mmap
 import os
 import pathlib
 import shutil
 import statistics
 import subprocess
+
+from settle import add_flag, settle, told
 
 PORT = 8000
 INSIDE, INSIDE_DEVICES = "/srv/gpu", "/srv/gpu-devices"
@@ -87,8 +88,7 @@ class Bench:
         seen = {name: ([], []) for name in names}
         for turn, name in ((turn, name) for turn in range(self.options.rounds + 1) for name in names):
             reference, (ours, driver) = f"{self.work / 'store'}/{name}@v1", seen[name]
-            if not self.options.as_it_comes:
-                own(2 * self.options.mib)
+            settle(0, self.options.own_mib)
             report = self.rewarm("restore", reference, "--name", name, "--mode", "eager")
             listed = self.rewarm("ps")["replicas"]
             spent = next(one for one in listed if one["name"] == name).get("restore_driver_seconds", 0.0)
@@ -100,18 +100,6 @@ class Bench:
         return seen
 
 
-def own(mib):
-    """Makes so much free memory this machine's own.
-
-    The host of a virtual machine takes free memory back, in blocks of at least a huge page, and gives it again at a fraction of the
-    speed. Which restore of a pair meets such memory is chance, and nothing of either. What is touched and let go is the machine's for a
-    moment: half a second here."""
-    with mmap.mmap(-1, mib << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as area:
-        area.madvise(mmap.MADV_HUGEPAGE)
-        for page in range(0, len(area), mmap.PAGESIZE):
-            area[page] = 1
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("rewarm", "target", "work", "devices"):
@@ -120,9 +108,9 @@ def main():
     parser.add_argument("--mib", type=int, default=1024)
     parser.add_argument("--only", choices=["pauses", "restores"])
     parser.add_argument("--rates", type=float, nargs="+", default=[5, 9.8, 0], help="GB/s that the driver restores at; 0: as fast as it goes")
-    parser.add_argument("--as-it-comes", action="store_true", help="restore with the memory that the host of a virtual machine gives")
+    add_flag(parser, 2048)
     bench = Bench(parser.parse_args())
-    print("simulated driver; medians of", bench.options.rounds, "rounds; 'ours' is all but the time within the driver's calls")
+    print("simulated driver; medians of", bench.options.rounds, f"rounds; 'ours' is all but the time within the driver's calls; {told(bench.options.own_mib)}")
     for processes in (1, 8) if bench.options.only != "restores" else ():
         shares = bench.pauses(processes)
         print(f"{processes} process(es) of 16 MiB: ours of pause {shares['pause'] * 1000:.1f} ms, of wake {shares['wake'] * 1000:.1f} ms")

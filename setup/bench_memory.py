@@ -18,6 +18,7 @@ import time
 from bench import PAUSE, PORT, REQUESTS_BETWEEN, Figures, Server, machine
 from demo import Failed, Rewarm, find, mib
 from stock import Stock, run
+from settle import add_flag, settle, told
 
 SERVER = pathlib.Path(__file__).with_name("bench_memory_server.py")
 MODEL = "1GiB"
@@ -159,7 +160,7 @@ class Part:
 
     def fresh(self):
         """A state folder in which nothing was restored, after a pause."""
-        time.sleep(PAUSE)
+        settle(PAUSE, self.options.own_mib)
         self.count += 1
         return self.state(self.count)
 
@@ -211,7 +212,7 @@ class Fixed(Part):
             for stage in output["stages"]:
                 self.figures.add(f"fixed {name} {stage['stage']}", stage["took_ms"] / 1000)
             state.remove()
-            time.sleep(PAUSE)
+            settle(PAUSE, self.options.own_mib)
         self.figures.add("fixed stock", self.other.restore())
         self.other.end()
 
@@ -265,7 +266,7 @@ class Eight(Part):
         if any(self.server.ask(local(port)) != self.answer for port in ports):
             raise Failed("a replica holds other memory than its server did")
         state.remove()
-        time.sleep(PAUSE)
+        settle(PAUSE, self.options.own_mib)
         began = time.monotonic()
         for other in self.others:
             other.restore()
@@ -300,7 +301,7 @@ class Kinds(Part):
 
     def round(self):
         for server in self.servers:
-            time.sleep(PAUSE)
+            settle(PAUSE, self.options.own_mib)
             output, took = self.snapshot(server, "kinds")
             self.figures.add(f"{server.name} snapshot", took)
             self.figures.add(f"{server.name} frozen", output["frozen_ms"] / 1000)
@@ -396,7 +397,7 @@ class Snapshot(Part):
 
     @contextlib.contextmanager
     def loaded(self, connect, name):
-        time.sleep(PAUSE)
+        settle(PAUSE, self.options.own_mib)
         with Load(self.server, connect, self.peak / 3) as load:
             yield
         self.figures.add(f"{name} asked", load.asked)
@@ -408,9 +409,9 @@ class Snapshot(Part):
             self.figures.add("loaded frozen", output["frozen_ms"] / 1000)
         with self.loaded(lambda: self.other.connect(PORT), "loaded stock"):
             self.figures.add("loaded stock frozen", self.other.dump()[1])
-        time.sleep(PAUSE)
+        settle(PAUSE, self.options.own_mib)
         self.figures.add("whole", self.snapshot(self.server, "whole")[1])
-        time.sleep(PAUSE)
+        settle(PAUSE, self.options.own_mib)
         self.figures.add("whole stock", self.other.dump()[0])
 
     def rows(self):
@@ -490,10 +491,11 @@ def main():
         parser.add_argument(f"--{name}", type=pathlib.Path, required=True)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
+    add_flag(parser, 6144)
     options = parser.parse_args()
     # What was started is ended then too.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most)\n")
+    print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most); {told(options.own_mib)}\n")
     print("| figure | Rewarm | stock | | goal |\n|---|---|---|---|---|", flush=True)
     figures = Figures()
     try:

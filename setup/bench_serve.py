@@ -27,6 +27,7 @@ import urllib.request
 
 from bench import PAUSE
 from demo import Failed, Rewarm
+from settle import add_flag, settle, told
 
 INSIDE, PORT, ADMIN, KEDA = 8000, 18010, 18011, 18012
 PATIENCE = 180
@@ -283,7 +284,7 @@ class Bench:
                 until("the pool is at rest", lambda pool: states(pool) == at_rest)
                 if not decoded:
                     self.cache("--clear")
-                time.sleep(PAUSE)
+                settle(PAUSE, self.options.own_mib)
                 seconds, held = server.ask()
                 if not held:
                     raise Failed("a replica was there: the request was not held")
@@ -312,7 +313,7 @@ class Bench:
                 if name == "cold":
                     folder.rename(folder.with_name("away"))
                 try:
-                    time.sleep(PAUSE)
+                    settle(PAUSE, self.options.own_mib)
                     answers, failures = [], []
 
                     def one():
@@ -487,7 +488,7 @@ class Bench:
         print("| " + " | ".join(cells) + " |", flush=True)
 
     def run(self):
-        print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.release()}, {self.options.rounds} rounds; medians, least and most\n")
+        print(f"{time.strftime('%Y-%m-%d')}, {os.cpu_count()} cores, {platform.release()}, {self.options.rounds} rounds; medians, least and most; {told(self.options.own_mib)}\n")
         self.row("what", "measured", "figure", "goal")
         self.row("---", "---", "---", "---")
         parts = {
@@ -514,6 +515,7 @@ def main():
     parser.add_argument("--only", choices=["zero", "store", "wake", "burst", "held", "keda", "trace"])
     parser.add_argument("--trace", type=pathlib.Path)
     parser.add_argument("--trace-seconds", type=float, default=600)
+    add_flag(parser, 2048)
     options = parser.parse_args()
     # The holder's connections and the gateway's.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
