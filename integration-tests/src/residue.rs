@@ -31,6 +31,15 @@ pub enum Trace {
     },
     /// A mount, in the mount namespace of the tests.
     Mount(PathBuf),
+    /// A mount in a mount namespace of the world's own: that of a shim, or of a server.
+    InnerMount {
+        /// A process in it.
+        pid: i32,
+        /// Where.
+        path: PathBuf,
+    },
+    /// A network namespace in which a process is or of which one holds a descriptor, by the number of its inode.
+    Network(String),
     /// A control group.
     Cgroup(PathBuf),
     /// A name in the table of Unix sockets, abstract ones with their `@`.
@@ -44,6 +53,10 @@ impl std::fmt::Display for Trace {
         match self {
             Trace::Process { pid, command } => write!(f, "process {pid}: {command}"),
             Trace::Mount(path) => write!(f, "mount {}", path.display()),
+            Trace::InnerMount { pid, path } => {
+                write!(f, "mount {} in the namespace of process {pid}", path.display())
+            }
+            Trace::Network(name) => write!(f, "network namespace {name}"),
             Trace::Cgroup(path) => write!(f, "cgroup {}", path.display()),
             Trace::Socket(name) => write!(f, "socket {name}"),
             Trace::File(path) => write!(f, "file {}", path.display()),
@@ -55,8 +68,10 @@ impl std::fmt::Display for Trace {
 #[must_use]
 pub fn of(id: &str, folder: &Path) -> BTreeSet<Trace> {
     let mut traces = BTreeSet::new();
-    traces.extend(processes(id).into_iter().map(|(pid, command)| Trace::Process { pid, command }));
-    traces.extend(mounts(id).into_iter().map(Trace::Mount));
+    let processes = processes(id);
+    namespaces(&processes, id, &mut traces);
+    traces.extend(processes.into_iter().map(|(pid, command)| Trace::Process { pid, command }));
+    traces.extend(mounts("self", id).into_iter().map(Trace::Mount));
     traces.extend(cgroups(id).into_iter().map(Trace::Cgroup));
     traces.extend(sockets(id).into_iter().map(Trace::Socket));
     for part in ["state", "tmp"] {
@@ -110,8 +125,27 @@ fn contains(haystack: &[u8], needle: &[u8]) -> bool {
     haystack.windows(needle.len()).any(|window| window == needle)
 }
 
-fn mounts(id: &str) -> Vec<PathBuf> {
-    let table = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+/// What the world's processes have in namespaces of their own.
+fn namespaces(processes: &[(i32, String)], id: &str, traces: &mut BTreeSet<Trace>) {
+    let link = |pid: &str, name: &str| fs::read_link(format!("/proc/{pid}/{name}")).ok();
+    let mut seen = BTreeSet::from([link("self", "ns/mnt")]);
+    let own = link("self", "ns/net");
+    for pid in processes.iter().map(|(pid, _)| *pid) {
+        let name = pid.to_string();
+        if seen.insert(link(&name, "ns/mnt")) {
+            traces.extend(mounts(&name, id).into_iter().map(|path| Trace::InnerMount { pid, path }));
+        }
+        let held = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        let held = held.filter_map(|entry| fs::read_link(entry.path()).ok());
+        let networks = held.chain(link(&name, "ns/net")).filter(|target| Some(target) != own.as_ref());
+        let names = networks.map(|target| target.to_string_lossy().into_owned());
+        traces.extend(names.filter(|name| name.starts_with("net:[")).map(Trace::Network));
+    }
+}
+
+/// Mounts that name the world, as the process `pid` sees them.
+fn mounts(pid: &str, id: &str) -> Vec<PathBuf> {
+    let table = fs::read_to_string(format!("/proc/{pid}/mountinfo")).unwrap_or_default();
     let lines = table.lines().filter(|line| line.contains(id));
     lines.filter_map(|line| line.split(' ').nth(4)).map(PathBuf::from).collect()
 }

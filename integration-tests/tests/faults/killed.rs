@@ -219,6 +219,26 @@ fn a_run_interrupted_at_any_stage_leaves_nothing() {
     world.finish();
 }
 
+/// A replica that its command has not handed out belongs to nobody.
+#[test]
+fn a_run_killed_at_any_stage_leaves_nothing() {
+    let server = Server::plain();
+    let Some(world) = world_for(&server) else { return };
+    let traces = world.traces();
+    let name = world.name("plain");
+    for stage in [Stage::Sandbox, Stage::Ready] {
+        let running = world.run_call(&name, &server, &[]).pause_at(stage).spawn();
+        running.await_stderr(&format!("paused at {stage}"));
+        running.signal(Signal::SIGKILL);
+        let _ = ended(running, Signal::SIGKILL, stage);
+        no_processes(&world);
+        no_residue(&world, &traces);
+    }
+    let replica = world.start("plain", &server);
+    assert_eq!(replica.json("/healthz")["ready"], true);
+    world.finish();
+}
+
 #[test]
 fn a_restore_killed_at_any_stage_leaves_nothing() {
     restore_ended_by(Signal::SIGKILL, "1");
