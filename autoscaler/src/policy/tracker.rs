@@ -30,7 +30,7 @@ impl Default for Settings {
         Self {
             utilization: 0.8,
             look_back: Duration::ZERO,
-            down_delay: Duration::from_secs(2),
+            down_delay: Duration::ZERO,
             undrain: false,
         }
     }
