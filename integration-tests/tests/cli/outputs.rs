@@ -55,10 +55,26 @@ fn the_life_of_a_replica_in_text() {
     let restore = world.rewarm().args(["restore", &reference, "--name", &clone, "--publish", "0:8000"]);
     assert_printed("restore", &world, &restore.ok());
     assert_printed("stop", &world, &world.rewarm().args(["stop", &clone, "--timeout", "300ms"]).ok());
+    let waited = world.rewarm().args(["wait", &clone]).run();
+    assert_printed("wait", &world, &waited);
     assert_printed("ps", &world, &world.rewarm().arg("ps").ok());
     assert_printed("ps-all", &world, &world.rewarm().args(["ps", "--all"]).ok());
     assert_printed("ls", &world, &world.rewarm().args(["ls", world.store()]).ok());
     assert_printed("rm", &world, &world.rewarm().args(["rm", &clone]).ok());
+    let absent = world.reference("plain", "v2");
+    let cold = world.rewarm().args([
+        "restore",
+        &absent,
+        "--name",
+        &clone,
+        "--ready",
+        "cmd:true",
+        "--cold-fallback",
+        "--",
+    ]);
+    assert_printed("restore-cold", &world, &cold.args(&server.command).ok());
+    let inspected = world.rewarm().args(["inspect", &reference]).ok();
+    assert!(inspected.stdout.ends_with("\nthis machine can restore it\n"), "{inspected}");
     world.finish();
 }
 
