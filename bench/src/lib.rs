@@ -12,6 +12,7 @@ mod error;
 mod files;
 mod machine;
 mod outcome;
+mod own;
 mod rewarm;
 mod rounds;
 mod sample;

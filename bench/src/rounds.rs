@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::machine::Machine;
 use crate::outcome::{Outcome, Sample, Samples};
+use crate::own::own_memory;
 use crate::rewarm::Rewarm;
 use crate::server::make_weights;
 use crate::stock::Stock;
@@ -34,6 +35,8 @@ pub struct Options {
     pub store: Option<String>,
     /// How chunks are stored, as `rewarm snapshot --compression` takes it.
     pub compression: String,
+    /// Bytes of free memory that are made this machine's own before each measurement; 0: as the host of a virtual machine gives it.
+    pub own_bytes: u64,
     /// Rounds; at least one.
     pub rounds: usize,
     /// Folder for everything that is made; it exists and is empty.
@@ -81,6 +84,7 @@ async fn rounds(options: &Options, running: &Rewarm, note: &impl Fn(&str)) -> Re
     for round in 0..options.rounds {
         note(&format!("round {} of {}", round + 1, options.rounds));
         for &pair in &pairs {
+            own_memory(options.own_bytes).map_err(Error::io("touch free memory"))?;
             let sample = bench.measure(pair, &mut stock).await?;
             samples.add(pair, sample);
         }

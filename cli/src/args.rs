@@ -612,6 +612,9 @@ pub(crate) struct Bench {
     /// Every case once in each round.
     #[arg(long, value_name = "N", default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub(crate) rounds: u16,
+    /// Free memory that is touched and let go before each measurement, since the host of a virtual machine may have taken it back; 0: none.
+    #[arg(long, value_name = "BYTES", default_value = "2GiB", value_parser = values::bytes_or_none)]
+    pub(crate) own_memory: u64,
     /// Folder in which weights, snapshots and images lie meanwhile: about six times the size of the server.
     #[arg(long, value_name = "DIR", default_value = "/var/tmp")]
     pub(crate) work: PathBuf,

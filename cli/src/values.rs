@@ -77,6 +77,11 @@ pub(crate) fn bytes(text: &str) -> Result<u64, String> {
     if bytes == 0 { Err(malformed()) } else { Ok(bytes) }
 }
 
+/// Bytes, none among them.
+pub(crate) fn bytes_or_none(text: &str) -> Result<u64, String> {
+    if text == "0" { Ok(0) } else { bytes(text) }
+}
+
 /// Size of a benchmark's server. What is measured lies in memory and on disk several times.
 pub(crate) fn bench_size(text: &str) -> Result<u64, String> {
     const SIZE_MAX: u64 = 4 << 30;

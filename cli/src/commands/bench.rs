@@ -21,6 +21,7 @@ pub(crate) async fn run(args: &Bench, global: &Global) -> Result<u8, Cause> {
         touch: args.touch,
         store: args.store.as_ref().map(ToString::to_string),
         compression: args.compression.to_string(),
+        own_bytes: args.own_memory,
         rounds: usize::from(args.rounds),
         work: work.path().to_owned(),
     };

@@ -81,7 +81,7 @@ fn a_wrong_key_and_a_missing_bucket() {
     call.fails(1).says(&["stage preflight", &denied, "AWS_", "the server goes on serving"]);
     // Those who only read are told the same, a restore by another process than its own.
     let (whole, clone) = (world.reference("plain", "v1"), world.name("clone"));
-    for words in [&["restore", &whole, "--name", &clone][..], &["inspect", &whole], &["ls", &world.store()]] {
+    for words in [&["restore", &whole, "--name", &clone][..], &["inspect", &whole], &["ls", world.store()]] {
         let call = world.rewarm().args(words).env("AWS_SECRET_ACCESS_KEY", &wrong);
         call.fails(1).says(&[&denied, "AWS_"]);
     }
