@@ -76,3 +76,73 @@ fn leave(pool: &Pool, victim: Victim) -> Option<Step> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Ledger, Memory};
+    use crate::moment::Moment;
+    use crate::pool::{Shape, Tier};
+
+    const NOW: Moment = Moment::START;
+
+    fn pool() -> Pool {
+        let memory = Memory::default();
+        let shape = Shape { concurrency: 8, max: 5, warm: 2, serving: memory, paused: memory };
+        Pool::new(shape, Ledger::new(Memory::UNLIMITED))
+    }
+
+    /// One that answers its last request and gets no other.
+    fn draining(pool: &mut Pool) -> ReplicaId {
+        let id = pool.start(Tier::Restore, NOW).expect("memory");
+        pool.started(id, NOW);
+        assert!(pool.assign_to(id, NOW) && !pool.drain(id, NOW));
+        id
+    }
+
+    #[test]
+    fn what_is_there_comes_before_what_is_woken_and_that_before_what_is_restored() {
+        let mut pool = pool();
+        let drains = draining(&mut pool);
+        let waits = pool.park(NOW).expect("memory");
+        let comes = pool.start_parking(Tier::Restore, NOW).expect("memory");
+        let next = |pool: &Pool| next_step(pool, 9, Victim::Idlest, true);
+        assert_eq!(next(&pool), Some(Step::Undrain(drains)));
+        assert_eq!(
+            next_step(&pool, 9, Victim::Idlest, false),
+            Some(Step::Wake(waits)),
+            "it cannot take it back"
+        );
+        pool.undrain(drains, NOW);
+        assert_eq!(next(&pool), Some(Step::Wake(waits)));
+        pool.wake(waits, NOW).expect("memory");
+        assert_eq!(next(&pool), Some(Step::Claim(comes)));
+        pool.claim(comes);
+        for _ in 0..2 {
+            assert_eq!(next(&pool), Some(Step::Restore));
+            pool.start(Tier::Cold, NOW).expect("memory");
+        }
+        assert_eq!((next(&pool), pool.charged()), (None, 5), "the pool is at its limit");
+        assert_eq!(next_step(&pool, 5, Victim::Idlest, true), None, "there are as many as are wanted");
+    }
+
+    #[test]
+    fn what_is_to_go_for_good_is_neither_taken_back_nor_woken() {
+        let mut pool = pool();
+        let (drains, waits) = (draining(&mut pool), pool.park(NOW).expect("memory"));
+        [drains, waits].into_iter().for_each(|id| pool.dismiss(id));
+        assert_eq!(next_step(&pool, 1, Victim::Idlest, true), Some(Step::Restore));
+    }
+
+    #[test]
+    fn the_idlest_goes_first_or_what_came_last() {
+        let mut pool = pool();
+        let ids: Vec<ReplicaId> = (0..3).map(|_| pool.start(Tier::Restore, NOW).expect("memory")).collect();
+        ids[..2].iter().for_each(|id| pool.started(*id, NOW));
+        assert!(pool.assign_to(ids[1], NOW));
+        assert_eq!(next_step(&pool, 2, Victim::Idlest, true), Some(Step::Drain(ids[0])));
+        assert_eq!(next_step(&pool, 2, Victim::Newest, true), Some(Step::Cancel(ids[2])));
+        pool.started(ids[2], NOW + std::time::Duration::from_secs(1));
+        assert_eq!(next_step(&pool, 2, Victim::Newest, true), Some(Step::Drain(ids[2])));
+    }
+}

@@ -133,3 +133,51 @@ impl Policy for Hpa {
         (self.replicas > 0).then_some(self.next_sync)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Ledger, Memory};
+    use crate::policy::{Limits, StartSeconds};
+    use crate::pool::{Pool, Shape};
+
+    /// Requests, all of them held, and what is wanted for them at a moment; nothing where nothing is decided.
+    fn at(hpa: &mut Hpa, seconds: f64, event: Event, requests: usize) -> Option<u32> {
+        let (now, memory) = (Moment::from_seconds(seconds), Memory::default());
+        let shape = Shape { concurrency: 8, max: 16, warm: 0, serving: memory, paused: memory };
+        let pool = Pool::new(shape, Ledger::new(Memory::UNLIMITED));
+        let limits = Limits { concurrency: 8, min: 0, max: 16, target_wait: Duration::from_secs(1) };
+        let held = std::iter::repeat_n(now, requests).collect();
+        hpa.note(now, event, requests as u32);
+        let start = StartSeconds { wake: 0.1, restore: 1.0 };
+        let view = View { now, pool: &pool, held: &held, limits: &limits, start };
+        hpa.decide(&view, event).map(|decision| decision.wanted)
+    }
+
+    #[test]
+    fn a_timeline_of_kubernetes_and_keda() {
+        let mut hpa = Hpa::new(Settings::default());
+        assert_eq!(at(&mut hpa, 0.5, Event::Timer, 0), None);
+        assert_eq!(at(&mut hpa, 1.0, Event::Arrival, 1), Some(1), "KEDA pushes the first one at once");
+        assert_eq!(at(&mut hpa, 2.0, Event::Arrival, 50), None, "everything else waits for the next look");
+        assert_eq!(at(&mut hpa, 14.9, Event::Timer, 50), None, "and that is each quarter of a minute");
+        // 5.6 requests for each replica.
+        let looks = [
+            (15.0, 6, 1, "a tenth beside the target is tolerated"),
+            (30.0, 7, 2, "a quarter is not"),
+            (45.0, 100, 6, "four more"),
+            (60.0, 100, 12, "twice as many"),
+            (75.0, 100, 16, "the limit of the pool"),
+            (90.0, 5, 16, "the highest of five minutes holds"),
+            (375.0, 5, 16, "up to the last second of them"),
+            (390.0, 5, 1, "and no longer"),
+            (405.0, 0, 1, "one stays while it cools down"),
+            (675.0, 0, 1, "so it does just before five minutes"),
+            (690.0, 0, 0, "then KEDA goes back to zero"),
+        ];
+        for (seconds, requests, wanted, why) in looks {
+            assert_eq!(at(&mut hpa, seconds, Event::Timer, requests), Some(wanted), "{seconds} s: {why}");
+        }
+        assert_eq!(at(&mut hpa, 691.0, Event::Arrival, 1), Some(1), "and pushes again");
+    }
+}

@@ -232,3 +232,82 @@ impl Policy for Kpa {
         Victim::Newest
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::{Ledger, Memory};
+    use crate::policy::{Limits, StartSeconds};
+    use crate::pool::{Pool, Shape, Tier};
+
+    /// What is decided when, in the time of a pool with one replica that serves from the first second on. One request comes at
+    /// 0.5 s and is answered at `answered`.
+    fn timeline(settings: Settings, answered: f64) -> Vec<(f64, u32, bool)> {
+        let (mut kpa, memory) = (Kpa::new(settings, 8), Memory::default());
+        let shape = Shape { concurrency: 8, max: 16, warm: 0, serving: memory, paused: memory };
+        let mut pool = Pool::new(shape, Ledger::new(Memory::UNLIMITED));
+        let limits = Limits { concurrency: 8, min: 0, max: 16, target_wait: Duration::from_secs(1) };
+        let mut held = std::collections::VecDeque::new();
+        let (mut decisions, mut replica) = (Vec::new(), None);
+        let mut look = |kpa: &mut Kpa, now: Moment, event, pool: &Pool, held: &_| {
+            let start = StartSeconds { wake: 0.1, restore: 1.0 };
+            let view = View { now, pool, held, limits: &limits, start };
+            if let Some(decision) = kpa.decide(&view, event) {
+                let held_at_one = matches!(decision.reason, Reason::HoldAtOne);
+                decisions.push((now.seconds_since(Moment::START), decision.wanted, held_at_one));
+            }
+            kpa.timer(&view).expect("it always looks again")
+        };
+        let came = Moment::from_seconds(0.5);
+        held.push_back(came);
+        kpa.note(came, Event::Arrival, 1);
+        let mut next = look(&mut kpa, came, Event::Arrival, &pool, &held);
+        while next < Moment::from_seconds(200.0) {
+            if replica.is_none() && next >= Moment::from_seconds(1.0) {
+                let id = pool.start(Tier::Restore, next).expect("memory");
+                pool.started(id, next);
+                replica = Some(id);
+            }
+            if !held.is_empty() && next >= Moment::from_seconds(answered) {
+                held.clear();
+                kpa.note(Moment::from_seconds(answered), Event::Finished { service: 1.0, early: false }, 0);
+            }
+            next = look(&mut kpa, next, Event::Timer, &pool, &held);
+        }
+        decisions
+    }
+
+    /// When first held at one, and when zero was wanted first, after anything else.
+    fn end(timeline: &[(f64, u32, bool)]) -> (Option<f64>, Option<f64>) {
+        let first = |so: fn(&(f64, u32, bool)) -> bool| timeline.iter().find(|d| so(d)).map(|d| d.0);
+        (first(|(_, _, held)| *held), first(|(_, wanted, _)| *wanted == 0))
+    }
+
+    #[test]
+    fn a_first_request_is_decided_at_once_and_everything_else_each_two_seconds() {
+        let decisions = timeline(Settings::default(), 3.0);
+        let first: Vec<_> = decisions.iter().take(3).map(|(at, wanted, _)| (*at, *wanted)).collect();
+        assert_eq!(first, [(0.5, 1), (2.05, 1), (4.05, 1)]);
+    }
+
+    #[test]
+    fn with_the_activator_in_the_path_for_long_there_is_no_grace() {
+        // Nothing is left of the request in a window of 60 s.
+        assert_eq!(end(&timeline(Settings::default(), 3.0)), (None, Some(64.05)));
+    }
+
+    #[test]
+    fn without_it_one_replica_is_held_for_the_grace_period() {
+        let settings = Settings { target_burst_capacity: 0.0, ..Settings::default() };
+        assert_eq!(end(&timeline(settings, 3.0)), (Some(64.05), Some(94.05)));
+        let short = Settings { grace: Duration::from_secs(6), ..settings };
+        assert_eq!(end(&timeline(short, 3.0)), (Some(64.05), Some(70.05)));
+    }
+
+    #[test]
+    fn one_replica_is_held_until_the_revision_was_active_for_a_stable_window() {
+        // Zero is wanted first when it has been active for 59.55 s.
+        let settings = Settings { grace: Duration::ZERO, ..Settings::default() };
+        assert_eq!(end(&timeline(settings, 0.6)), (Some(60.05), Some(62.05)));
+    }
+}
