@@ -27,12 +27,7 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self {
-            utilization: 0.8,
-            look_back: Duration::ZERO,
-            down_delay: Duration::ZERO,
-            undrain: false,
-        }
+        Self { utilization: 0.8, look_back: Duration::ZERO, down_delay: Duration::ZERO, undrain: false }
     }
 }
 
