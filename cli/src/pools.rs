@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use rewarm_autoscaler::pool::Tier;
 use rewarm_container::shim::Client;
 use rewarm_container::{Error, Name, Origin, Spec, State, Status};
+use rewarm_gpu::{Helper, Launch};
 use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Hidden};
 use rewarm_restore::{Context, Ground, Mode, Request, Seen, cold};
@@ -32,6 +33,8 @@ use crate::programs;
 const POOL: &str = "rewarm.pool";
 /// How long work on a device may take to finish before a replica is paused.
 const LOCK_TIMEOUT: Duration = Duration::from_secs(10);
+/// How long the driver may take to say what devices there are.
+const DEVICES_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the folder of a replica that has ended may take to go.
 const REMOVAL_TIMEOUT: Duration = Duration::from_secs(20);
 const REMOVAL_POLL: Duration = Duration::from_millis(5);
@@ -238,6 +241,18 @@ async fn not_wanted(given_up: GivenUp) -> &'static str {
 impl Replicas for Pools {
     fn check(&self, pools: &PoolsConfig) -> Result<(), String> {
         check(pools, &self.config).map_err(|cause| told(&cause))
+    }
+
+    async fn device_bytes(&self) -> Option<u64> {
+        let program = self.context.program.clone();
+        // The driver's libraries are never loaded here: a call may hang.
+        let look = move || {
+            let launch = Launch { program, args: vec!["gpu-helper".into()], env: Vec::new() };
+            Helper::new(launch).with_deadline(DEVICES_TIMEOUT).machine().ok().flatten()
+        };
+        let machine = tokio::task::spawn_blocking(look).await.ok().flatten()?;
+        let bytes: u64 = machine.gpus.iter().map(|gpu| gpu.total_bytes).sum();
+        (bytes > 0).then_some(bytes)
     }
 
     async fn find(&self, pool: &PoolConfig) -> Result<Known, String> {

@@ -12,6 +12,8 @@
     GET  /cut               ends the process in the middle of an answer
     GET  /hang              never answers
     GET  /status?code=N     answers with N
+    GET  /metrics           what model servers say of themselves, under the name under which it began
+    GET  /hooked            200 where a post hook has written down the name that it has now, else 500
     GET  /same              200 as long as it has the name under which it began, else 500
 
 With --flaps a clone stops listening for five seconds before each answer to /check; a server that was started by its command does not.
@@ -103,6 +105,20 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(4)
         elif url.path == "/hang":
             time.sleep(3600)
+        elif url.path == "/metrics":
+            text = f'# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running{{worker_id="{BEGAN["name"]}"}} 1\n'
+            self.send_response(200)
+            self.send_header("content-length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+            self.wfile.flush()
+        elif url.path == "/hooked":
+            try:
+                with open("/tmp/hooked") as file:
+                    hooked = json.load(file)
+            except OSError:
+                hooked = None
+            self.answer(200 if hooked == who() else 500, {"hooked": hooked})
         elif url.path == "/same":
             same = who() == BEGAN
             self.answer(200 if same else 500, {"same": same})

@@ -36,8 +36,13 @@ fn pool_world() -> Option<World> {
 
 /// Takes a snapshot of the server of pools.
 fn snapshot(world: &World, tag: &str) {
+    snapshot_with(world, tag, &[]);
+}
+
+/// The same, with further flags of `rewarm snapshot`.
+fn snapshot_with(world: &World, tag: &str, flags: &[&str]) {
     let source = world.start("pool", &Server::pool());
-    world.snapshot(&source, tag, &["--stop"]);
+    world.snapshot(&source, tag, &[&["--stop"], flags].concat());
     source.remove();
 }
 

@@ -283,7 +283,8 @@ impl Control {
         // Its size stays for as long as the process: replicas hold parts of it.
         let new = || {
             let host = config.serve.memory.map_or(u64::MAX, |budget| budget.replicas);
-            (Ledger::new(Memory { host, device: u64::MAX }), config.serve.memory)
+            let device = configure.device_bytes.unwrap_or(u64::MAX);
+            (Ledger::new(Memory { host, device }), config.serve.memory)
         };
         let (ledger, _) = self.world.lock().memory.get_or_insert_with(new).clone();
         let shared = Shared {

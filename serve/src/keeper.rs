@@ -66,6 +66,7 @@ pub struct Settings {
 pub async fn run(settings: Settings, replicas: Arc<dyn Replicas>, ready: impl FnOnce(&Config)) -> Result<()> {
     let config = check(&settings.config)?;
     let _lock = lock(&settings.state)?;
+    let device_bytes = replicas.device_bytes().await;
     let mut keeper = Keeper {
         settings,
         replicas,
@@ -74,6 +75,7 @@ pub async fn run(settings: Settings, replicas: Arc<dyn Replicas>, ready: impl Fn
         addresses: Addresses::default(),
         tasks: HashMap::new(),
         finding: Vec::new(),
+        device_bytes,
         line: None,
     };
     let outcome = keeper.serve(ready).await;
@@ -106,6 +108,8 @@ struct Keeper {
     tasks: HashMap<String, Task>,
     /// One for each pool: looks at its snapshot.
     finding: Vec<JoinHandle<()>>,
+    /// What all devices of this machine have, where that is known: they stay as they are.
+    device_bytes: Option<u64>,
     line: Option<Line>,
 }
 
@@ -212,13 +216,21 @@ impl Keeper {
         let File { text, config, tls, token } = File::read(&self.settings.config)?;
         self.replicas.check(&config).map_err(|problem| Error::Pools { problem })?;
         let before = if first { &[][..] } else { &self.config.pools };
-        let known = first_look(&config, before, &self.replicas).await;
+        let known = first_look(&config, before, self.device_bytes.is_some(), &self.replicas).await;
         let opened = self.addresses.open(&config)?;
         let listening = opened.iter().map(|(purpose, address, _)| (*purpose, *address)).collect();
         let sockets: Vec<OwnedFd> = opened.into_iter().map(|(_, _, socket)| socket.into()).collect();
         let fds: Vec<_> = sockets.iter().map(AsFd::as_fd).collect();
-        let configure =
-            Configure { text, path: self.settings.config.clone(), listening, tls, token, existing, known };
+        let configure = Configure {
+            text,
+            path: self.settings.config.clone(),
+            listening,
+            tls,
+            token,
+            existing,
+            device_bytes: self.device_bytes,
+            known,
+        };
         line.tell(&ToGateway::Configure(Box::new(configure)), &fds)
             .map_err(|source| Error::Gateway { doing: "tell it its configuration", source })?;
         self.finding.drain(..).for_each(|task| task.abort());
@@ -395,11 +407,13 @@ impl Keeper {
 async fn first_look(
     config: &Config,
     before: &[PoolConfig],
+    devices: bool,
     replicas: &Arc<dyn Replicas>,
 ) -> BTreeMap<String, Known> {
     let new = |pool: &&PoolConfig| before.iter().all(|other| other.name != pool.name);
-    let counted = config.serve.memory.is_some();
-    let unknown = config.pools.iter().filter(|pool| counted && pool.replica_memory.is_none()).filter(new);
+    let host = config.serve.memory.is_some();
+    let counted = |pool: &&PoolConfig| devices || host && pool.replica_memory.is_none();
+    let unknown = config.pools.iter().filter(counted).filter(new);
     let looks = unknown.map(async |pool| {
         let known = tokio::time::timeout(FIRST_LOOK, replicas.find(pool)).await.ok()?.ok()?;
         Some((pool.name.clone(), known))
@@ -533,3 +547,6 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
+
+#[cfg(test)]
+mod tests;

@@ -49,6 +49,8 @@ pub(crate) struct Configure {
     pub(crate) token: Option<String>,
     /// Replicas that are there already; at the beginning only.
     pub(crate) existing: Vec<Existing>,
+    /// What all devices have together, where that is known.
+    pub(crate) device_bytes: Option<u64>,
     /// What new pools' snapshots are, where memory is limited: what is there and what is started must be counted from the
     /// first moment on.
     pub(crate) known: BTreeMap<String, Known>,

@@ -74,6 +74,9 @@ pub trait Replicas: Send + Sync + 'static {
     /// What is wrong with one of them.
     fn check(&self, config: &Config) -> Result<(), String>;
 
+    /// Bytes of memory that all devices of this machine have together; nothing where there are none, or nobody tells.
+    async fn device_bytes(&self) -> Option<u64>;
+
     /// What the pool's snapshot is at the moment.
     ///
     /// # Errors

@@ -37,6 +37,21 @@ async fn a_request_and_its_answer_over_kept_connections() {
     gateway.await_taken(0).await;
 }
 
+/// Whoever traces on both sides finds the two together, though nothing here records anything.
+#[tokio::test]
+async fn a_clients_trace_goes_through_as_it_came() {
+    let server = Server::start().await;
+    let gateway = Setup::default().before(server.address).await;
+    let mut client = gateway.client().await;
+    let trace =
+        "traceparent: 00-11111111111111111111111111111111-2222222222222222-01\r\ntracestate: a=1,b=2\r\n";
+    client.say(&GET.replace("\r\n\r\n", &format!("\r\n{trace}\r\n"))).await;
+    let mut replica = server.accept().await;
+    let head = replica.head().await;
+    assert!(trace.lines().all(|line| head.contains(&format!("{line}\r\n"))), "{head}");
+    answered(&gateway, &mut client, &mut replica).await;
+}
+
 /// A request of a client and its answer, over a connection to the replica that is there already.
 async fn carried(gateway: &Gateway, client: &mut Talk, replica: &mut Talk) {
     client.say(GET).await;

@@ -1,11 +1,13 @@
 //! `rewarm pause` and `rewarm wake`.
 
+use std::io::Write;
+use std::net::TcpStream;
 use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
-use rewarm_integration_tests::http::request;
+use rewarm_integration_tests::http::{get, request};
 use rewarm_integration_tests::load::Load;
 use rewarm_integration_tests::pool::free_port;
 use rewarm_integration_tests::server::Server;
@@ -254,6 +256,51 @@ fn a_warm_replica_of_a_pool_has_device_memory_only_while_it_serves() {
         assert_eq!((seen.wrong, seen.failures), (Vec::new(), Vec::new()), "{round}");
         serving.await_replicas(&["paused"]);
     }
+    let _ = serving.end();
+    world.finish();
+}
+
+/// What NVML says that the devices have is what there is: a start beyond it waits, and is not tried until something is given back.
+#[test]
+fn a_start_for_which_devices_have_no_memory_waits_for_it() {
+    let Some((world, devices)) = world_with(&[DEVICE_MIB + DEVICE_MIB / 2]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let question = &server.questions[0];
+    let before = source.ask(question.method, &question.path, question.body.as_deref()).expect("an answer");
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let (snapshot, admin) = (world.reference("device", "v1"), free_port());
+    let ports = [free_port(), free_port()];
+    let pool = |name: &str, port: u16| {
+        format!(
+            "[[pool]]\nname = '{}'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\nmax_replicas = 1\n\
+             queue = {{ max = 10, deadline = '60s' }}\npolicy = {{ kind = 'rewarm', keep_last = 0.1, keep = 0.1 }}\n",
+            world.name(name)
+        )
+    };
+    let (first, second) = (pool("p", ports[0]), pool("q", ports[1]));
+    let config = format!("[serve]\nadmin = '127.0.0.1:{admin}'\n{first}{second}");
+    let serving = world.serve_as(&config, |call| devices.seen_by(call));
+    // Its body never comes, so the replica that is restored for it stays.
+    let mut client = TcpStream::connect(("127.0.0.1", ports[0])).expect("it listens");
+    client.write_all(b"POST /generate HTTP/1.1\r\nhost: p\r\ncontent-length: 5\r\n\r\n").expect("it is sent");
+    serving.await_replicas(&["ready"]);
+    let (method, path, body) = (question.method, question.path.clone(), question.body.clone());
+    let asked =
+        std::thread::spawn(move || request(ports[1], method, &path, body.as_deref()).expect("an answer"));
+    let status = || get(admin, "/admin/status").expect("an answer").json()["pools"][1].clone();
+    world.await_state("a start waits", Duration::from_secs(60), || status()["obstacle"].is_string());
+    let waits = status();
+    let obstacle = waits["obstacle"].as_str().expect("text");
+    assert!(obstacle.starts_with("a start waits for memory: device memory: "), "{obstacle}");
+    assert!(!asked.is_finished());
+    drop(client);
+    let answer = asked.join().expect("no panic");
+    assert_eq!((answer.status, answer.text()), (200, before.text()));
+    // Nothing was tried in vain.
+    let starts = status()["starts"].as_array().cloned().expect("a list");
+    assert_eq!(starts.len(), 1, "{starts:?}");
     let _ = serving.end();
     world.finish();
 }

@@ -1,12 +1,15 @@
 //! One pool: from zero and back, warm replicas, limits, and what becomes of replicas when `serve` ends.
 
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::time::{Duration, Instant};
 
 use rewarm_integration_tests::World;
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::free_port;
+use rewarm_integration_tests::server::Server;
 
-use super::{config, pool, pool_world};
+use super::{config, pool, pool_world, snapshot_with};
 
 /// Lets replicas go as soon as they are idle.
 const HASTY: &str = "policy = { kind = 'rewarm', keep_last = 0.1, keep = 0.1 }\n";
@@ -66,13 +69,73 @@ fn requests_beyond_the_queue_and_its_deadline_are_refused() {
         "concurrency = 1\nmin_replicas = 1\nmax_replicas = 1\nqueue = { max = 1, deadline = '1s' }\n";
     let serving = world.serve(&config(&world, port, limits));
     assert_eq!(http::get(port, "/check").expect("an answer").status, 200);
-    let clients: Vec<_> = (0..3)
-        .map(|_| std::thread::spawn(move || http::get(port, "/sleep?ms=5000").expect("an answer")))
+    let ask = move || {
+        let mut client = TcpStream::connect(("127.0.0.1", port)).expect("it listens");
+        let request = b"GET /sleep?ms=5000 HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n";
+        client.write_all(request).expect("it is sent");
+        let mut answer = String::new();
+        client.read_to_string(&mut answer).expect("an answer");
+        answer.to_lowercase()
+    };
+    let clients: Vec<_> = (0..3).map(|_| std::thread::spawn(ask)).collect();
+    let mut seen: Vec<(String, bool)> = clients
+        .into_iter()
+        .map(|client| client.join().expect("no panic"))
+        .map(|answer| {
+            let after = answer.lines().find_map(|line| line.strip_prefix("retry-after: "));
+            let later =
+                after.is_some_and(|seconds| seconds.trim().parse::<u64>().is_ok_and(|seconds| seconds > 0));
+            (answer.split(' ').nth(1).unwrap_or_default().to_owned(), later)
+        })
         .collect();
-    let mut seen: Vec<u16> =
-        clients.into_iter().map(|client| client.join().expect("no panic").status).collect();
     seen.sort_unstable();
-    assert_eq!(seen, [200, 429, 503]);
+    let expected = [("200", false), ("429", true), ("503", true)];
+    assert_eq!(seen, expected.map(|(status, later)| (status.to_owned(), later)));
+    serving.end();
+    world.finish();
+}
+
+/// A clone serves under its own identity: what its post hook does is done before its first answer.
+#[test]
+fn no_replica_answers_before_its_post_hook_has_run() {
+    let server = Server::pool();
+    let Some(world) = crate::world_for(&server) else { return };
+    snapshot_with(&world, "v1", &["--post", "sleep 1; cp /run/rewarm/identity.json /tmp/hooked"]);
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, "concurrency = 1\nmax_replicas = 2\n"));
+    let clients: Vec<_> =
+        (0..4).map(|_| std::thread::spawn(move || http::get(port, "/hooked").expect("an answer"))).collect();
+    for client in clients {
+        let answer = client.join().expect("no panic");
+        assert_eq!(answer.status, 200, "{}", answer.text());
+    }
+    serving.end();
+    world.finish();
+}
+
+/// Clones say of themselves what their source was: planners see as many servers as there are, each under its own name.
+#[test]
+fn what_servers_say_of_themselves_is_passed_on_under_their_own_names() {
+    let Some(world) = pool_world() else { return };
+    let (port, admin) = (free_port(), free_port());
+    let head = format!("[serve]\nadmin = '127.0.0.1:{admin}'\n");
+    let two = pool(&world, "p", "v1", port, "min_replicas = 2\nmax_replicas = 2\n");
+    let serving = world.serve(&format!("{head}{two}"));
+    serving.await_replicas(&["ready", "ready"]);
+    let text = || http::get(admin, "/metrics/replicas").expect("an answer").text();
+    let values = |text: &str| text.lines().filter(|line| line.starts_with("vllm:")).count();
+    world.await_state("both are asked", Duration::from_secs(20), || values(&text()) == 2);
+    let text = text();
+    for (name, _) in serving.replicas() {
+        let own = format!("replica=\"{name}\"");
+        assert!(
+            text.lines().any(|line| line.starts_with("vllm:num_requests_running{") && line.contains(&own)),
+            "{text}"
+        );
+    }
+    let source = world.name("pool");
+    assert!(!text.contains(&format!("worker_id=\"{source}\"")), "{text}");
+    assert_eq!(text.matches("# TYPE vllm:num_requests_running gauge").count(), 1, "{text}");
     serving.end();
     world.finish();
 }

@@ -39,6 +39,11 @@ impl World {
 
     /// A pool with so much host memory.
     fn within(host: u64, name: &str, more: &str, tracer: Option<SdkTracer>) -> Self {
+        Self::on(Memory { host, device: u64::MAX }, name, more, tracer)
+    }
+
+    /// A pool on a machine with so much memory.
+    fn on(machine: Memory, name: &str, more: &str, tracer: Option<SdkTracer>) -> Self {
         let (ours, theirs) = UnixStream::pair().expect("sockets");
         let line = Line::new(ours);
         let shared = Shared {
@@ -46,7 +51,7 @@ impl World {
             dialler: Arc::new(Dialler::new(line.clone())),
             line,
             notices: broadcast::channel(64).0,
-            ledger: Ledger::new(Memory { host, device: u64::MAX }),
+            ledger: Ledger::new(machine),
             room: Room::default(),
             tracer,
         };

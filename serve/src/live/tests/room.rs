@@ -126,3 +126,31 @@ async fn what_will_never_fit_keeps_nobody_from_anything() {
     assert_eq!(q.live.status().replicas[0].name, warm);
     asked.abort();
 }
+
+#[tokio::test]
+async fn a_replica_for_which_devices_have_no_memory_waits_until_one_that_has_it_goes() {
+    let machine = Memory { host: u64::MAX, device: 15 << 20 };
+    let p = World::on(machine, "p", "concurrency = 1\n", None);
+    let q = p.another("q", "concurrency = 1\nwarm = 1\n");
+    for pool in [&p, &q] {
+        pool.live.known(super::existing::known(60 << 20, 10 << 20));
+    }
+    // One that waits has nothing of a device, but it needs it until then.
+    let warm = q.with_warm().await;
+    let (name, busy) = p.first_slot().await;
+    let asked = q.ask(Want::default());
+    q.await_held(1).await;
+    q.pass(Duration::from_secs(2));
+    let obstacle = "a start waits for memory: device memory: 10485760 bytes wanted, 5242880 of 15728640 free";
+    assert_eq!(q.live.status().obstacle.as_deref(), Some(obstacle));
+    assert_eq!((q.states(), asked.is_finished()), (vec![State::Warm], false));
+    p.live.command(&scale("p", 0)).expect("done");
+    drop(busy);
+    p.stops(&name, "it is not needed").await;
+    p.live.heard(&name, Heard::Stopped);
+    q.pass(Duration::from_secs(2));
+    assert!(matches!(q.told().await, ToParent::Wake { name } if name == warm));
+    q.live.heard(&warm, Heard::Woken);
+    let slot = tokio::time::timeout(PATIENCE, asked).await.expect("in time");
+    assert_eq!(slot.expect("no panic").expect("a slot").upstream.name(), warm);
+}
