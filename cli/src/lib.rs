@@ -7,6 +7,7 @@ mod args;
 mod commands;
 mod config;
 mod doctor;
+mod drained;
 pub mod env;
 pub mod exit;
 mod failure;

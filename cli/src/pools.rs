@@ -16,6 +16,7 @@ use rewarm_autoscaler::pool::Tier;
 use rewarm_container::shim::Client;
 use rewarm_container::{Error, Name, Origin, Spec, State, Status};
 use rewarm_gpu::{Helper, Launch};
+use rewarm_probe::Engine;
 use rewarm_probe::limits::HOOK_TIMEOUT;
 use rewarm_report::{Clock, Hidden};
 use rewarm_restore::{Context, Ground, Mode, Request, Seen, cold};
@@ -27,7 +28,7 @@ use crate::args::Global;
 use crate::commands::restore;
 use crate::config::Config;
 use crate::failure::{Cause, messages};
-use crate::programs;
+use crate::{drained, programs};
 
 /// The label that says to which pool a replica belongs.
 const POOL: &str = "rewarm.pool";
@@ -58,6 +59,8 @@ pub(crate) struct Pools {
     specs: Mutex<HashMap<String, Spec>>,
     /// The network namespaces of replicas that were dialled.
     networks: Mutex<HashMap<String, Arc<std::fs::File>>>,
+    /// The engine of each pool's snapshot, by whose steps its replicas are paused.
+    engines: Mutex<HashMap<String, Option<Engine>>>,
     /// Held by who brings a snapshot here.
     prefetching: tokio::sync::Mutex<()>,
 }
@@ -89,9 +92,9 @@ impl Pools {
         let cache = pools.serve.memory.map(|memory| memory.cache);
         let context = restore::context(global, Clock::start(Arc::new(Hidden)), cache).await?;
         let runc_version = programs::runc_version().await?;
-        let (specs, networks) = (Mutex::default(), Mutex::default());
+        let (specs, networks, engines) = (Mutex::default(), Mutex::default(), Mutex::default());
         let prefetching = tokio::sync::Mutex::default();
-        Ok(Self { context, config, runc_version, specs, networks, prefetching })
+        Ok(Self { context, config, runc_version, specs, networks, engines, prefetching })
     }
 
     /// The state folder.
@@ -190,6 +193,20 @@ impl Pools {
             .map_err(|error| told(&error))
     }
 
+    /// A connection to a replica's shim.
+    async fn client(&self, name: &str) -> Result<Arc<Client>, String> {
+        let (state, name) = (self.context.state.clone(), parse(name)?);
+        let connected = tokio::task::spawn_blocking(move || Client::connect(&state, &name)).await;
+        connected.expect("connecting does not panic").map(Arc::new).map_err(|error| told(&error))
+    }
+
+    /// The engine of the snapshot of a replica's pool, where it has one and that is known.
+    async fn engine(&self, name: &str) -> Result<Option<Engine>, String> {
+        let record = self.with_client(name, Client::status).await?;
+        let pool = record.spec.labels.get(POOL);
+        Ok(pool.and_then(|pool| lock(&self.engines).get(pool).cloned().flatten()))
+    }
+
     /// Ends a replica, and removes what is left of it.
     async fn end(&self, name: &str, timeout: Duration) -> Result<(), String> {
         let stopped = self.with_client(name, move |client| client.stop(timeout).map(drop)).await;
@@ -256,8 +273,11 @@ impl Replicas for Pools {
     }
 
     async fn find(&self, pool: &PoolConfig) -> Result<Known, String> {
-        let Seen { source, spec, host_bytes, device_bytes, fits, .. } = self.look(pool).await?;
+        let Seen { source, spec, host_bytes, device_bytes, fits, hooks, .. } = self.look(pool).await?;
         let port = spec.ports.first().copied();
+        let engine = hooks.engine.map(serde_json::from_value::<Engine>).transpose();
+        let engine = engine.map_err(|error| format!("the steps of the snapshot's engine: {error}"))?;
+        lock(&self.engines).insert(pool.name.clone(), engine);
         lock(&self.specs).insert(pool.name.clone(), spec);
         Ok(Known { source, host_bytes, device_bytes, port, fits })
     }
@@ -286,11 +306,31 @@ impl Replicas for Pools {
     }
 
     async fn pause(&self, name: &str) -> Result<(), String> {
-        self.with_client(name, |client| client.pause(LOCK_TIMEOUT).map(drop)).await
+        let Some(engine) = self.engine(name).await? else {
+            return self.with_client(name, |client| client.pause(LOCK_TIMEOUT).map(drop)).await;
+        };
+        let client = self.client(name).await?;
+        let paused = drained::pause(&client, &engine, HOOK_TIMEOUT, LOCK_TIMEOUT).await;
+        paused.map(drop).map_err(|drained::Failed { cause, left }| {
+            left.iter().for_each(|problem| tracing::warn!(replica = name, problem));
+            told(&cause)
+        })
     }
 
     async fn wake(&self, name: &str) -> Result<(), String> {
-        self.with_client(name, |client| client.wake().map(drop)).await
+        let client = self.client(name).await?;
+        let woken = client.clone();
+        let woken = tokio::task::spawn_blocking(move || woken.wake().map(drop)).await;
+        woken.expect("calls to the shim do not panic").map_err(|error| told(&error))?;
+        let failures = drained::go_on(&client).await.map_err(|error| told(&error))?;
+        let Some(first) = failures.first() else { return Ok(()) };
+        // It is awake, and not as it was: no request may reach it.
+        let gone = self.end(name, Duration::ZERO).await;
+        Err(format!(
+            "it was ended, since its engine does not go on: {}{}",
+            told(first),
+            gone.err().map_or_else(String::new, |error| format!("; {error}"))
+        ))
     }
 
     async fn stop(&self, name: &str, timeout: Duration) -> Result<(), String> {

@@ -113,6 +113,54 @@ fn no_replica_answers_before_its_post_hook_has_run() {
     world.finish();
 }
 
+/// What waits in a pool of an engine sleeps as its engine documents, and is awake before it answers.
+#[test]
+fn warm_replicas_of_an_engine_are_asleep() {
+    let server = Server::engine("vllm");
+    let Some(world) = crate::world_for(&server) else { return };
+    let source = world.start("vllm", &server);
+    world.snapshot(&source, "v1", &["--stop", "--engine", "vllm"]);
+    let steps = |from: &http::Response| {
+        let steps = from.json()["steps"].as_array().expect("a list").clone();
+        steps.iter().filter(|step| *step == "POST /sleep" || *step == "POST /resume").count()
+    };
+    let (port, name, snapshot) = (free_port(), world.name("p"), world.reference("vllm", "v1"));
+    let listen = format!("name = '{name}'\nsnapshot = '{snapshot}'\nlisten = '127.0.0.1:{port}'\n");
+    let serving = world
+        .serve(&format!("[serve]\nadmin = false\n[[pool]]\n{listen}max_replicas = 1\nwarm = 1\n{HASTY}"));
+    // The clone has the steps of the snapshot behind it, and those of each time that it waited.
+    for round in 1..=2 {
+        serving.await_replicas(&["paused"]);
+        let answer = http::get(port, "/steps").expect("an answer");
+        assert_eq!((answer.status, steps(&answer)), (200, 2 * (1 + round)), "{}", answer.text());
+    }
+    serving.end();
+    world.finish();
+}
+
+/// It is awake, and not what it was: it is ended, and the request goes to one that is restored.
+#[test]
+fn a_warm_replica_whose_engine_does_not_go_on_gets_no_request() {
+    let server = Server::pool();
+    let Some(world) = crate::world_for(&server) else { return };
+    let engine = world.files().join("once.toml");
+    // The steps after a restore go well, those after the first wake do not.
+    let step = "echo after >> /tmp/steps; test $(wc -l < /tmp/steps) -lt 2";
+    std::fs::write(&engine, format!("[[after]]\nname = 'once'\ncommand = '{step}'\n"))
+        .expect("our own folder");
+    snapshot_with(&world, "v1", &["--engine", &engine.to_string_lossy()]);
+    let port = free_port();
+    let serving = world.serve(&config(&world, port, &format!("max_replicas = 1\nwarm = 1\n{HASTY}")));
+    serving.await_replicas(&["paused"]);
+    let (warm, _) = serving.replicas().remove(0);
+    let answer = http::get(port, "/who").expect("an answer");
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_ne!(answer.json()["name"], warm.as_str());
+    assert!(serving.replicas().iter().all(|(name, _)| *name != warm), "{:?}", serving.replicas());
+    serving.end();
+    world.finish();
+}
+
 /// Clones say of themselves what their source was: planners see as many servers as there are, each under its own name.
 #[test]
 fn what_servers_say_of_themselves_is_passed_on_under_their_own_names() {
