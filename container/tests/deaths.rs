@@ -95,6 +95,8 @@ fn a_committed_replica_outlives_its_command_and_a_freeze_does_not() {
     assert_eq!(client.status().expect("status").status, Status::Frozen);
     assert!(matches!(client.thaw(), Err(Error::Shim { .. })), "another command's freeze");
     kill(&mut child);
+    let request = ExecRequest { args: vec!["true".into()], ..ExecRequest::default() };
+    assert_eq!(client.exec(request, None).expect("the thaw is waited for").code, 0);
     wait_for("the thaw", || (client.status().ok()?.status == Status::Ready).then_some(()));
     wait_for("an answer", || world::try_get(&client, "/x").ok());
     client.kill("test").expect("kill");
@@ -255,6 +257,11 @@ fn a_command_inside_gets_signals_and_dies_with_its_client() {
     let late = ExecRequest { timeout_ms: Some(300), ..request("echo begun; sleep 60") };
     let output = client.exec(late, None).expect("exec");
     assert!(output.timed_out && output.stdout == "begun\n", "{output:?}");
+    let files = || {
+        let folder = std::fs::read_dir(client.paths().dir()).expect("it is there");
+        folder.map(|entry| entry.expect("an entry").file_name()).collect::<std::collections::BTreeSet<_>>()
+    };
+    let before = files();
     // At any moment: runc says who the command is only some time after it has begun.
     for moment in 0..40 {
         let running = client.exec_start(request("exec sleep 61"), None).expect("exec");
@@ -268,5 +275,7 @@ fn a_command_inside_gets_signals_and_dies_with_its_client() {
             .map(|o| o.stdout)
     };
     wait_for("the end of the command", || sleeping().filter(|text| !text.contains("sleep 61")));
+    // The last command's end is waited for in the same way: who asked for it has gone.
+    wait_for("the files of the commands to go", || (files() == before).then_some(()));
     client.kill("test").expect("kill");
 }

@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 use std::os::fd::{AsFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
@@ -64,6 +64,7 @@ impl Replica {
             return Err(Error::Malformed { what: "command", value: String::new(), expected: "a program" });
         }
         let parts = self.parts("exec")?;
+        self.await_given_back(asker.id, false);
         let (init, _inside) = {
             let mut inner = self.lock();
             let init = self.require_running("exec", &inner)?;
@@ -80,13 +81,13 @@ impl Replica {
             (init, Inside(self))
         };
         // Who `www` is, the replica's own files say, as the server sees them.
-        let root = std::path::PathBuf::from(format!("/proc/{init}/root"));
+        let root = PathBuf::from(format!("/proc/{init}/root"));
         let user = request.user.as_ref().map(|user| user::resolve(Some(user), &root)).transpose()?;
         let serial = SERIAL.fetch_add(1, Ordering::Relaxed);
-        let pid_file = self.paths.dir().join(format!("exec-{serial}.pid"));
-        let log = self.paths.dir().join(format!("exec-{serial}.log"));
+        let files = Files::make(self.paths.dir().join(format!("exec-{serial}")))?;
+        let (pid_file, log) = (files.0.join("pid"), files.0.join("log"));
         // Something is in it from the start: a full disk shows here, and not as a riddle of runc's.
-        std::fs::write(&log, "\n").context("write", log.display()).inspect_err(|_| drop_file(&log))?;
+        std::fs::write(&log, "\n").context("write", log.display())?;
         let mut command = parts.runc.exec(request, user.as_ref(), &pid_file, &log);
         let capture = match (request.stdio, <[OwnedFd; 3]>::try_from(stdio)) {
             (true, Ok([stdin, stdout, stderr])) => {
@@ -116,8 +117,7 @@ impl Replica {
             }
         };
         self.children.release(child.id());
-        drop_file(&pid_file);
-        drop_file(&log);
+        drop(files);
         let (stdout, stderr) = capture.map(Capture::finish).unwrap_or_default();
         match ending? {
             Ending::Lost => Err(Error::Abandoned { operation: "exec" }),
@@ -151,9 +151,21 @@ impl Replica {
     }
 }
 
-/// Removes a file of ours, which may not be there.
-fn drop_file(path: &Path) {
-    let _ = std::fs::remove_file(path);
+/// A folder for what runc writes of one command, until it is dropped: a runc that is killed may leave a file under a name of its
+/// own, in which it was writing the pid.
+struct Files(PathBuf);
+
+impl Files {
+    fn make(folder: PathBuf) -> Result<Self, Error> {
+        std::fs::create_dir(&folder).context("make", folder.display())?;
+        Ok(Self(folder))
+    }
+}
+
+impl Drop for Files {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
 }
 
 /// Ends a command that runs, or is about to. It leads a session of its own, so runc's death alone would not end it; and runc

@@ -66,6 +66,7 @@ impl Replica {
 
     /// Ends the server by a signal that it may handle.
     pub(super) fn stop(self: &Arc<Self>, asker: Asker<'_>, timeout: Duration) -> Result<Exit, Error> {
+        self.await_given_back(asker.id, false);
         let init = {
             let mut inner = self.lock();
             if let Some(owner) = inner.frozen_by

@@ -1,11 +1,14 @@
 //! What the shim's threads share: the state of its replica and the rules by which it changes.
 
+use std::collections::BTreeMap;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_gpu::Helper;
 use rewarm_sys::process::{self, Ended};
 
@@ -78,6 +81,10 @@ pub(super) struct Inner {
     pub(super) abandoned: bool,
     /// The operation that excludes others.
     pub(super) busy: Option<&'static str>,
+    /// Whose operation that is.
+    pub(super) busy_by: Option<ConnectionId>,
+    /// The other ends' sockets, until all that was theirs is given back.
+    pub(super) clients: BTreeMap<ConnectionId, UnixStream>,
     pub(super) execs: usize,
     pub(super) frozen_by: Option<ConnectionId>,
     /// Who lets the server go on that was drained.
@@ -110,7 +117,7 @@ pub(super) struct Busy<'a>(&'a Replica);
 
 impl Drop for Busy<'_> {
     fn drop(&mut self) {
-        self.0.change(|inner| inner.busy = None);
+        self.0.change(|inner| (inner.busy, inner.busy_by) = (None, None));
     }
 }
 
@@ -216,10 +223,7 @@ impl Replica {
         paused: bool,
     ) -> Result<(Busy<'_>, &Parts), Error> {
         let parts = self.parts(what)?;
-        // Who comes right after a command that was killed is not refused for what the shim still does in that one's place.
-        let settled =
-            |inner: &Inner| inner.drained_by != Some(ITSELF) || inner.doomed || inner.exit.is_some();
-        self.wait_until(Some(GOES_ON), settled);
+        self.await_given_back(connection, true);
         let mut inner = self.lock();
         self.require_running(what, &inner)?;
         if let Some(busy) = inner.busy {
@@ -251,8 +255,21 @@ impl Replica {
             // A process that was put into the container from outside does not belong to the tree that CRIU sees.
             return Err(self.busy_with("a command runs inside"));
         }
-        inner.busy = Some(what);
+        (inner.busy, inner.busy_by) = (Some(what), Some(connection));
         Ok((Busy(self), parts))
+    }
+
+    /// Waits while something is held for a command that was killed: who comes right after that one is not refused for what has yet to
+    /// be given back. With `hooks` also while the shim does in such a command's place what lets the server go on.
+    pub(super) fn await_given_back(&self, asker: ConnectionId, hooks: bool) {
+        let free = |inner: &Inner| {
+            let suspended = inner.suspended.as_ref().map(|suspended| suspended.by);
+            let holders = [inner.busy_by, inner.frozen_by, suspended, inner.drained_by.filter(|_| hooks)];
+            let left = |holder| holder == ITSELF || inner.clients.get(&holder).is_some_and(has_left);
+            let held = holders.into_iter().flatten().any(|holder| holder != asker && left(holder));
+            !held || inner.doomed || inner.exit.is_some()
+        };
+        self.wait_until(Some(GOES_ON), free);
     }
 
     pub(super) fn require_running(&self, what: &'static str, inner: &Inner) -> Result<u32, Error> {
@@ -353,6 +370,13 @@ impl Replica {
             inner.exit = Some(Exit { status, cause, ended: Timestamp::now() });
         });
     }
+}
+
+/// Whether nobody is at the other end any more.
+fn has_left(socket: &UnixStream) -> bool {
+    // Of a socket whose other end is closed that is told without being asked for.
+    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
 /// What a request knows about where it came from.

@@ -115,6 +115,10 @@ fn serve(replica: &Arc<Replica>, lease: UnixStream, listener: UnixListener) -> R
 }
 
 fn connection(replica: &Arc<Replica>, asker: Asker<'_>) {
+    match asker.socket.try_clone() {
+        Ok(socket) => replica.change(|inner| drop(inner.clients.insert(asker.id, socket))),
+        Err(error) => tracing::warn!(%error, connection = asker.id, "its end will be seen late"),
+    }
     loop {
         let (request, fds) = match protocol::receive::<Request>(asker.socket) {
             Ok(Some(request)) => request,
@@ -138,6 +142,7 @@ fn connection(replica: &Arc<Replica>, asker: Asker<'_>) {
         replica.lease_lost();
     }
     replica.go_on(asker);
+    replica.change(|inner| inner.clients.remove(&asker.id));
 }
 
 fn answer(

@@ -216,7 +216,8 @@ fn files_that_criu_refuses(devices: &Devices, flags: &[&str]) -> Vec<String> {
     server.kill().expect("it was left running");
     server.wait().expect("it ends");
     let log = std::fs::read_to_string(images.path().join("log")).expect("a log");
-    assert!(log.contains("Dumping opened files"), "it went on to the files: {log}");
+    let errors: Vec<&str> = log.lines().filter(|line| line.contains("Error (")).collect();
+    assert!(log.contains("Dumping opened files"), "it went on to the files: {errors:#?}");
     log.lines().filter(|line| line.contains("Can't dump file")).map(str::to_owned).collect()
 }
 

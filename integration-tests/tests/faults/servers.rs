@@ -150,7 +150,7 @@ fn a_snapshot_while_a_command_runs_inside() {
     let running = source.exec(&["sh", "-c", "echo inside; exec sleep 30"]).spawn();
     running.await_stdout("inside");
     // runc writes down who it is a moment later.
-    let noted = world.state().join("replicas").join(source.name()).join("exec-0.pid");
+    let noted = world.state().join("replicas").join(source.name()).join("exec-0").join("pid");
     let sleeps = || {
         let runs = residue::processes(world.id()).iter().any(|(_, command)| command == "sleep 30");
         runs && std::fs::metadata(&noted).is_ok_and(|file| file.len() > 0)
