@@ -15,6 +15,7 @@ import time
 
 from demo import Failed, Rewarm, find, mib
 from stock import Stock
+from ended import end_by_signal
 from settle import add_flag, settle, told
 
 PORT = 8000
@@ -247,6 +248,7 @@ def main():
     parser.add_argument("--only", choices=("embedding", "transformer"))
     add_flag(parser, 3072)
     options = parser.parse_args()
+    end_by_signal()
 
     bench = Bench(options)
     print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most), each step after {options.pause:g} s; {told(options.own_mib)}")

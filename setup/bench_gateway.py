@@ -18,6 +18,8 @@ import sys
 import time
 import urllib.request
 
+from ended import end_by_signal
+
 CONNECTIONS = 64
 BODY = "x" * 512
 BACKEND, DIRECT, NGINX, HAPROXY, REWARM, ADMIN = 8000, 18000, 18001, 18002, 18003, 18004
@@ -125,6 +127,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=int, default=6)
     options = parser.parse_args()
+    end_by_signal()
     work, state = options.work, options.work / "state"
     rewarm = [options.rewarm, "--state", state]
 

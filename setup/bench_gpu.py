@@ -8,6 +8,7 @@ import shutil
 import statistics
 import subprocess
 
+from ended import end_by_signal
 from settle import add_flag, settle, told
 
 PORT = 8000
@@ -110,6 +111,7 @@ def main():
     parser.add_argument("--rates", type=float, nargs="+", default=[5, 9.8, 0], help="GB/s that the driver restores at; 0: as fast as it goes")
     add_flag(parser, 2048)
     bench = Bench(parser.parse_args())
+    end_by_signal()
     print("simulated driver; medians of", bench.options.rounds, f"rounds; 'ours' is all but the time within the driver's calls; {told(bench.options.own_mib)}")
     for processes in (1, 8) if bench.options.only != "restores" else ():
         shares = bench.pauses(processes)

@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-import signal
 import socket
 import statistics
 import subprocess
@@ -18,6 +17,7 @@ import time
 from bench import PAUSE, PORT, REQUESTS_BETWEEN, Figures, Server, machine
 from demo import Failed, Rewarm, find, mib
 from stock import Stock, run
+from ended import end_by_signal
 from settle import add_flag, settle, told
 
 SERVER = pathlib.Path(__file__).with_name("bench_memory_server.py")
@@ -493,8 +493,7 @@ def main():
     parser.add_argument("--only", choices=PARTS, action="append", help="may be given several times")
     add_flag(parser, 6144)
     options = parser.parse_args()
-    # What was started is ended then too.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_by_signal()
     print(f"{time.strftime('%Y-%m-%d')}, {machine()}; medians of {options.rounds} rounds in turns (least to most); {told(options.own_mib)}\n")
     print("| figure | Rewarm | stock | | goal |\n|---|---|---|---|---|", flush=True)
     figures = Figures()

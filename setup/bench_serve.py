@@ -27,6 +27,7 @@ import urllib.request
 
 from bench import PAUSE
 from demo import Failed, Rewarm
+from ended import end_by_signal
 from settle import add_flag, settle, told
 
 INSIDE, PORT, ADMIN, KEDA = 8000, 18010, 18011, 18012
@@ -517,6 +518,7 @@ def main():
     parser.add_argument("--trace-seconds", type=float, default=600)
     add_flag(parser, 2048)
     options = parser.parse_args()
+    end_by_signal()
     # The holder's connections and the gateway's.
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     try:

@@ -16,6 +16,8 @@ import sys
 import time
 import urllib.request
 
+from ended import end_by_signal
+
 # GB/s from pinned host memory to an H200, and what the driver's restore of today reaches: its floor, and where it stands.
 FLOORS = {"floor: copying from pinned memory": 53.0, "floor: the driver's copying as it is today": 9.8}
 PR_SET_CHILD_SUBREAPER = 36
@@ -296,6 +298,7 @@ def main():
     parser.add_argument("--criu", type=pathlib.Path)
     parser.add_argument("--cuda-checkpoint", type=pathlib.Path)
     options = parser.parse_args()
+    end_by_signal()
     options.python = options.python or options.cache / "venv/bin/python"
     own = [os.environ.get("REWARM_CRIU"), options.cache / "criu/sbin/criu", shutil.which("criu")]
     options.criu = options.criu or next((one for one in own if one and pathlib.Path(one).is_file()), None)
