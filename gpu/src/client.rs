@@ -203,7 +203,11 @@ impl Helper {
             match self.exchange(Call::Attach, START_DEADLINE) {
                 Ok(Answer::Done { .. }) => self.running()?.attached = true,
                 Ok(other) => return self.unexpected(Call::Attach, &other),
-                Err(CallError::Unable { reason, .. }) => return Err(CallError::NoDriver { reason }),
+                Err(CallError::Unable { reason, .. }) => {
+                    // What failed to initialise in a process does so for all of its life; another one may find the driver well.
+                    self.running = None;
+                    return Err(CallError::NoDriver { reason });
+                }
                 Err(error) => return Err(error),
             }
         }

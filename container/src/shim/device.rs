@@ -403,6 +403,10 @@ impl Replica {
         patience: Duration,
     ) -> Result<Resumed, Error> {
         room(helper, &away.needed, patience).map_err(RoomError::still_paused)?;
+        if !away.processes.is_empty() {
+            // A fresh helper that cannot attach could not read the states either, and all would count as left stopped.
+            helper.start().map_err(|error| RoomError::Call(error).still_paused())?;
+        }
         self.change(|inner| inner.restored_by_driver |= !away.processes.is_empty());
         let tasks = Tasks(&parts.cgroup);
         Ok(self.with_state(|state| order::resume(helper, &tasks, &away.processes, &[], state))?)

@@ -1,12 +1,15 @@
 //! Drivers that do not answer, or whose first call ends who makes it: `REWARM_GPU_PATIENCE` says how long is waited.
 
-use rewarm_integration_tests::Replica;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
+use rewarm_integration_tests::{Replica, residue};
 
 use super::world_with;
 
 const PATIENCE: &str = "2s";
 const LATE: &str = "no answer within 2 s, so the GPU helper was killed";
+const PAUSED: &str = "the server stays paused and can be woken again";
 const ENDED: &str = "the GPU helper ended during the call";
 
 #[test]
@@ -33,6 +36,33 @@ fn a_pause_whose_driver_does_not_answer_leaves_the_server_serving() {
     world.rewarm().args(["pause", source.name()]).ok();
     world.rewarm().args(["wake", source.name()]).ok();
     server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
+/// The helper that paused it has ended meanwhile: another one has to attach first, and until then nothing was asked of the driver.
+#[test]
+fn a_wake_whose_helper_cannot_attach_leaves_the_server_paused() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let name = world.name("device");
+    let call = devices.seen_by(world.run_call(&name, &server, &[])).env("REWARM_GPU_PATIENCE", PATIENCE);
+    let replica = Replica::of_run(&world, name, server.port, &call.ok());
+    let before = answers(&replica, &server);
+    world.rewarm().args(["pause", replica.name()]).ok();
+    let wake = || world.rewarm().args(["wake", replica.name()]);
+    let is_helper = |(_, command): &(i32, String)| command.contains("gpu-helper");
+    let (helper, _) = residue::processes(world.id()).into_iter().find(is_helper).expect("it made the pause");
+    kill(Pid::from_raw(helper), Signal::SIGKILL).expect("it is there");
+    wake().fails(1).says(&[ENDED, PAUSED]);
+    for (rule, text) in [("init die", ENDED), ("init hang", LATE), ("init result 999", "999")] {
+        devices.control(rule);
+        wake().fails(1).says(&[text, PAUSED]);
+        assert!(devices.met_rule(), "{rule}");
+        devices.control("");
+        assert_eq!(replica.entry().expect("listed")["status"], "paused", "{rule}");
+    }
+    wake().ok();
+    server_answers_as_before(&replica, &server, &before);
     world.finish();
 }
 
