@@ -3,7 +3,9 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rewarm_integration_tests::checks::{answers, no_residue, server_answers_as_before};
-use rewarm_integration_tests::{Replica, residue};
+use rewarm_integration_tests::devices::Devices;
+use rewarm_integration_tests::server::Server;
+use rewarm_integration_tests::{Replica, World, residue};
 
 use super::world_with;
 
@@ -12,13 +14,18 @@ const LATE: &str = "no answer within 2 s, so the GPU helper was killed";
 const PAUSED: &str = "the server stays paused and can be woken again";
 const ENDED: &str = "the GPU helper ended during the call";
 
+/// A server with device memory whose shim waits no longer than [`PATIENCE`] for the driver.
+fn impatient<'w>(world: &'w World, devices: &Devices, server: &Server) -> Replica<'w> {
+    let name = world.name("device");
+    let call = devices.seen_by(world.run_call(&name, server, &[])).env("REWARM_GPU_PATIENCE", PATIENCE);
+    Replica::of_run(world, name, server.port, &call.ok())
+}
+
 #[test]
 fn a_pause_whose_driver_does_not_answer_leaves_the_server_serving() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
-    let name = world.name("device");
-    let call = devices.seen_by(world.run_call(&name, &server, &[])).env("REWARM_GPU_PATIENCE", PATIENCE);
-    let source = Replica::of_run(&world, name, server.port, &call.ok());
+    let source = impatient(&world, &devices, &server);
     let (before, used) = (answers(&source, &server), devices.used_mib(0));
     // Its shim has no helper yet: the first one dies or hangs while it attaches.
     for (rule, text) in
@@ -44,9 +51,7 @@ fn a_pause_whose_driver_does_not_answer_leaves_the_server_serving() {
 fn a_wake_whose_helper_cannot_attach_leaves_the_server_paused() {
     let Some((world, devices)) = world_with(&[64]) else { return };
     let server = devices.server(16);
-    let name = world.name("device");
-    let call = devices.seen_by(world.run_call(&name, &server, &[])).env("REWARM_GPU_PATIENCE", PATIENCE);
-    let replica = Replica::of_run(&world, name, server.port, &call.ok());
+    let replica = impatient(&world, &devices, &server);
     let before = answers(&replica, &server);
     world.rewarm().args(["pause", replica.name()]).ok();
     let wake = || world.rewarm().args(["wake", replica.name()]);
