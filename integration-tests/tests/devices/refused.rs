@@ -196,7 +196,9 @@ fn a_limit_without_room_for_device_memory_is_refused_before_anything_is_locked()
 }
 
 /// What plain CRIU has against a server on this machine when it dumps it. The server holds `/dev/fuse` in the place of a
-/// GPU's file, which CRIU knows as little. Its device memory is let pass, and what else may fail the dump is left out: it is no container.
+/// GPU's file, which CRIU knows as little. Its device memory is let pass, and what else may fail the dump is left out: it
+/// is no container. It leads a session of its own, since CRIU dumps none whose leader is outside of its pid namespace, as
+/// the one of these tests is where they were put into a namespace from outside.
 fn what_criu_refuses(devices: &Devices, flags: &[&str]) -> Vec<String> {
     let images = tempfile::tempdir().expect("a folder");
     let mut server = Command::new(env!("CARGO_BIN_EXE_gpu-workload"));
@@ -204,12 +206,13 @@ fn what_criu_refuses(devices: &Devices, flags: &[&str]) -> Vec<String> {
     server.args(["--mib", "4", "--threads", "0"]).args(flags);
     server.env(DEVICES_ENV, devices.folder()).env(NODES_ENV, "/dev/fuse");
     server.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null());
+    rewarm_sys::process::new_session(&mut server);
     let mut server = server.spawn().expect("our own program");
     let mut line = String::new();
     let mut output = BufReader::new(server.stdout.take().expect("piped"));
     output.read_line(&mut line).expect("its first line: its device memory is there");
     let mut dump = Command::new(rewarm_integration_tests::needs::criu().expect("it is needed"));
-    dump.args(["dump", "--leave-running", "--shell-job", "--tcp-close", "--network-lock=skip", "-v4"]);
+    dump.args(["dump", "--leave-running", "--tcp-close", "--network-lock=skip", "-v4"]);
     dump.args(["--ghost-limit", "1G"]);
     dump.args(["-o", "log", "-t", &server.id().to_string(), "-D"]).arg(images.path());
     dump.env("CRIU_LIBS_DIR", images.path()).output().expect("it starts");
