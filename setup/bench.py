@@ -22,6 +22,7 @@ PORT = 8000
 # Seconds before each measured step, unless said otherwise. The host of a virtual machine takes freed memory back within two
 # seconds, and to get it again costs more than much of what is measured here: with a pause every step pays for that.
 PAUSE = 4
+DECODED_WITHIN = 60
 # Between two snapshots of the same running server.
 REQUESTS_BETWEEN = 100
 
@@ -111,6 +112,7 @@ class Bench:
         settle(self.options.pause, self.options.own_mib)
         output, took = self.rewarm("snapshot", server.name, reference)
         figures.add("snapshot", took)
+        self.digest = output["digest"]
         figures.add("frozen", output["frozen_ms"] / 1000)
         figures.add("stored", output["stored_bytes"])
         for _ in range(REQUESTS_BETWEEN):
@@ -130,6 +132,14 @@ class Bench:
         figures.add(name, took)
         self.remove(server)
         return answer
+
+    def await_decoded(self):
+        """What has been restored from a folder is decoded for the next restore when nobody waits."""
+        deadline = time.monotonic() + DECODED_WITHIN
+        while not any(stream["complete"] and stream["digest"] == self.digest for stream in self.rewarm("cache")[0].get("streams", [])):
+            if time.monotonic() > deadline:
+                raise Failed(f"nothing was decoded for later within {DECODED_WITHIN} s")
+            time.sleep(0.1)
 
     def remove(self, server):
         self.rewarm("stop", server.name)
@@ -164,8 +174,7 @@ class Bench:
                 self.snapshot(server, figures, store)
                 answers.append(self.restore(server, figures, f"{store}/{server.name}", "restore"))
                 answers.append(self.restore(server, figures, f"{store}/{server.name}@probed", "restore with probe"))
-                # What is restored a second time stays decoded: the third finds it.
-                answers.append(self.restore(server, figures, f"{store}/{server.name}", "restore kept"))
+                self.await_decoded()
                 answers.append(self.restore(server, figures, f"{store}/{server.name}", "restore again"))
                 answers.append(self.stock(server, figures, stock))
                 for verb in (("doctor",), ("ps",), ("inspect", f"{store}/{server.name}")):
@@ -194,7 +203,7 @@ def rows(server, figures):
             f"{ratio('cold', 'restore with probe first')} times sooner than cold",
         ),
         (
-            "first answer, third restore on the machine",
+            "first answer, second restore on the machine, which holds it decoded",
             figures.seconds("restore again first"),
             f"{ratio('cold', 'restore again first')} times sooner than cold",
         ),

@@ -30,11 +30,22 @@ pub(crate) struct Rewarm {
     program: PathBuf,
     criu: PathBuf,
     state: PathBuf,
+    keeps_decoded: bool,
 }
 
 impl Rewarm {
     pub(crate) fn new(program: &Path, criu: &Path, state: &Path) -> Self {
-        Self { program: program.to_owned(), criu: criu.to_owned(), state: state.to_owned() }
+        Self {
+            program: program.to_owned(),
+            criu: criu.to_owned(),
+            state: state.to_owned(),
+            keeps_decoded: false,
+        }
+    }
+
+    /// What it restores stays decoded in memory for the next restore.
+    pub(crate) fn keeping_decoded(self) -> Self {
+        Self { keeps_decoded: true, ..self }
     }
 
     /// Runs one command and gives what it printed.
@@ -43,7 +54,13 @@ impl Rewarm {
         let mut command = Command::new(&self.program);
         command.arg("--json").arg("--state").arg(&self.state).arg("--criu").arg(&self.criu).args(&arguments);
         // The fetcher ends when it is told to, not meanwhile. What is read from a store is read from the store.
-        command.env("REWARM_FETCHER_IDLE", "1h").env_remove("REWARM_CACHE_MEMORY");
+        command.env("REWARM_FETCHER_IDLE", "1h");
+        if self.keeps_decoded {
+            command.env_remove("REWARM_CACHE_MEMORY");
+        } else {
+            // Nor is anything decoded for a later restore, which does not come, while the next case is measured.
+            command.env("REWARM_CACHE_MEMORY", "0");
+        }
         command.env("REWARM_CACHE_DISK", "0");
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         let output =
@@ -129,6 +146,22 @@ impl Rewarm {
         self.call(&["restore", reference, "--name", NAME, "--mode", "lazy"]).await?;
         self.present(Instant::now()).await?;
         self.remove().await
+    }
+
+    /// Waits until what was restored lies decoded in memory, which begins when nobody waits.
+    pub(crate) async fn await_decoded(&self) -> Result<()> {
+        let began = Instant::now();
+        loop {
+            let cache = self.call(&["cache"]).await?;
+            if cache.pointer("/streams/0/complete") == Some(&Value::Bool(true)) {
+                return Ok(());
+            }
+            if began.elapsed() > PRESENT_WITHIN {
+                let what = "the decoded content of the snapshot".to_owned();
+                return Err(Error::Late { what, seconds: PRESENT_WITHIN.as_secs() });
+            }
+            tokio::time::sleep(LOOK_EVERY).await;
+        }
     }
 
     /// Snapshots the running server, which goes on.

@@ -1,6 +1,6 @@
 //! The keeper: takes requests from root, holds the memory of decoded streams, and has workers fetch them.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -25,14 +25,14 @@ use crate::protocol::{self, Extent, FromWorker, Reply, Request, ToWorker};
 use crate::start::{DISK_FD, FOLDER_FD, SOCKET_FD};
 use crate::workers::{Worker, Workers};
 
+mod later;
+
 /// How often a worker may die without having brought a single block before the stream is given up.
 const DEATHS_MAX: u32 = 20;
 /// What is shorter says more about round trips than about the rate of a store.
 const RATED_BYTES: u64 = 8 << 20;
 /// So many bytes of a passing stream are held before its reader is done with any: what is decoded while CRIU works.
 const AHEAD_BYTES: u64 = 256 << 20;
-/// So many snapshots are remembered to have passed.
-const PASSED_MAX: usize = 256;
 /// How often the keeper looks whether anybody still needs it.
 const LOOK_AROUND: Duration = Duration::from_millis(250);
 
@@ -113,6 +113,8 @@ struct Stream {
     owner: Owner,
     state: Mutex<Filling>,
     used: AtomicU64,
+    /// Who decodes it while nobody wants it. Nobody gets it before it is complete.
+    later: Option<Arc<Worker>>,
 }
 
 #[derive(Debug, Default)]
@@ -142,6 +144,10 @@ impl Stream {
     fn state(&self) -> MutexGuard<'_, Filling> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
+
+    fn has_all_arrived(&self) -> bool {
+        self.owner.arrived_bytes() == self.regions.iter().sum::<u64>()
+    }
 }
 
 impl Entry for Stream {
@@ -169,26 +175,18 @@ struct Inner {
     bounded: bool,
     /// Content that came from a store in a second, the last time.
     rates: HashMap<Access, u64>,
-    /// Snapshots that have passed, the latest last.
-    passed: VecDeque<Digest>,
     /// Digests whose stream is being made.
     opening: HashSet<Digest>,
     clients: usize,
 }
 
 impl Inner {
-    /// Whether the content of a snapshot need not stay in memory: the kernel holds the files of a folder already, and a
-    /// snapshot that is restored for the first time may never be again. From the second time on its decoded form stays.
-    fn passes(&mut self, stream: &Stream) -> bool {
+    /// Whether the content of a snapshot need not stay in memory while it is restored: the kernel holds the files of a folder
+    /// already, and what stays is made when nobody waits ([`later`]). Where another restore of it is under way, more may follow.
+    fn passes(&self, stream: &Stream) -> bool {
         let is_folder = stream.access.url().is_ok_and(|url| url.folder().is_some());
-        if !is_folder || self.passed.contains(&stream.digest) {
-            return false;
-        }
-        if self.passed.len() == PASSED_MAX {
-            self.passed.pop_front();
-        }
-        self.passed.push_back(stream.digest);
-        true
+        let is_other = |other: &Stream| other.id != stream.id && other.digest == stream.digest;
+        is_folder && !self.streams.iter().any(|other| is_other(other) && other.is_held())
     }
 }
 
@@ -206,12 +204,12 @@ struct Keeper {
 type Answer = (Reply, Vec<OwnedFd>);
 
 /// The stream that a connection holds, until it is dropped.
-struct Held<'a> {
-    keeper: &'a Keeper,
+struct Held {
+    keeper: Arc<Keeper>,
     stream: Arc<Stream>,
 }
 
-impl Drop for Held<'_> {
+impl Drop for Held {
     fn drop(&mut self) {
         self.keeper.let_go(&self.stream);
     }
@@ -223,7 +221,7 @@ impl Keeper {
     }
 
     fn serve(self: &Arc<Self>, socket: &UnixStream) {
-        let mut held: Option<Held<'_>> = None;
+        let mut held: Option<Held> = None;
         loop {
             let (request, fds) = match protocol::receive::<Request>(socket) {
                 Ok(Some(request)) => request,
@@ -253,11 +251,11 @@ impl Keeper {
         }
     }
 
-    fn answer<'a>(
-        self: &'a Arc<Self>,
+    fn answer(
+        self: &Arc<Self>,
         request: Request,
         fds: Vec<OwnedFd>,
-        held: &mut Option<Held<'a>>,
+        held: &mut Option<Held>,
     ) -> Result<Answer, Failure> {
         let done = Ok((Reply::Done, Vec::new()));
         match request {
@@ -273,12 +271,13 @@ impl Keeper {
                 let stream = self.open(access, digest, patience_ms, manifest)?;
                 let rate = self.lock().rates.get(&stream.access).copied();
                 let opened = opened(&stream, rate);
-                *held = Some(Held { keeper: self, stream });
+                *held = Some(Held { keeper: self.clone(), stream });
                 opened
             }
             Request::Join { stream } => {
                 let found = self.hold(|other| other.id == stream);
-                *held = Some(Held { keeper: self, stream: found.ok_or_else(|| nonsense("no such stream"))? });
+                let stream = found.ok_or_else(|| nonsense("no such stream"))?;
+                *held = Some(Held { keeper: self.clone(), stream });
                 done
             }
             Request::Begin { first, passing } => {
@@ -286,7 +285,7 @@ impl Keeper {
                 if !passing {
                     self.await_room(stream)?;
                 }
-                let mut inner = self.lock();
+                let inner = self.lock();
                 let mut state = stream.state();
                 let begins = !std::mem::replace(&mut state.begun, true);
                 state.passing |=
@@ -369,7 +368,7 @@ impl Keeper {
         loop {
             let usable = |stream: &Stream| {
                 let state = stream.state();
-                stream.digest == digest && !state.released && !state.alone
+                stream.digest == digest && !state.released && !state.alone && stream.is_usable(&state)
             };
             if let Some(stream) = self.hold_in(&inner, usable) {
                 stream.state().restores += 1;
@@ -380,6 +379,7 @@ impl Keeper {
             }
             inner = self.changed.wait(inner).unwrap_or_else(PoisonError::into_inner);
         }
+        inner.drop_later(&digest);
         drop(inner);
         let made = self.make(access, digest, patience_ms, manifest);
         let mut inner = self.lock();
@@ -459,6 +459,7 @@ impl Keeper {
             owner,
             state,
             used,
+            later: None,
         })
     }
 
@@ -478,11 +479,12 @@ impl Keeper {
     }
 
     /// A lease ends. What nobody holds stays as far as the limit goes, unless it is not complete.
-    fn let_go(&self, stream: &Arc<Stream>) {
+    fn let_go(self: &Arc<Self>, stream: &Arc<Stream>) {
         let mut inner = self.lock();
         let mut state = stream.state();
         state.holders -= 1;
         let (unheld, useless) = (state.holders == 0, !state.complete || state.released || state.alone);
+        let has_passed = useless && state.passing && !state.alone && state.failure.is_none();
         let worker = state.worker.clone();
         drop(state);
         if unheld && useless {
@@ -496,6 +498,9 @@ impl Keeper {
         self.changed.notify_all();
         drop(inner);
         drop(gone);
+        if unheld && has_passed && stream.has_all_arrived() {
+            self.decode_later(stream.clone());
+        }
     }
 
     /// Drops what the only reader of a passing stream is done with.

@@ -111,8 +111,8 @@ pub(crate) enum Reply {
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum ToWorker {
-    /// The first message: the store, without the environment, which the worker has already.
-    Serve { access: Access },
+    /// The first message: the store, without the environment, which the worker has already. `later`: nobody waits for what it does.
+    Serve { access: Access, later: bool },
     /// Answered by [`FromWorker::Found`].
     Find { id: u64, name: String, target: String },
     /// Answered by [`FromWorker::Booted`]. File: the manifest object.

@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rewarm_report::Class;
 use rewarm_store::{Digest, Fetched, Files, Found, Reference, Snapshot, Store, StoreUrl, Target};
-use rewarm_sys::priority::Priority;
+use rewarm_sys::priority::{Priority, set_this_thread};
 use rewarm_sys::shared::Writer;
 use tokio::sync::OnceCell;
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
@@ -54,9 +54,12 @@ fn run() -> io::Result<()> {
     // A restored server that has something to do goes first: what it waits for is worked on all the same.
     rewarm_sys::priority::be_nicer(NICE)?;
     let socket = UnixStream::from(rewarm_sys::process::take_inherited(SOCKET_FD)?);
-    let Some((ToWorker::Serve { access }, _)) = protocol::receive(&socket)? else {
+    let Some((ToWorker::Serve { access, later }, _)) = protocol::receive(&socket)? else {
         return Err(io::Error::new(io::ErrorKind::InvalidData, "the keeper's first word is not the store"));
     };
+    if later {
+        set_this_thread(Priority::Idle)?;
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let line = Arc::new(Line::new(socket));
     let kept = Arc::new(KeptPacks::new(line.clone()));
@@ -330,7 +333,7 @@ impl Worker {
 /// pages.
 fn join_pages(writer: Arc<Writer>) {
     let work = move || {
-        if rewarm_sys::priority::set_this_thread(Priority::Idle).is_ok() {
+        if set_this_thread(Priority::Idle).is_ok() {
             let bytes = writer.join_pages();
             tracing::debug!(bytes, "laid into huge pages");
         }

@@ -62,7 +62,7 @@ impl Asked {
 }
 
 impl Worker {
-    fn start(access: &Access, disk: Option<Arc<Disk>>) -> io::Result<Arc<Self>> {
+    fn start(access: &Access, disk: Option<Arc<Disk>>, later: bool) -> io::Result<Arc<Self>> {
         let (ours, theirs) = UnixStream::pair()?;
         let mut command = Command::new("/proc/self/exe");
         command.args(["fetcher", "--worker"]).current_dir("/").stdin(Stdio::null());
@@ -78,7 +78,7 @@ impl Worker {
             dead: AtomicBool::new(false),
             used: Mutex::new(Instant::now()),
         });
-        worker.tell(&ToWorker::Serve { access: access.clone() }, &[]);
+        worker.tell(&ToWorker::Serve { access: access.clone(), later }, &[]);
         let folder = access.url().ok().and_then(|url| url.folder().map(Broker::new));
         let listening = worker.clone();
         std::thread::Builder::new().name("worker".to_owned()).spawn(move || {
@@ -155,8 +155,13 @@ impl Worker {
         let _turn = lock(&self.sending);
         if let Err(error) = protocol::send(&self.socket, message, fds) {
             tracing::info!(%error, "a worker cannot be told");
-            let _ = self.socket.shutdown(std::net::Shutdown::Both);
+            self.end();
         }
+    }
+
+    /// Ends it; whoever waits for an answer hears that there is none.
+    pub(crate) fn end(&self) {
+        let _ = self.socket.shutdown(std::net::Shutdown::Both);
     }
 
     /// Asks it something.
@@ -186,13 +191,15 @@ impl Worker {
 #[derive(Debug)]
 pub(crate) struct Workers {
     all: Mutex<HashMap<Access, Arc<Worker>>>,
+    /// Those that do what nobody waits for.
+    later: Mutex<Vec<Arc<Worker>>>,
     disk: Option<Arc<Disk>>,
 }
 
 impl Workers {
     /// None yet; what is fetched over a network is kept in `disk`.
     pub(crate) fn new(disk: Option<Arc<Disk>>) -> Self {
-        Self { all: Mutex::default(), disk }
+        Self { all: Mutex::default(), later: Mutex::default(), disk }
     }
 
     /// The worker of a store, started if there is none.
@@ -202,20 +209,29 @@ impl Workers {
         if let Some(worker) = workers.get(access) {
             return Ok(worker.clone());
         }
-        let worker = Worker::start(access, self.disk.clone())?;
+        let worker = Worker::start(access, self.disk.clone(), false)?;
         workers.insert(access.clone(), worker.clone());
+        Ok(worker)
+    }
+
+    /// A worker of its own that runs only where nobody else wants the processors.
+    pub(crate) fn for_later(&self, access: &Access) -> io::Result<Arc<Worker>> {
+        let worker = Worker::start(access, self.disk.clone(), true)?;
+        lock(&self.later).push(worker.clone());
         Ok(worker)
     }
 
     /// Ends those that have had nothing to do for a while.
     pub(crate) fn end_idle(&self) {
-        lock(&self.all).retain(|_, worker| {
+        let keeps = |worker: &Worker| {
             let keep = !worker.is_dead() && !worker.is_idle();
             if !keep {
-                let _ = worker.socket.shutdown(std::net::Shutdown::Both);
+                worker.end();
             }
             keep
-        });
+        };
+        lock(&self.all).retain(|_, worker| keeps(worker));
+        lock(&self.later).retain(|worker| keeps(worker));
     }
 }
 

@@ -342,6 +342,14 @@ impl Owner {
         slots.chunk_by(|one, next| one + 1 == *next).try_for_each(|run| self.free(run[0], run.len() as u64))
     }
 
+    /// Frees all memory of the content at once, whatever a writer still does. For a stream that has no reader and gets none.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    pub fn discard(&self) -> io::Result<()> {
+        if self.shape.content == 0 { Ok(()) } else { self.free(0, self.shape.blocks()) }
+    }
+
     /// Tells every reader that the rest will not come.
     pub fn fail(&self) {
         self.table.word(FAILED_AT).store(1, Ordering::Release);

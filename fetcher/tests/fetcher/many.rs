@@ -3,6 +3,8 @@
 use std::time::Duration;
 
 use libtest_mimic::Trial;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use rewarm_fetcher::{BLOCK_BYTES, Fetcher, Kind, Status, Stream};
 use rewarm_report::{Class, Classify};
 
@@ -10,6 +12,8 @@ use crate::world::World;
 
 const LONG: Duration = Duration::from_secs(60);
 const REGIONS: &[u64] = &[3000, 1, 0, 700];
+/// To decode them takes long enough to be met in the middle of it.
+const LONG_REGIONS: &[u64] = &[60_000];
 
 pub(crate) fn trials() -> Vec<Trial> {
     trials![
@@ -22,6 +26,10 @@ pub(crate) fn trials() -> Vec<Trial> {
         a_damaged_pack_is_told_to_who_waits,
         a_fetcher_without_work_ends,
         what_the_only_reader_is_done_with_is_dropped,
+        what_has_passed_is_decoded_for_the_next_restore,
+        a_restore_does_not_wait_for_what_is_decoded_for_later,
+        what_is_decoded_for_later_gives_way_to_who_needs_the_memory,
+        what_has_no_room_beside_what_is_held_is_not_decoded_for_later,
         what_two_restores_read_stays_until_both_are_done,
         what_does_not_fit_the_bound_passes_and_takes_no_memory_beside_it,
         what_has_to_stay_waits_for_room_within_the_bound,
@@ -189,7 +197,7 @@ fn what_the_only_reader_is_done_with_is_dropped() {
     World::await_that("the release", || !first.reader().has(0));
     assert!(first.reader().has_arrived(0) && first.lost().is_none());
     first.wait(0, LONG).expect_err("it was given back");
-    // Who comes now gets all of it, and what is restored a second time stays.
+    // Who comes now gets all of it, and of two restores at the same time it stays.
     let next = world.open("one").expect("published");
     assert!(!next.reader().has(0));
     next.begin_passing(Vec::new()).expect("the fetcher is there");
@@ -199,6 +207,109 @@ fn what_the_only_reader_is_done_with_is_dropped() {
     drop((first, next));
     World::await_that("one stream", || status(&world).streams.len() == 1);
     World::assert_content(&world.open("one").expect("published"), 1, REGIONS);
+}
+
+fn what_has_passed_is_decoded_for_the_next_restore() {
+    let world = World::new(1 << 30, LONG);
+    world.publish("one", 1, REGIONS);
+    let first = world.open("one").expect("published");
+    take_in(&first, 1, REGIONS);
+    drop(first);
+    World::await_that("it is decoded", || is_decoded(&status(&world)));
+    assert_eq!(status(&world).streams[0].holders, 0);
+    // The store is gone, and nobody needs it.
+    std::fs::rename(world.store().join("packs"), world.store().join("away")).expect("renamed");
+    let next = world.open("one").expect("opened");
+    next.begin_passing(Vec::new()).expect("begun");
+    World::assert_content(&next, 1, REGIONS);
+    release_all(&next);
+    drop(next);
+    assert!(is_decoded(&status(&world)), "it stays");
+}
+
+/// The only stream is complete.
+fn is_decoded(status: &Status) -> bool {
+    matches!(&status.streams[..], [stream] if stream.complete)
+}
+
+/// Restores a long snapshot, and holds the worker still that decodes it for later.
+fn held_still(world: &World) -> i32 {
+    world.publish("long", 1, LONG_REGIONS);
+    let first = world.open("long").expect("published");
+    take_in(&first, 1, LONG_REGIONS);
+    drop(first);
+    let keeper = world.keeper().expect("it has been used");
+    let mut held = None;
+    while held.is_none() {
+        held = World::workers(keeper).into_iter().find(|pid| is_idle(*pid));
+    }
+    let held = held.expect("the loop ends with one");
+    kill(Pid::from_raw(held), Signal::SIGSTOP).expect("it runs");
+    World::await_that("it is among the streams", || status(world).streams.len() == 1);
+    assert!(!is_decoded(&status(world)), "it was decoded before it could be held");
+    held
+}
+
+/// Whether a process is of the kernel's idle class (`policy`, field 41 of proc_pid_stat(5); 5 is SCHED_IDLE).
+fn is_idle(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit(')').next().and_then(|rest| rest.split_whitespace().nth(38)) == Some("5")
+}
+
+fn is_gone(pid: i32) -> bool {
+    !std::path::Path::new(&format!("/proc/{pid}/exe")).exists()
+}
+
+fn a_restore_does_not_wait_for_what_is_decoded_for_later() {
+    let world = World::new(1 << 30, LONG);
+    let held = held_still(&world);
+    let next = world.open("long").expect("published");
+    World::await_that("who decodes for later is ended", || is_gone(held));
+    take_in(&next, 1, LONG_REGIONS);
+    drop(next);
+    World::await_that("it is decoded after this one", || is_decoded(&status(&world)));
+    World::assert_content(&world.open("long").expect("published"), 1, LONG_REGIONS);
+}
+
+fn what_is_decoded_for_later_gives_way_to_who_needs_the_memory() {
+    let give_way: [fn(&World); 2] = [
+        |world| world.fetcher().trim(u64::MAX).expect("trimmed"),
+        |world| assert!(Fetcher::clear(&world.state()).expect("cleared")),
+    ];
+    for give_way in give_way {
+        let world = World::new(1 << 30, LONG);
+        let held = held_still(&world);
+        give_way(&world);
+        assert!(status(&world).streams.is_empty());
+        World::await_that("who decodes for later is ended", || is_gone(held));
+    }
+}
+
+fn what_has_no_room_beside_what_is_held_is_not_decoded_for_later() {
+    let regions = [2000];
+    let world = World::new(2000 * 4096 + BLOCK_BYTES, LONG);
+    for (seed, name) in ["a", "b"].into_iter().enumerate() {
+        world.publish(name, seed as u64, &regions);
+    }
+    let held = world.open("a").expect("published");
+    held.begin(Vec::new()).expect("the fetcher is there");
+    World::assert_content(&held, 0, &regions);
+    let pass = || {
+        let other = world.open("b").expect("published");
+        take_in(&other, 1, &regions);
+        other.digest().to_string()
+    };
+    let passed = pass();
+    std::thread::sleep(Duration::from_millis(300));
+    let only = status(&world).streams;
+    assert_eq!((only.len(), &only[0].digest), (1, &held.digest().to_string()), "{only:?}");
+    // What is not held makes room.
+    drop(held);
+    pass();
+    World::await_that("the other is decoded", || {
+        let status = status(&world);
+        is_decoded(&status) && status.streams[0].digest == passed
+    });
 }
 
 fn what_two_restores_read_stays_until_both_are_done() {
