@@ -114,6 +114,15 @@ class Simulated:
         return self.command(port, self.inside)
 
 
+def stages(reports):
+    """What each stage took in milliseconds; of several rounds the median. Some go on beside each other."""
+    took = {}
+    for report in reports:
+        for stage in report["stages"]:
+            took.setdefault(stage["stage"], []).append(stage["took_ms"])
+    return {stage: round(statistics.median(seen), 1) for stage, seen in took.items()}
+
+
 class Bench:
     def __init__(self, options):
         self.options, self.work = options, options.work
@@ -193,14 +202,16 @@ class Bench:
         self.bytes = self.replica("source").get("device_bytes") or self.bytes
 
     def restores(self):
-        self.line("snapshot to a store in memory", [self.rewarm("snapshot", "source", self.store)[1]])
+        report, seconds = self.rewarm("snapshot", "source", self.store)
+        self.line("snapshot to a store in memory", [seconds])
+        self.line("snapshot, by stage", stages_ms=stages([report]))
         digest = self.whole(self.port)
         self.stop("source")
-        took, driver, digests = [], [], []
+        took, driver, digests, reports = [], [], [], []
         for turn in range(self.options.rounds + 1):
             name, port, began = f"clone-{turn}", free_port(), time.monotonic()
             published = f"127.0.0.1:{port}:{PORT}"
-            self.rewarm("restore", self.store, "--name", name, "--mode", "eager", "--publish", published)
+            reports.append(self.rewarm("restore", self.store, "--name", name, "--mode", "eager", "--publish", published)[0])
             self.answer(port)
             took.append(time.monotonic() - began)
             driver.append(self.replica(name).get("restore_driver_seconds", 0.0))
@@ -209,6 +220,7 @@ class Bench:
         self.line("restore to first answer, the first of this machine", took[:1])
         self.line("restore to first answer, decoded in memory", took[1:])
         self.line("restore, within the driver", driver)
+        self.line("restore, by stage, decoded in memory", stages_ms=stages(reports[1:]))
         same = sum(answer == self.answers[0] for answer in self.answers)
         self.line("answers equal", seen=same, of=len(self.answers))
         self.line("weights equal after a restore", seen=sum(one == digest for one in digests), of=len(digests))

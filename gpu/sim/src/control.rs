@@ -1,7 +1,8 @@
 //! What shall go wrong: a file that the caller's side reads at each call.
 //!
 //! One rule a line: `CALL[@PID][*COUNT] ACTION [NUMBER]`, the first that fits counts. CALL is `init`, `state`, `thread`,
-//! `lock`, `checkpoint`, `restore`, `unlock`, `complete` or `any`; with a count the rule fits so often in each caller and then no more.
+//! `lock`, `checkpoint`, `restore`, `unlock`, `complete` or `any` of these, or `devices` (how many the driver has) or `machine` (how
+//! many NVML knows); with a count the rule fits so often in each caller and then no more.
 //!
 //! Each rule that is followed is added to a file beside it, with `.seen` at the end of its name.
 //!
@@ -134,7 +135,8 @@ impl Rule {
     }
 
     fn fits(&self, call: &str, pid: i32) -> bool {
-        (self.call == call || self.call == "any") && self.pid.is_none_or(|wanted| wanted == pid)
+        let asks_only = ["devices", "machine"].contains(&call);
+        (self.call == call || self.call == "any" && !asks_only) && self.pid.is_none_or(|wanted| wanted == pid)
     }
 
     /// Whether a rule with a count still has some left.
@@ -157,7 +159,8 @@ mod tests {
         assert_eq!((rule.call.as_str(), rule.pid, rule.count), ("lock", Some(12), Some(3)));
         assert_eq!(rule.action, Action::Result(600));
         assert!(rule.fits("lock", 12) && !rule.fits("lock", 13) && !rule.fits("unlock", 12));
-        assert!(Rule::parse("any hang").expect("a rule").fits("unlock", 1));
+        let any = Rule::parse("any hang").expect("a rule");
+        assert!(any.fits("unlock", 1) && !any.fits("machine", 0));
         for bad in ["lock", "lock result", "lock hang 3", "lock@x hang", "lock*x hang", "lock explode"] {
             assert_eq!(Rule::parse(bad), None, "{bad}");
         }

@@ -50,8 +50,10 @@ unsafe extern "C" fn cuDriverGetVersion(out: *mut c_int) -> u32 {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cuDeviceGetCount(out: *mut c_int) -> u32 {
+    let count = |_| Ok(u32::try_from(device::all().len()).unwrap_or(u32::MAX));
+    let count = caller::follow("devices", 0, count);
     // SAFETY: as the header asks.
-    unsafe { give(out, Ok(c_int::try_from(device::all().len()).unwrap_or(c_int::MAX))) }
+    unsafe { give(out, count.map(|count| c_int::try_from(count).unwrap_or(c_int::MAX))) }
 }
 
 #[unsafe(no_mangle)]

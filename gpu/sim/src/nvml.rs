@@ -2,6 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
+use crate::caller;
 use crate::device::{self, Device};
 use crate::exports::write_text;
 
@@ -57,8 +58,12 @@ extern "C" fn nvmlSystemGetDriverVersion(out: *mut c_char, length: c_uint) -> c_
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvmlDeviceGetCount_v2(out: *mut c_uint) -> c_int {
-    // SAFETY: as the header asks.
-    unsafe { out.write(c_uint::try_from(device::all().len()).unwrap_or(0)) };
+    let count = |_| Ok(c_uint::try_from(device::all().len()).unwrap_or(0));
+    match caller::follow("machine", 0, count) {
+        // SAFETY: as the header asks.
+        Ok(count) => unsafe { out.write(count) },
+        Err(code) => return c_int::try_from(code).unwrap_or(c_int::MAX),
+    }
     SUCCESS
 }
 

@@ -107,15 +107,19 @@ fn a_restore_killed_between_any_two_steps_leaves_nothing() {
             no_residue(&world, &traces);
             assert_eq!(devices.used_mib(0), used, "{way:?}, {stage}");
         }
-        // Within the driver.
+        // Within the driver, which then gets what it restored back before that is killed.
         for step in steps {
-            devices.control(&format!("{step} wait 3000"));
+            let rules = [&format!("{step} wait 3000"), "lock wait 1", "checkpoint wait 1"];
+            devices.control(&rules.join("\n"));
             let running = restore().spawn();
             devices.await_rule(&world);
             running.signal(Signal::SIGKILL);
             let _ = running.wait();
             no_residue(&world, &traces);
             assert_eq!(devices.used_mib(0), used, "{way:?}, {step}");
+            // Whose device memory was to come from the command itself is in the middle of a restore for good.
+            let met = if !way.is_empty() && *step == "restore" { &rules[..1] } else { &rules[..] };
+            assert_eq!(devices.met(), met, "{way:?}, {step}");
             devices.control("");
         }
         let clones = Replica::of_restore(&world, server.port, &restore().ok());
@@ -228,8 +232,10 @@ fn a_shim_killed_in_any_step_of_the_driver_leaves_nothing_on_the_device() {
         ("pause", "checkpoint"),
         ("wake", "restore"),
         ("wake", "unlock"),
+        ("snapshot", "lock"),
         ("snapshot", "checkpoint"),
         ("snapshot", "restore"),
+        ("snapshot", "unlock"),
     ] {
         let traces = world.traces();
         let source = start(&world, &devices, "device", &server);
@@ -247,13 +253,47 @@ fn a_shim_killed_in_any_step_of_the_driver_leaves_nothing_on_the_device() {
         assert!(matches!(output.code, Some(1 | 6)), "{verb}, {step}: {output}");
         devices.control("");
         // The next command finds what is left, and takes it away.
-        world.await_state("the replica is gone", Duration::from_secs(20), || {
-            let status = source.entry().map(|entry| entry["status"].clone());
-            status.is_none_or(|status| status == "crashed")
+        world.await_state("the replica is told as crashed", Duration::from_secs(20), || {
+            source.entry().is_some_and(|entry| entry["status"] == "crashed")
         });
         world.await_state("the device is free", Duration::from_secs(20), || devices.used_mib(0) == 0);
         let _ = world.rewarm().args(["rm", source.name()]).run();
         no_residue(&world, &traces);
+    }
+    world.finish();
+}
+
+/// A clone is given back to the driver before it is killed; whoever dies meanwhile, it ends, and the device is free.
+#[test]
+fn a_stop_killed_in_any_step_of_the_driver_leaves_nothing_on_the_device() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    world.snapshot(&source, "v1", &[]);
+    source.remove();
+    let traces = world.traces();
+    for step in ["lock", "checkpoint"] {
+        for killed in ["command", "shim"] {
+            let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
+            let clones = Replica::of_restore(&world, server.port, &devices.seen_by(call).ok());
+            devices.control(&format!("{step} wait 1500"));
+            // It handles no signal, so that it is killed after this time.
+            let running = world.rewarm().args(["stop", clones[0].name(), "--timeout", "300ms"]).spawn();
+            devices.await_rule(&world);
+            match killed {
+                "shim" => kill_shim(&clones[0]),
+                _ => running.signal(Signal::SIGKILL),
+            }
+            let _ = running.wait();
+            world.await_state("the replica has ended", Duration::from_secs(20), || {
+                let status = clones[0].entry().map(|entry| entry["status"].clone());
+                status.is_some_and(|status| status == if killed == "shim" { "crashed" } else { "exited" })
+            });
+            world.await_state("the device is free", Duration::from_secs(20), || devices.used_mib(0) == 0);
+            devices.control("");
+            world.rewarm().args(["rm", clones[0].name()]).ok();
+            no_residue(&world, &traces);
+        }
     }
     world.finish();
 }

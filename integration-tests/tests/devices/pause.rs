@@ -79,6 +79,63 @@ fn a_server_without_device_memory_stands_still_until_it_is_woken() {
     world.finish();
 }
 
+/// It stands still: it computes nothing, and what it is asked it answers when it is awake.
+#[test]
+fn a_request_to_a_paused_server_waits_until_it_is_woken() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let with_device = devices.server(16);
+    for server in [Server::plain(), with_device] {
+        let name = world.name(server.name);
+        let output = devices.seen_by(world.run_call(&name, &server, &[])).ok();
+        let replica = Replica::of_run(&world, name, server.port, &output);
+        let (before, port) = (answers(&replica, &server), replica.port());
+        let pid = replica.entry().and_then(|entry| entry["pid"].as_u64()).expect("it is listed");
+        // One that would compute without an end.
+        let started = replica.sh("sh -c 'while :; do :; done' </dev/null >/dev/null 2>&1 & echo $!");
+        let spinning = outside(pid, started.parse().expect("a number"));
+        let ticked = ticks(spinning);
+        world.await_state("it computes", Duration::from_secs(20), || ticks(spinning) > ticked);
+        world.rewarm().args(["pause", replica.name()]).ok();
+        let ticked = ticks(spinning);
+        let question = &server.questions[0];
+        std::thread::scope(|scope| {
+            let asked =
+                scope.spawn(|| request(port, question.method, &question.path, question.body.as_deref()));
+            std::thread::sleep(Duration::from_millis(700));
+            assert!(!asked.is_finished(), "{}: it answered while it was paused", server.name);
+            assert_eq!(ticks(spinning), ticked, "{}: it computed while it was paused", server.name);
+            world.rewarm().args(["wake", replica.name()]).ok();
+            let answer = asked.join().expect("no panic").expect("it is answered in the end");
+            assert_eq!(answer.status, 200, "{}", answer.text());
+        });
+        world.await_state("it goes on", Duration::from_secs(20), || ticks(spinning) > ticked);
+        server_answers_as_before(&replica, &server, &before);
+        replica.remove();
+    }
+    world.finish();
+}
+
+/// The number on this machine of a process that has the number `inside` in the namespace of process `init`.
+fn outside(init: u64, inside: u64) -> u64 {
+    let namespace = |pid: u64| std::fs::read_link(format!("/proc/{pid}/ns/pid")).ok();
+    let numbers = |pid: u64| {
+        let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+        let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+        line.split_whitespace().next_back()?.parse::<u64>().ok()
+    };
+    let wanted = namespace(init);
+    let all = std::fs::read_dir("/proc").expect("the kernel's").flatten();
+    let mut pids = all.filter_map(|entry| entry.file_name().to_str()?.parse::<u64>().ok());
+    pids.find(|pid| namespace(*pid) == wanted && numbers(*pid) == Some(inside)).expect("it runs")
+}
+
+/// Processor time of a process so far, in ticks (`utime` and `stime`, fields 14 and 15 of proc_pid_stat(5)).
+fn ticks(pid: u64) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).expect("it lives");
+    let rest = stat.rsplit(')').next().expect("its name ends");
+    rest.split_whitespace().skip(11).take(2).map(|field| field.parse::<u64>().expect("a number")).sum()
+}
+
 #[test]
 fn a_pause_goes_on_when_its_command_is_killed_and_excludes_others() {
     let Some((world, devices)) = world_with(&[64]) else { return };

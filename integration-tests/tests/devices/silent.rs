@@ -28,9 +28,16 @@ fn a_pause_whose_driver_does_not_answer_leaves_the_server_serving() {
     let source = impatient(&world, &devices, &server);
     let (before, used) = (answers(&source, &server), devices.used_mib(0));
     // Its shim has no helper yet: the first one dies or hangs while it attaches.
-    for (rule, text) in
-        [("init die", ENDED), ("init hang", LATE), ("lock hang", LATE), ("checkpoint hang", LATE)]
-    {
+    for (rule, text) in [
+        ("init die", ENDED),
+        ("init hang", LATE),
+        ("machine die", ENDED),
+        ("machine hang", LATE),
+        ("devices die", ENDED),
+        ("devices hang", LATE),
+        ("lock hang", LATE),
+        ("checkpoint hang", LATE),
+    ] {
         devices.control(rule);
         let output = world.rewarm().args(["pause", source.name()]).fails(1);
         output.says(&[text, "the server runs on"]);
@@ -59,7 +66,13 @@ fn a_wake_whose_helper_cannot_attach_leaves_the_server_paused() {
     let (helper, _) = residue::processes(world.id()).into_iter().find(is_helper).expect("it made the pause");
     kill(Pid::from_raw(helper), Signal::SIGKILL).expect("it is there");
     wake().fails(1).says(&[ENDED, PAUSED]);
-    for (rule, text) in [("init die", ENDED), ("init hang", LATE), ("init result 999", "999")] {
+    for (rule, text) in [
+        ("init die", ENDED),
+        ("init hang", LATE),
+        ("init result 999", "999"),
+        ("machine die", ENDED),
+        ("machine hang", LATE),
+    ] {
         devices.control(rule);
         wake().fails(1).says(&[text, PAUSED]);
         assert!(devices.met_rule(), "{rule}");
@@ -68,6 +81,31 @@ fn a_wake_whose_helper_cannot_attach_leaves_the_server_paused() {
     }
     wake().ok();
     server_answers_as_before(&replica, &server, &before);
+    world.finish();
+}
+
+/// What the snapshot has to know of the devices is asked when their memory is in host memory already.
+#[test]
+fn a_snapshot_that_hears_nothing_of_the_devices_after_the_checkpoint_leaves_the_server_serving() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = impatient(&world, &devices, &server);
+    let (before, used) = (answers(&source, &server), devices.used_mib(0));
+    for (rule, text) in [("devices die", ENDED), ("devices hang", LATE), ("devices result 999", "999")] {
+        devices.control("checkpoint wait 1500");
+        let running = world.snapshot_call(&source, "v1", &[]).spawn();
+        devices.await_rule(&world);
+        devices.control(&format!("{rule}\n"));
+        let output = running.wait();
+        output.expect_code(1);
+        output.says(&[text]);
+        assert!(devices.met_rule(), "{rule}");
+        devices.control("");
+        server_answers_as_before(&source, &server, &before);
+        assert_eq!(devices.used_mib(0), used, "{rule}");
+    }
+    world.snapshot(&source, "v1", &[]);
+    server_answers_as_before(&source, &server, &before);
     world.finish();
 }
 

@@ -125,6 +125,35 @@ fn a_snapshot_whose_server_does_not_get_its_devices_back_leaves_it_paused() {
     world.finish();
 }
 
+/// Its memory was free for as long as the server stood still, and another one took it.
+#[test]
+fn a_device_that_fills_up_during_a_snapshot_is_noticed_before_the_driver_is_called() {
+    let Some((world, devices)) = world_with(&[64]) else { return };
+    let server = devices.server(16);
+    let source = start(&world, &devices, "device", &server);
+    let before = answers(&source, &server);
+    devices.control("restore result 999");
+    // Within the freeze.
+    let mut running = world.snapshot_call(&source, "v1", &[]).pause_at(Stage::Delta).spawn();
+    running.await_stderr("paused at delta");
+    assert_eq!(devices.used_mib(0), 0);
+    let neighbour = devices.neighbour(0, 56);
+    running.go_on();
+    let output = running.wait();
+    output.expect_code(6);
+    output.says(&[
+        "(Simulated GPU) needs 18874368 bytes of device memory free and has",
+        "the driver was not called; the server stays paused and can be woken again",
+    ]);
+    assert!(!devices.met_rule(), "the driver was called: {:?}", devices.met());
+    devices.control("");
+    assert_eq!(source.entry().expect("listed")["status"], "paused");
+    std::fs::remove_file(neighbour).expect("remove");
+    world.rewarm().args(["wake", source.name()]).ok();
+    server_answers_as_before(&source, &server, &before);
+    world.finish();
+}
+
 #[test]
 fn a_restore_that_fails_at_a_device_leaves_nothing() {
     let Some((world, devices)) = world_with(&[64]) else { return };

@@ -18,7 +18,7 @@ const SOAK_MAX: Duration = Duration::from_secs(240);
 /// Four starts, two restores and one round without Rewarm, of a small server.
 const TORCH_MAX: Duration = Duration::from_secs(120);
 /// What the bench with a GPU has to tell, in its order.
-const TORCH_FIGURES: [&str; 17] = [
+const TORCH_FIGURES: [&str; 19] = [
     "cold start to first answer",
     "pause",
     "pause, within the driver",
@@ -26,9 +26,11 @@ const TORCH_FIGURES: [&str; 17] = [
     "wake, within the driver",
     "wake to first answer",
     "snapshot to a store in memory",
+    "snapshot, by stage",
     "restore to first answer, the first of this machine",
     "restore to first answer, decoded in memory",
     "restore, within the driver",
+    "restore, by stage, decoded in memory",
     "answers equal",
     "weights equal after a restore",
     "floor: copying from pinned memory",
@@ -109,7 +111,13 @@ fn the_bench_of_a_gpu_tells_every_figure_and_that_it_is_simulated() {
             "{line}"
         );
         let figure = line["figure"].as_str().unwrap_or_default();
-        if figure.contains("equal") {
+        if let Some(stages) = line["stages_ms"].as_object() {
+            assert!(figure.contains("by stage"), "{line}");
+            let expected =
+                if figure.starts_with("snapshot") { ["dump", "publish"] } else { ["skeleton", "ready"] };
+            let took = |stage| stages.get(stage).and_then(Value::as_f64) > Some(0.0);
+            assert!(expected.into_iter().all(took), "{line}");
+        } else if figure.contains("equal") {
             assert!(line["seen"] == line["of"] && line["of"].as_u64() > Some(0), "{line}");
         } else if figure.contains("floor") {
             let (took, rate) = (line["would_take"].as_f64(), line["gigabytes_a_second"].as_f64());
