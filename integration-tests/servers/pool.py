@@ -17,6 +17,7 @@
     GET  /same              200 as long as it has the name under which it began, else 500
 
 With --flaps a clone stops listening for five seconds before each answer to /check; a server that was started by its command does not.
+With --unsure every other answer of /healthz is 503.
 """
 
 import argparse
@@ -60,7 +61,9 @@ class Handler(BaseHTTPRequestHandler):
         url = urlparse(self.path)
         asked = {key: values[0] for key, values in parse_qs(url.query).items()}
         if url.path == "/healthz":
-            self.answer(200, {"ready": True})
+            self.server.asked += 1
+            ready = not self.server.unsure or self.server.asked % 2 == 0
+            self.answer(200 if ready else 503, {"ready": ready})
         elif url.path == "/check":
             digest = hashlib.sha256(MEMORY).hexdigest()
             if self.server.flaps and who() != BEGAN:
@@ -178,10 +181,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--flaps", action="store_true")
+    parser.add_argument("--unsure", action="store_true")
     options = parser.parse_args()
     while True:
         with Server(("127.0.0.1", options.port), Handler) as server:
-            server.flaps = options.flaps
+            server.flaps, server.unsure, server.asked = options.flaps, options.unsure, 0
             server.serve_forever(poll_interval=0.05)
         time.sleep(5)
 

@@ -117,6 +117,20 @@ impl Serving<'_> {
             .collect()
     }
 
+    /// Descriptors of all shims of the pools' replicas.
+    ///
+    /// # Panics
+    ///
+    /// When one ends meanwhile.
+    #[must_use]
+    pub fn descriptors_of_shims(&self) -> usize {
+        let list = self.world.rewarm_json().arg("ps").ok();
+        let of_pools = |entry: &&Value| !entry["labels"]["rewarm.pool"].is_null();
+        let shim =
+            |entry: &Value| i32::try_from(entry["shim_pid"].as_i64().expect("its shim")).expect("a process");
+        entries(&list).iter().filter(of_pools).map(|entry| descriptors(shim(entry))).sum()
+    }
+
     /// Waits until the replicas that live have these statuses, in any order.
     ///
     /// # Panics

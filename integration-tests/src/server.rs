@@ -249,6 +249,12 @@ impl Server {
         Self::python("flapping", "pool.py", &["--flaps"])
     }
 
+    /// As [`Server::pool`]; every other time that it is asked whether it is ready it says no.
+    #[must_use]
+    pub fn unsure() -> Self {
+        Self::python("unsure", "pool.py", &["--unsure"])
+    }
+
     /// A server with a random generator that a hook renews, and that ends when it is asked to.
     #[must_use]
     pub fn renewing() -> Self {

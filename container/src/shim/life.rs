@@ -8,13 +8,15 @@ use jiff::Timestamp;
 use crate::error::{Context, Error};
 use crate::record::{Cause, Exit, ExitStatus, Record, Status, write_json};
 use crate::removal::{remove_tree, unmount_below};
-use crate::shim::children::signal;
+use crate::shim::children::{hung_up, signal};
 use crate::shim::publish;
 use crate::shim::replica::{Asker, Inner, KILL_DEADLINE, LEASE, Replica};
 use crate::state::strip;
 
 /// How long an operation may take to notice that it must end: CRIU's time to roll back, twice.
 const BUSY_DEADLINE: Duration = Duration::from_secs(15);
+/// How often it is looked whether who waits for the end is still there.
+const LOOK_FOR_ASKER: Duration = Duration::from_secs(2);
 /// How long the log pipes may stay open after the last process was killed.
 const LOG_DEADLINE: Duration = Duration::from_secs(1);
 
@@ -117,6 +119,17 @@ impl Replica {
     pub(super) fn wait_finished(&self) -> Exit {
         self.wait_until(None, |inner| inner.finished);
         exit_of(&self.lock())
+    }
+
+    /// The same for somebody who only wants to know: who has hung up meanwhile leaves nothing behind. A `serve` that is killed and
+    /// started again asks each time.
+    pub(super) fn await_end(&self, asker: Asker<'_>) -> Result<Exit, Error> {
+        while !self.wait_until(Some(LOOK_FOR_ASKER), |inner| inner.finished) {
+            if hung_up(asker.socket).context("look at", "the connection of who waits")? {
+                return Err(Error::Abandoned { operation: "wait" });
+            }
+        }
+        Ok(exit_of(&self.lock()))
     }
 
     pub(super) fn status(&self) -> Result<Record, Error> {

@@ -1,14 +1,12 @@
 //! What the shim's threads share: the state of its replica and the rules by which it changes.
 
 use std::collections::BTreeMap;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use rewarm_gpu::Helper;
 use rewarm_sys::process::{self, Ended};
 
@@ -20,7 +18,7 @@ use crate::namespaces::Network;
 use crate::record::{Cause, Exit, ExitStatus, Memory, Record, Status, write_json};
 use crate::runc::Runc;
 use crate::shim::Paths;
-use crate::shim::children::Children;
+use crate::shim::children::{Children, hung_up};
 use rewarm_gpu::place::InFile;
 
 use crate::shim::device::{Away, Suspension};
@@ -265,7 +263,8 @@ impl Replica {
         let free = |inner: &Inner| {
             let suspended = inner.suspended.as_ref().map(|suspended| suspended.by);
             let holders = [inner.busy_by, inner.frozen_by, suspended, inner.drained_by.filter(|_| hooks)];
-            let left = |holder| holder == ITSELF || inner.clients.get(&holder).is_some_and(has_left);
+            let is_gone = |socket: &UnixStream| hung_up(socket).unwrap_or(false);
+            let left = |holder| holder == ITSELF || inner.clients.get(&holder).is_some_and(is_gone);
             let held = holders.into_iter().flatten().any(|holder| holder != asker && left(holder));
             !held || inner.doomed || inner.exit.is_some()
         };
@@ -370,13 +369,6 @@ impl Replica {
             inner.exit = Some(Exit { status, cause, ended: Timestamp::now() });
         });
     }
-}
-
-/// Whether nobody is at the other end any more.
-fn has_left(socket: &UnixStream) -> bool {
-    // Of a socket whose other end is closed that is told without being asked for.
-    let mut fds = [PollFd::new(socket.as_fd(), PollFlags::empty())];
-    poll(&mut fds, PollTimeout::ZERO).is_ok_and(|count| count > 0)
 }
 
 /// What a request knows about where it came from.

@@ -219,7 +219,7 @@ fn carry_out(
         Request::Signal { .. } => Err(Error::Abandoned { operation: "signal" }),
         Request::Stop { timeout_ms } => replica.stop(asker, wait(timeout_ms)).map(Reply::Exit),
         Request::Kill { reason } => Ok(Reply::Exit(replica.kill(asker, reason))),
-        Request::Wait => Ok(Reply::Exit(replica.wait_finished())),
+        Request::Wait => replica.await_end(asker).map(Reply::Exit),
         Request::Status => replica.status().map(|record| Reply::Status(Box::new(record))),
         Request::Dial { .. } => unreachable!("answered by the caller, because it carries a descriptor"),
     }

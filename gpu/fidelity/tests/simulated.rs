@@ -61,6 +61,7 @@ fn the_simulated_driver_does_what_the_documentation_says() {
     let (_, claims) = page.split_once("## Claims").expect("the list of claims");
     let rows = claims.lines().filter_map(|line| line.strip_prefix("| ")?.split(' ').next()?.parse().ok());
     assert_eq!(carried_out, rows.collect::<Vec<u32>>(), "the claims and their rows in docs/gpu.md");
+    let hardware = seen_on_hardware(Path::new(env!("CARGO_MANIFEST_DIR")));
     let mut wrong = Vec::new();
     for number in numbers.split_whitespace() {
         let library = library.to_str().expect("a path");
@@ -82,8 +83,48 @@ fn the_simulated_driver_does_what_the_documentation_says() {
         if !good && (parsed["seen"] != NOT_TRIED || is_promised("criu")) {
             wrong.push(text);
         }
+        if parsed["seen"] != NOT_TRIED {
+            wrong.extend(contradictions(&parsed, &hardware));
+        }
     }
     assert!(wrong.is_empty(), "{}", wrong.concat());
+}
+
+/// The lines of all runs on hardware that a folder keeps, as `gpu/fidelity/run` wrote them.
+fn seen_on_hardware(folder: &Path) -> Vec<serde_json::Value> {
+    let files = std::fs::read_dir(folder).expect("our own folder").map(|entry| entry.expect("read").path());
+    let kept = files.filter(|path| path.extension().is_some_and(|extension| extension == "jsonl"));
+    let text: String = kept.map(|path| std::fs::read_to_string(path).expect("a file of lines")).collect();
+    text.lines().map(|line| serde_json::from_str(line).expect("a line of JSON")).collect()
+}
+
+/// Where hardware answered otherwise than the simulated driver does. What was not tried, or went wrong in another way, is no answer.
+fn contradictions(simulated: &serde_json::Value, hardware: &[serde_json::Value]) -> Vec<String> {
+    let is_answer = |line: &&serde_json::Value| {
+        let seen = line["seen"].as_str().unwrap_or_default();
+        line["claim"] == simulated["claim"]
+            && !["not tried", "error: ended"].iter().any(|no| seen.starts_with(no))
+    };
+    let differ = hardware.iter().filter(is_answer).filter(|line| line["seen"] != simulated["seen"]);
+    differ.map(|line| format!("{line} was seen on hardware, {simulated} of the simulated driver\n")).collect()
+}
+
+#[test]
+fn hardware_that_answers_otherwise_than_the_simulated_driver_is_told() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let lines = [
+        r#"{"claim":"environment","seen":"told"}"#,
+        r#"{"claim":6,"seen":"401"}"#,
+        r#"{"claim":7,"seen":"0"}"#,
+        r#"{"claim":7,"seen":"error: ended with 137"}"#,
+        r#"{"claim":7,"seen":"not tried, no CRIU"}"#,
+    ];
+    std::fs::write(folder.path().join("h200.jsonl"), lines.join("\n")).expect("our own folder");
+    std::fs::write(folder.path().join("notes.txt"), "no lines").expect("our own folder");
+    let hardware = seen_on_hardware(folder.path());
+    let found = |claim: u32| contradictions(&serde_json::json!({"claim": claim, "seen": "401"}), &hardware);
+    assert_eq!((found(6).len(), found(7).len(), found(8).len()), (0, 1, 0));
+    assert!(found(7)[0].contains(r#""seen":"0""#), "{:?}", found(7));
 }
 
 /// For measurements the simulated driver can restore without copying. It must be no kinder for that, but to a full device.

@@ -55,6 +55,8 @@ fn programs_killed_again_and_again_lose_no_replica_and_leak_nothing() {
     let mut serving = world.serve(&config);
     serving.await_replicas(&["paused", "ready"]);
     let (before, who) = (serving.replicas(), http::get(port, "/who").expect("an answer").text());
+    // They outlive every kill.
+    let shims = settled(|| serving.descriptors_of_shims());
     let mut open = None;
     let (began, mut rounds) = (Instant::now(), 0);
     while goes_on(began, rounds, "REWARM_SOAK_RESTARTS", TIME) {
@@ -76,6 +78,9 @@ fn programs_killed_again_and_again_lose_no_replica_and_leak_nothing() {
     }
     assert!(rounds > 4, "{rounds} rounds");
     assert_eq!(serving.replicas(), before, "after {rounds} rounds");
+    world.await_state("no more descriptors of shims than before", PATIENCE, || {
+        serving.descriptors_of_shims() <= shims + SPARE
+    });
     serving.end();
     world.finish();
 }
@@ -196,6 +201,47 @@ fn a_replica_that_never_answers_is_replaced() {
     assert_eq!(second.status, 200, "{}", second.text());
     assert_ne!(second.json()["name"], first, "three in a row");
     serving.end();
+    world.finish();
+}
+
+/// While a replica starts, a no is waited for; afterwards nobody asks, and clients are answered.
+#[test]
+fn a_ready_check_that_flaps_fails_no_start_and_ends_no_replica() {
+    let server = Server::unsure();
+    let Some(world) = crate::world_for(&server) else { return };
+    let source = world.start("pool", &server);
+    world.snapshot(&source, "v1", &["--stop"]);
+    source.remove();
+    let (port, admin) = (free_port(), free_port());
+    let file = config(&world, port, "concurrency = 1\nmin_replicas = 2\nmax_replicas = 2\n")
+        .replace("admin = false", &format!("admin = '127.0.0.1:{admin}'"));
+    let (packs, away) = (world.store_folder().join("packs"), world.store_folder().join("away"));
+    for tier in ["restore", "cold"] {
+        let serving = world.serve(&file);
+        serving.await_replicas(&["ready", "ready"]);
+        let before = serving.replicas();
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_secs(3) {
+            let answer = http::get(port, "/check").expect("an answer");
+            assert_eq!(answer.status, 200, "{}", answer.text());
+            // What others ask changes its mind, and nobody minds.
+            let _ = http::get(port, "/healthz").expect("an answer");
+        }
+        let pool =
+            http::get(admin, "/admin/status?starts=100").expect("an answer").json()["pools"][0].clone();
+        let starts = pool["starts"].as_array().expect("a list");
+        let ready =
+            starts.iter().filter(|start| start["tier"] == tier && start["outcome"] == "ready").count();
+        assert_eq!((ready, &pool["totals"]["died"]), (2, &0.into()), "{tier}: {pool:#}");
+        assert_eq!(serving.replicas(), before, "{tier}");
+        serving.end();
+        // What is not there any more is started cold.
+        world.rewarm().args(["cache", "--clear"]).ok();
+        if tier == "restore" {
+            std::fs::rename(&packs, &away).expect("our own folder");
+        }
+    }
+    std::fs::rename(&away, &packs).expect("our own folder");
     world.finish();
 }
 

@@ -6,9 +6,10 @@ use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use nix::sys::signal::Signal;
+use rewarm_integration_tests::fuzz::Random;
 use rewarm_integration_tests::http;
 use rewarm_integration_tests::pool::{descriptors, free_port};
 
@@ -16,6 +17,8 @@ use super::{goes_on, pool, pool_world};
 
 /// How long the number of replicas changes, where `make soak` does not say how often.
 const TIME: Duration = Duration::from_secs(15);
+/// The most replicas.
+const REPLICAS: u64 = 4;
 /// How long a busy machine may take for what is waited for.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// How long a client that has left HTTP talks: while several changes are made.
@@ -70,9 +73,9 @@ fn talk(port: u16, over: &AtomicBool) {
 fn random_scaling_under_load_cuts_nothing_off() {
     let Some(world) = pool_world() else { return };
     let (port, admin) = (free_port(), free_port());
-    let file = |replicas: u32| {
+    let file = |replicas: u64| {
         let policy = format!("policy = {{ kind = 'fixed', replicas = {replicas} }}\n");
-        let more = format!("concurrency = 2\nmax_replicas = 4\nwarm = 2\nretry = false\n{policy}");
+        let more = format!("concurrency = 2\nmax_replicas = {REPLICAS}\nwarm = 2\nretry = false\n{policy}");
         format!("[serve]\nadmin = '127.0.0.1:{admin}'\n{}", pool(&world, "p", "v1", port, &more))
     };
     let serving = world.serve(&file(1));
@@ -102,11 +105,15 @@ fn random_scaling_under_load_cuts_nothing_off() {
         })
         .collect();
     let began = Instant::now();
-    let mut moves = 0_u32;
+    let seed = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64);
+    println!("the numbers of replicas follow from seed {seed}");
+    let mut random = Random::new(seed);
+    let (mut moves, mut replicas) = (0_u32, 1);
     while goes_on(began, moves, "REWARM_SOAK_SCALINGS", TIME) {
-        // A sequence without a pattern that scaling could follow.
+        // Another number each time.
+        replicas = 1 + (replicas + random.below(REPLICAS - 1)) % REPLICAS;
         moves += 1;
-        world.configure(&file(1 + moves.wrapping_mul(2_654_435_761).rotate_left(7) % 4));
+        world.configure(&file(replicas));
         serving.running().signal(Signal::SIGHUP);
         std::thread::sleep(Duration::from_millis(400));
     }
@@ -114,9 +121,12 @@ fn random_scaling_under_load_cuts_nothing_off() {
     clients.into_iter().for_each(|client| client.join().expect("every answer was good"));
     assert!(answers.load(Ordering::Relaxed) > 50 && moves > 5);
     let status = http::get(admin, "/admin/status?decisions=0&starts=0").expect("an answer").json();
+    let totals = &status["pools"][0]["totals"];
     for total in ["killed_in_flight", "cut_off", "retried"] {
-        assert_eq!(status["pools"][0]["totals"][total], 0, "{total}: {status}");
+        assert_eq!(totals[total], 0, "{total}: {status}");
     }
+    println!("{moves} moves, {}", totals["starts"]);
+    assert!(totals["decisions"].as_u64() >= Some(u64::from(moves) / 2), "the number followed: {status}");
     world.configure(&file(1));
     serving.running().signal(Signal::SIGHUP);
     world.await_state("one serves and the others wait", PATIENCE, settled);

@@ -17,6 +17,27 @@ fn scale(replicas: u32) -> Command {
     Command::Scale { pool: "p".to_owned(), replicas: Some(replicas) }
 }
 
+/// The limit stays what it is: slots are given beyond the mean that is aimed at.
+#[tokio::test]
+async fn the_policy_aims_at_the_target_concurrency_and_slots_go_up_to_the_limit() {
+    for (target, wanted) in [(4, 1), (2, 2)] {
+        let world = World::new(
+            &format!(
+                "concurrency = 4\ntarget_concurrency = {target}\nmax_replicas = 4\npolicy = {{ kind = 'tracker', utilization = 1.0 }}\n"
+            ),
+            None,
+        );
+        let (_, first) = world.first_slot().await;
+        let mut slots = vec![first];
+        for _ in 0..3 {
+            slots.push(world.slot().await);
+        }
+        assert!(slots.iter().all(|slot| slot.upstream.name() == slots[0].upstream.name()));
+        world.live.with(Inner::pass);
+        assert_eq!(world.states().len(), wanted, "four in flight, {target} are aimed at");
+    }
+}
+
 #[tokio::test]
 async fn a_start_that_takes_too_long_is_ended_and_counted_and_the_next_one_is_cold() {
     let world = World::new("start_timeout = '5s'\n", None);
