@@ -70,6 +70,7 @@ fn talk(port: u16, over: &AtomicBool) {
 }
 
 #[test]
+#[expect(clippy::print_stdout, reason = "what fails can be had again")]
 fn random_scaling_under_load_cuts_nothing_off() {
     let Some(world) = pool_world() else { return };
     let (port, admin) = (free_port(), free_port());
@@ -125,8 +126,12 @@ fn random_scaling_under_load_cuts_nothing_off() {
     for total in ["killed_in_flight", "cut_off", "retried"] {
         assert_eq!(totals[total], 0, "{total}: {status}");
     }
-    println!("{moves} moves, {}", totals["starts"]);
-    assert!(totals["decisions"].as_u64() >= Some(u64::from(moves) / 2), "the number followed: {status}");
+    let starts = totals["starts"].as_array().expect("a list");
+    let starts: u64 = starts.iter().filter(|sum| sum[1] == "ready").filter_map(|sum| sum[2].as_u64()).sum();
+    let decisions = totals["decisions"].as_u64().expect("a number");
+    // Half of the changes are upwards, by one, two or three; some meet a replica that is not drained yet.
+    let enough = starts >= u64::from(moves) / 5 && decisions >= u64::from(moves) / 2;
+    assert!(enough, "{moves} changes, {decisions} decisions, {starts} starts: {status}");
     world.configure(&file(1));
     serving.running().signal(Signal::SIGHUP);
     world.await_state("one serves and the others wait", PATIENCE, settled);
