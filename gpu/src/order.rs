@@ -227,16 +227,12 @@ impl Classify for Failure {
     }
 }
 
-/// The processes of `group` that use CUDA, with the driver's thread in each.
+/// The processes of `group` that use CUDA, with the driver's thread in each. Those of `known` are not asked again: a process that
+/// uses CUDA does so to its end, by the same thread.
 ///
 /// # Errors
 /// [`CallError`].
-pub fn find(helper: &mut Helper, group: &dyn Group) -> Result<Vec<Process>, CallError> {
-    find_beside(helper, group, &[])
-}
-
-/// The same, and those of `known` are not asked again: a process that uses CUDA does so to its end, by the same thread.
-fn find_beside(helper: &mut Helper, group: &dyn Group, known: &[Process]) -> Result<Vec<Process>, CallError> {
+pub fn find(helper: &mut Helper, group: &dyn Group, known: &[Process]) -> Result<Vec<Process>, CallError> {
     let mut found = Vec::new();
     for pid in group.processes() {
         if let Some(process) = known.iter().find(|process| process.pid == pid) {
@@ -354,12 +350,12 @@ impl Work<'_> {
         sink: &mut dyn DeviceStateSink,
     ) -> Result<Suspended, Cause> {
         let began = Instant::now();
-        self.processes = find_beside(self.helper, self.group, &self.processes)?;
+        self.processes = find(self.helper, self.group, &self.processes)?;
         self.before(Step::Lock, State::RUNNING)?;
         let bytes_max = self.bytes_max()?;
         let mut driver = self.phase(Step::Lock, |helper, process| helper.lock(process.pid, lock_timeout))?;
         self.hold_all()?;
-        let now = find_beside(self.helper, self.group, &self.processes)?;
+        let now = find(self.helper, self.group, &self.processes)?;
         let known = |pid| self.processes.iter().any(|process| process.pid == pid);
         if let Some(new) = now.iter().find(|process| !known(process.pid)) {
             return Err(Cause::Began { pid: new.pid, attempts: 1 });

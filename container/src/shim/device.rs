@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -181,6 +181,15 @@ impl Replica {
         });
     }
 
+    /// Its processes that were seen to use CUDA and still live. None of them may be overlooked later, whatever is answered about it: a
+    /// snapshot without its device memory would be another server.
+    fn known(&self) -> Vec<Process> {
+        let lives = |process: &&Process| {
+            Path::new(&format!("/proc/{}/task/{}", process.pid, process.restore_thread)).exists()
+        };
+        self.lock().cuda.iter().filter(lives).cloned().collect()
+    }
+
     /// Refuses what could not be suspended, with every reason at once, and touches nothing. Gives nothing where no process uses
     /// the driver.
     ///
@@ -188,7 +197,9 @@ impl Replica {
     pub(super) fn examine(&self, parts: &Parts, purpose: Purpose, direct: bool) -> Result<Looked, Error> {
         let tasks = Tasks(&parts.cgroup);
         let processes = tasks.processes();
-        let Some(&pid) = processes.iter().find(|pid| ranges::loads_driver(**pid)) else {
+        let known = self.known();
+        let with_driver = processes.iter().find(|pid| ranges::loads_driver(**pid)).copied();
+        let Some(pid) = with_driver.or(known.first().map(|process| process.pid)) else {
             return Ok(Looked::default());
         };
         let proc = Proc::here();
@@ -203,7 +214,11 @@ impl Replica {
             }
             Err(error) => return Err(untouched(error)),
         };
-        let found = order::find(&mut helper, &tasks).map_err(untouched)?;
+        let found = order::find(&mut helper, &tasks, &known).map_err(untouched)?;
+        if found.is_empty() {
+            tracing::info!(?processes, "none of them uses CUDA");
+        }
+        self.change(|inner| inner.cuda.clone_from(&found));
         let cuda: Vec<i32> = found.iter().map(|process| process.pid).collect();
         refusals.extend(proc.server(&processes, &cuda, given(parts), purpose));
         if direct && version < custom::VERSION_MIN {
@@ -278,7 +293,7 @@ impl Replica {
         direct: Option<OwnedFd>,
     ) -> Result<Option<Carried>, Error> {
         let tasks = Tasks(&parts.cgroup);
-        if !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
+        if self.known().is_empty() && !tasks.processes().iter().any(|pid| ranges::loads_driver(*pid)) {
             return Ok(None);
         }
         // The driver's own threads have to run; what the lease froze is frozen again when all is done.
@@ -305,6 +320,9 @@ impl Replica {
             let away = Away::new(suspended.processes.clone(), &looked);
             inner.suspended = Some(Suspension { by, away });
         });
+        for process in &suspended.processes {
+            tracing::info!(pid = process.pid, copies = ?process.copies, "its device memory is in host memory");
+        }
         carried::none_left(&tasks.processes(), given(parts))?;
         Ok(Some(Carried::of(&mut helper, &suspended, looked.machine.as_ref())?))
     }

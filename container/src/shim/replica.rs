@@ -7,7 +7,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use rewarm_gpu::Helper;
+use rewarm_gpu::{Helper, Process};
 use rewarm_sys::process::{self, Ended};
 
 use std::sync::Arc;
@@ -87,6 +87,8 @@ pub(super) struct Inner {
     pub(super) frozen_by: Option<ConnectionId>,
     /// Who lets the server go on that was drained.
     pub(super) drained_by: Option<ConnectionId>,
+    /// Those of its processes that were seen to use CUDA.
+    pub(super) cuda: Vec<Process>,
     /// Set while it is paused: those of its processes whose device memory lies in their host memory.
     pub(super) paused: Option<Away>,
     /// Where device memory is that went past the processes of a server that is suspended or, after that failed, paused.

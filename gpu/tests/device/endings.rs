@@ -87,7 +87,7 @@ fn the_helper_dies_in_each_call_of_a_resume() -> Result<(), Failed> {
         world.control("");
         order::suspend(&mut helper, &world.group, LOCK, &mut InProcess::default())?;
     }
-    let now = order::find(&mut helper, &world.group)?;
+    let now = order::find(&mut helper, &world.group, &[])?;
     order::resume(&mut helper, &world.group, &now, &[], &mut InProcess::default())?;
     server.is_whole();
     Ok(())
@@ -171,7 +171,7 @@ fn the_server_dies_in_each_state() -> Result<(), Failed> {
     // Running: there is nothing left to suspend.
     let server = world.serve(&["--mib", "4"]);
     world.kill(server.pid);
-    assert!(order::find(&mut helper, &world.group)?.is_empty());
+    assert!(order::find(&mut helper, &world.group, &[])?.is_empty());
     // Locked, then checkpointed; its memory is free at once.
     for checkpoint in [false, true] {
         let server = world.serve(&["--mib", "4"]);

@@ -188,7 +188,7 @@ fn what_was_found_before_may_have_ended_and_others_begun() -> Result<(), Failed>
     let (stays, ends) = (world.serve(&["--mib", "4"]), world.serve(&["--mib", "4", "--seed", "2"]));
     let late = world.serve(&["--mib", "8", "--late"]);
     let mut helper = world.helper();
-    let found = order::find(&mut helper, &world.group)?;
+    let found = order::find(&mut helper, &world.group, &[])?;
     let found_pids: BTreeSet<i32> = found.iter().map(|process| process.pid).collect();
     assert_eq!(found_pids, [stays.pid, ends.pid].into());
     world.kill(ends.pid);

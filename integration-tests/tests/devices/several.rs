@@ -226,7 +226,7 @@ fn a_region_of_device_memory_names_the_only_device_that_was_used() {
     let manifest = &inspected["variants"][0]["manifest"];
     let regions = manifest["regions"].as_array().expect("a list").iter();
     let regions: Vec<_> = regions.filter(|region| region["kind"] == "device").collect();
-    assert_eq!(regions.len(), 1, "{regions:?}");
+    assert_eq!(regions.len(), 1, "{manifest}");
     assert_eq!(regions[0]["gpu"], "GPU-00000000-0000-0000-0000-0000000000d1");
     assert_eq!(manifest["facts"]["device"]["devices"].as_array().map(Vec::len), Some(2), "{manifest}");
     let call = world.restore_call("device", "v1", server.port, &["--name", &world.name("clone")]);
