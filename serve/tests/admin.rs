@@ -1,7 +1,7 @@
 //! The admin API over scripted pools, asked as a program would.
 
 use std::collections::BTreeSet;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -40,12 +40,23 @@ async fn served(pools: Arc<Scripted>, token: Option<&str>) -> Served {
     let own = Ipv4Addr::new(127, 0, 1, SERVED.fetch_add(1, Ordering::Relaxed));
     let listener = TcpListener::bind((own, 0)).await.expect("bound");
     let address = listener.local_addr().expect("an address");
+    assert!(is_listening(address), "{address} is seen to listen");
     let (stop, stopped) = oneshot::channel::<()>();
     let access = Access::new(token.map(str::to_owned));
     let served = tokio::spawn(admin::serve(listener, access, pools.handle(), async move {
         let _ = stopped.await;
     }));
     Served { pools, address, stop, served }
+}
+
+/// Whether a socket listens at exactly this address (state 0A of proc_net_tcp(5)). To connect would tell of a socket, too, that another
+/// program has at all addresses of the machine under the same number.
+fn is_listening(address: SocketAddr) -> bool {
+    let IpAddr::V4(ip) = address.ip() else { unreachable!("it is in 127.0.1.0/24") };
+    let local = format!("{:08X}:{:04X}", u32::from_ne_bytes(ip.octets()), address.port());
+    let sockets = std::fs::read_to_string("/proc/self/net/tcp").expect("the kernel's");
+    let fields = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    sockets.lines().map(fields).any(|fields| fields[1] == local && fields[3] == "0A")
 }
 
 impl Served {
@@ -99,7 +110,7 @@ impl Served {
     async fn end(self) {
         self.stop.send(()).expect("it runs");
         tokio::time::timeout(PATIENCE, self.served).await.expect("it ends").expect("no panic");
-        TcpStream::connect(self.address).await.expect_err("the address is free");
+        assert!(!is_listening(self.address), "{} is free", self.address);
     }
 }
 
